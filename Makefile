@@ -1,0 +1,45 @@
+# `make train` and `make test` need Python >= 3.11 with pip and venv; everything else lands in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TRAIN_ARGS ?=
+
+.PHONY: train test check verify clean help
+
+help:
+	@echo "make train    set up, train EncNet on the embedded data set, print where the pictures are"
+	@echo "make test     set up, lint, type-check and run the tests"
+	@echo "make verify   everything in test, then the checks that take longer"
+	@echo "make clean    remove the environment and caches (runs/ is kept)"
+
+train: $(VENV)/.installed
+	$(BIN)/python -m encnet_triton.train --resume $(TRAIN_ARGS)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+verify: test
+	$(BIN)/python -m bench encode
+	$(BIN)/python -m bench upsample
+	$(BIN)/python -m bench crop
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encnet-triton needs Python 3.11 or newer; %s is %d.%d. Name another with: make PYTHON=python3.12" % ("$(PYTHON)", *sys.version_info[:2]))'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools -e '.[plots]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plots,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
