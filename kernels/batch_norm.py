@@ -1,0 +1,452 @@
+"""Batch normalisation with its statistics, residual addition and ReLU, synchronised if asked.
+
+    y = act(weight (x - mean) / sqrt(var + eps) + bias + residual)
+
+Letters: B images, C channels, N everything else, n = number of values per channel (B N, summed
+over the processes of a group). Gradients, with g = dy where act let it pass, u = x - mean,
+s = 1 / sqrt(var + eps):
+
+    dweight = sum g u s        dbias = sum g        dresidual = g
+    dx = weight s (g - sum g / n - u s^2 (sum g u) / n)
+
+and dx = weight s g where the statistics are frozen.
+
+Statistics: every tile of x gives (mean, M2, count) about its own mean; they are merged in float64
+in a fixed order by Chan's formula, so that a mean much larger than the spread costs no digits.
+Synchronised (paper, appendix A, eq. 2): forward all-reduces the one float64 vector
+[sum x, sum x^2, count], backward the one vector [sum g, sum g u s]; ranks may hold unequal shares
+or none. The collectives stand between operators, where a compiler sees them.
+
+Bytes: forward reads x twice and residual once and writes y once; backward reads dy, x, y (the
+mask is y > 0) and writes dresidual, then reads dresidual and x and writes dx. Without a residual
+the second pass reads dy and y again. Saved: x, y (with ReLU only) and two values per channel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor
+
+from ._namespace import add_op_namespace_prefix
+from ._tiles import Scratch, accumulation_dtype, tiles
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _masked(grad: Tensor, y: Optional[Tensor], scratch: Scratch) -> Tensor:
+    """g: the gradient of a tile where the ReLU let it pass, as its output y tells."""
+    if y is None:
+        return grad
+    out = scratch.take("masked", *grad.shape)
+    if grad.dtype != out.dtype:
+        return torch.mul(grad, y > 0, out=out)
+    return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=out)
+
+
+def _statistics_body(x: Tensor) -> Tensor:
+    dtype = accumulation_dtype(x)
+    channels = x.shape[1]
+    scratch = Scratch(x, dtype)
+    means, squares, counts = [], [], []
+    for b, n in tiles(x):
+        tile = x[b, :, n]
+        count = tile.shape[0] * tile.shape[2]
+        rough = tile.sum((0, 2), dtype=dtype) / count
+        centred = torch.sub(tile, rough[:, None], out=scratch.take("centred", *tile.shape))
+        # The rounding of `rough` is put right by the mean of what is left.
+        rest = centred.sum((0, 2)).double() / count
+        square = centred.square_().sum((0, 2)).double()
+        means.append(rough.double() + rest)
+        squares.append(square - count * rest * rest)
+        counts.append(count)
+    if not counts:
+        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    total = float(sum(counts))
+    share = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None]
+    mean_of_tile = torch.stack(means)
+    mean = (mean_of_tile * share).sum(0) / total
+    m2 = torch.stack(squares).sum(0) + ((mean_of_tile - mean).square() * share).sum(0)
+    return torch.cat([mean, m2, m2.new_full((1,), total)])
+
+
+def _normalise_body(
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    relu: bool,
+) -> Tensor:
+    dtype = accumulation_dtype(x)
+    out = torch.empty_like(x)
+    factor = (inv_std if weight is None else inv_std * weight.to(dtype))[:, None]
+    offset = (torch.zeros_like(inv_std) if bias is None else bias.to(dtype))[:, None]
+    scratch = Scratch(out, dtype)
+    for b, n in tiles(x):
+        tile = x[b, :, n]
+        target = out[b, :, n] if x.dtype == dtype else scratch.take("out", *tile.shape)
+        # Subtracting first is exact where it matters; x factor + (offset - mean factor) is not.
+        torch.sub(tile, mean[:, None], out=target)
+        torch.addcmul(offset, target, factor, out=target)
+        if residual is not None:
+            target.add_(residual[b, :, n])
+        if relu:
+            target.relu_()
+        if x.dtype != dtype:
+            out[b, :, n] = target
+    return out
+
+
+def _backward_sums_body(
+    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """[sum g, sum g u s] in float64, 2 x C, and g itself (empty unless `keep`)."""
+    dtype = accumulation_dtype(x)
+    kept = torch.empty_like(x) if keep else x.new_empty(0)
+    sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+    scratch = Scratch(x, dtype)
+    for b, n in tiles(x):
+        tile = x[b, :, n]
+        g = _masked(grad[b, :, n], None if y is None else y[b, :, n], scratch)
+        if keep:
+            kept[b, :, n] = g
+        product = torch.sub(tile, mean[:, None], out=scratch.take("product", *tile.shape)).mul_(g)
+        sums[0] += g.sum((0, 2), dtype=dtype)
+        sums[1] += product.sum((0, 2))
+    sums[1] *= inv_std
+    return sums, kept
+
+
+def _backward_input_body(
+    grad: Tensor,
+    x: Tensor,
+    y: Optional[Tensor],
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Optional[Tensor],
+    sums: Optional[Tensor],
+    count: Optional[Tensor],
+) -> Tensor:
+    dtype = accumulation_dtype(x)
+    factor = (inv_std if weight is None else inv_std * weight.to(dtype))[:, None]
+    if sums is not None and count is not None:
+        share = (sums / count).to(dtype)[:, :, None]
+        constant, slope = -factor * share[0], -factor * share[1] * inv_std[:, None]
+    out = torch.empty_like(x)
+    scratch = Scratch(out, dtype)
+    for b, n in tiles(x):
+        tile = x[b, :, n]
+        g = _masked(grad[b, :, n], None if y is None else y[b, :, n], scratch)
+        target = out[b, :, n] if x.dtype == dtype else scratch.take("out", *tile.shape)
+        if sums is None:
+            torch.mul(g, factor, out=target)
+        else:
+            torch.sub(tile, mean[:, None], out=target)
+            torch.addcmul(constant, target, slope, out=target)
+            target.addcmul_(g, factor)
+        if x.dtype != dtype:
+            out[b, :, n] = target
+    return out
+
+
+def _check_op(x: Tensor, others: dict[str, Optional[Tensor]]) -> None:
+    """What fake tensors do not notice by themselves: every operand is on x's device."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"batch_norm_act: {name} must be on x's device {x.device}, got {tensor.device}."
+            )
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_statistics"), mutates_args=())
+def _statistics(x: Tensor) -> Tensor:
+    """[mean, M2, count] of x [B, C, N]: 2 C + 1 float64 values."""
+    return _statistics_body(x)
+
+
+@_statistics.register_fake
+def _statistics_fake(x: Tensor) -> Tensor:
+    return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float64)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_normalise"), mutates_args=())
+def _normalise(
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    relu: bool,
+    group_name: str,
+) -> Tensor:
+    """y of x [B, C, N]; `count` (None: frozen statistics) and `group_name` serve the backward."""
+    _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
+    return _normalise_body(x, mean, inv_std, weight, bias, residual, relu)
+
+
+@_normalise.register_fake
+def _normalise_fake(
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    relu: bool,
+    group_name: str,
+) -> Tensor:
+    _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_sums"), mutates_args=())
+def _backward_sums(
+    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """[sum g, sum g u s] of this process (2 x C, float64), and g (empty unless `keep`)."""
+    return _backward_sums_body(grad, x, y, mean, inv_std, keep)
+
+
+@_backward_sums.register_fake
+def _backward_sums_fake(
+    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    return sums, torch.empty_like(x) if keep else x.new_empty(0)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_input"), mutates_args=())
+def _backward_input(
+    grad: Tensor,
+    x: Tensor,
+    y: Optional[Tensor],
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Optional[Tensor],
+    sums: Optional[Tensor],
+    count: Optional[Tensor],
+) -> Tensor:
+    """dx from the sums over all processes; `sums` and `count` are None for frozen statistics."""
+    return _backward_input_body(grad, x, y, mean, inv_std, weight, sums, count)
+
+
+@_backward_input.register_fake
+def _backward_input_fake(
+    grad: Tensor,
+    x: Tensor,
+    y: Optional[Tensor],
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Optional[Tensor],
+    sums: Optional[Tensor],
+    count: Optional[Tensor],
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _all_reduce(packed: Tensor, group_name: str) -> Tensor:
+    reduced = torch.ops._c10d_functional.all_reduce(packed, "sum", group_name)
+    return torch.ops._c10d_functional.wait_tensor(reduced)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, inv_std, count, weight, bias, residual, relu, ctx.group_name = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, mean, inv_std, count, weight, output if relu else None)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+    x, mean, inv_std, count, weight, y = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
+    training = count is not None
+    keep = need_residual and y is not None
+    sums = None
+    if (need_x and training) or need_weight or need_bias or keep:
+        sums, masked = _backward_sums(grad, x, y, mean, inv_std, keep)
+        if keep:
+            grad, y = masked, None
+    grad_x = None
+    if need_x:
+        total = sums if training else None
+        if total is not None and ctx.group_name:
+            total = _all_reduce(total, ctx.group_name)
+        grad_x = _backward_input(grad, x, y, mean, inv_std, weight, total, count)
+    return (
+        grad_x,
+        None,
+        None,
+        None,
+        sums[1].to(weight.dtype) if need_weight and sums is not None else None,
+        sums[0].to(ctx.bias_dtype) if need_bias and sums is not None else None,
+        grad if need_residual else None,
+        None,
+        None,
+    )
+
+
+_normalise.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _check_inputs(
+    x: Tensor,
+    per_channel: dict[str, Optional[Tensor]],
+    residual: Optional[Tensor],
+    activation: Optional[str],
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"batch_norm_act: x must be a tensor, got {type(x).__name__}.")
+    if x.dtype not in _INPUT_DTYPES:
+        raise TypeError(
+            f"batch_norm_act: x must be float32, bfloat16, float16 or float64, got {x.dtype}."
+        )
+    if x.dim() < 2 or x.shape[1] == 0:
+        raise ValueError(
+            "batch_norm_act: x needs a batch and a channel dimension with at least one channel, "
+            f"got shape {tuple(x.shape)}."
+        )
+    if activation not in ("relu", None):
+        raise ValueError(f'batch_norm_act: activation must be "relu" or None, got {activation!r}.')
+    _check_op(x, {**per_channel, "residual": residual})
+    for name, tensor in per_channel.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.float32, x.dtype):
+            raise TypeError(
+                f"batch_norm_act: {name} must be float32 or have x's dtype {x.dtype}, "
+                f"got {tensor.dtype}."
+            )
+        if tensor.dim() != 1 or tensor.shape[0] != x.shape[1]:
+            raise ValueError(
+                f"batch_norm_act: {name} must have one value for each of the {x.shape[1]} "
+                f"channels of x, got shape {tuple(tensor.shape)}."
+            )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"batch_norm_act: residual must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
+            f"got {tuple(residual.shape)} and {residual.dtype}."
+        )
+
+
+def _moments(x: Tensor, group: Optional[ProcessGroup]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, M2 and count over the group, float64."""
+    channels = x.shape[1]
+    mean, m2, count = _statistics(x.detach()).split([channels, channels, 1])
+    if group is None:
+        return mean, m2, count
+    total = mean * count
+    packed = torch.cat([total, m2 + mean * total, count])
+    total, squares, count = _all_reduce(packed, group.group_name).split([channels, channels, 1])
+    count = count.clamp(min=1.0)
+    mean = total / count
+    return mean, (squares - mean * total).clamp(min=0.0), count
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Optional[Tensor] = None,
+    activation: Optional[str] = "relu",
+    group: Optional[ProcessGroup] = None,
+) -> Tensor:
+    """Batch normalisation, residual addition and activation (paper, appendix A, eq. 2).
+
+    Args:
+        x: B x C x ..., at least two dimensions, any memory format; float32, bfloat16, float16 or
+            float64. Contiguous and channels_last are read where they lie, other layouts copied.
+        weight, bias: C or None; float32 or x's dtype.
+        running_mean, running_var: C or None; float32 or x's dtype. Training moves them in place
+            towards the mean and the unbiased variance of the batch.
+        training: normalise with the statistics of the batch; otherwise with the running ones, as
+            constants in the backward pass.
+        momentum: weight of the new value in the running statistics. For a cumulative average pass
+            1 / (number of batches seen); None, as a layer may hold it, is an error.
+        eps: added to the variance.
+        residual: added before the activation; shape and dtype of x.
+        activation: "relu" or None.
+        group: in training, the processes whose batches are normalised as one. Their shares may be
+            unequal or empty, but each must call this, and its backward, as often as the others.
+
+    Returns:
+        y with the shape, dtype and memory format of x.
+
+    Raises:
+        TypeError: x is no tensor, or a dtype or `momentum` is not allowed.
+        ValueError: shapes or devices do not fit, the activation is unknown, running statistics are
+            missing in evaluation, or there is no more than one value per channel to train on.
+    """
+    per_channel = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    _check_inputs(x, per_channel, residual, activation)
+    features = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+    added = residual
+    if residual is not None:
+        added = residual.flatten(2) if x.dim() > 2 else residual[:, :, None]
+    dtype = accumulation_dtype(x)
+    count = None
+    if training:
+        if group is None and x.numel() // x.shape[1] < 2:
+            raise ValueError(
+                "batch_norm_act: training needs more than one value per channel, got x of shape "
+                f"{tuple(x.shape)}; the batch is too small."
+            )
+        with torch.no_grad():
+            mean, m2, count = _moments(features, group)
+            var = m2 / count
+            _update_running(running_mean, running_var, mean, m2, count, momentum)
+    elif running_mean is None or running_var is None:
+        raise ValueError(
+            "batch_norm_act: running_mean and running_var are needed when training is False."
+        )
+    else:
+        mean, var = running_mean, running_var.double()
+    y = _normalise(
+        features,
+        mean.to(dtype),
+        (var + eps).rsqrt().to(dtype),
+        count,
+        weight,
+        bias,
+        added,
+        activation == "relu",
+        "" if group is None else group.group_name,
+    )
+    return y.view(x.shape)
+
+
+def _update_running(
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    momentum: float,
+) -> None:
+    if running_mean is None and running_var is None:
+        return
+    if not isinstance(momentum, (int, float)):
+        raise TypeError(f"batch_norm_act: momentum must be a number, got {momentum!r}.")
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        unbiased = m2 / (count - 1).clamp(min=1.0)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)

@@ -1,0 +1,545 @@
+"""Bilinear upsampling joined with softmax cross-entropy, or with the arg-max over the classes.
+
+Letters: B images, C classes, h x w the low resolution of the logits, H x W that of the target.
+
+With U_h [H, h] and U_w [W, w] the matrices of bilinear interpolation (two entries a row), z the map of
+one class and v = U_h z U_w^T its upsampled values, the loss of pixel i with label t is
+
+    lse_i  = log sum_c exp v_ic
+    loss_i = (1 - e) m_t (lse_i - v_it) + (e / C) sum_c m_c (lse_i - v_ic)
+
+for class weights m (1 by default) and label smoothing e, as in torch.nn.functional.cross_entropy.
+With p_ic = exp(v_ic - lse_i), g_i = dL/dloss_i and r_i = (1 - e) m_t + (e / C) sum_c m_c,
+
+    dL/dv_ic = g_i (r_i p_ic - (1 - e) m_t [c = t] - (e / C) m_c)
+    dL/dz    = U_h^T (dL/dv) U_w
+
+v, p and dL/dv have B C H W entries and are never stored: they exist for one tile of output pixels at a
+time, small enough for the L2 cache (upsample_tiles.py). There are two ways through:
+
+- Per-pixel losses (reduction "none"): forward keeps lse, 4 B H W bytes, and backward makes v again.
+- Sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v is at hand,
+  and kept in fp32, 4 B C h w bytes; backward only scales it. On the CPU this takes two thirds of the
+  time of the first way. Bytes that reach memory (fp32 logits, uint8 labels): 4 B C h w + B H W read,
+  4 B C h w written; backward 4 B C h w each way.
+
+A softmax does not change when one number is subtracted from all classes of a low-resolution pixel, so
+each pixel's largest logit is subtracted first, on the small map. Interpolated values are then never
+positive, and unless some are below -RANGE no output pixel needs a maximum of its own.
+"""
+
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._namespace import add_op_namespace_prefix
+from .upsample_tiles import RANGE, Strip, TiledUpsampling
+
+_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Pixels(NamedTuple):
+    """What the loss of each pixel of a strip is made of; every map is H x X."""
+
+    index: Tensor  # label, int64, 0 where ignored
+    labelled: Tensor  # 1 or 0
+    label_rate: Tensor  # (1 - e) m_t, 0 where ignored
+    rate: Tensor  # r_i, 0 where ignored
+    spike: Tensor  # -label_rate / rate
+
+
+def _pixels(
+    target: Tensor, weight: Optional[Tensor], ignore_index: int, smoothing: float, like: Tensor
+) -> _Pixels:
+    classes = like.shape[-1]
+    index = target.to(torch.int64)
+    ignored = index == ignore_index
+    index = index.masked_fill(ignored, 0)
+    _check_labels(index, classes, ignore_index)
+    labelled = ignored.logical_not().to(like)
+    if weight is None:
+        label_rate, rate = labelled * (1 - smoothing), labelled
+    else:
+        label_rate = weight[index].mul_(labelled).mul_(1 - smoothing)
+        rate = label_rate + labelled * (weight.sum() * (smoothing / classes))
+    spike = (label_rate / rate).nan_to_num_(0).neg_()
+    return _Pixels(index, labelled, label_rate, rate, spike)
+
+
+def _check_labels(index: Tensor, classes: int, ignore_index: int) -> None:
+    # An accelerator is not asked: it would stall. There a wrong label is a device-side assertion.
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"upsample_cross_entropy: target holds the value {low if low < 0 else high}; for logits of "
+            f"{classes} classes it may hold 0 to {classes - 1} and ignore_index = {ignore_index}."
+        )
+
+
+def _exponentiate(values: Tensor, in_range: bool, total: Tensor, lse: Tensor) -> None:
+    """Turn values into exp(values - peak) in place; fill `total`, their sum over the classes, and lse."""
+    if in_range:
+        torch.sum(values.exp_(), 2, out=total)
+        torch.log(total, out=lse)
+        return
+    peak = values.amax(2, keepdim=True)
+    torch.sum(values.sub_(peak).clamp_(min=-RANGE).exp_(), 2, out=total)
+    torch.log(total, out=lse).add_(peak.squeeze(2))
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Loss and lse of each pixel, and, if asked for, the gradient of the sum of the losses."""
+    up = TiledUpsampling(logits, target.shape[1], target.shape[2], align_corners)
+    losses, lses = up.low.new_empty((2, *target.shape))
+    weight = None if weight is None else weight.detach().to(up.low)
+
+    def work(strip: Strip) -> Optional[Tensor]:
+        loss, lse = losses[strip.here], lses[strip.here]
+        pixels = _pixels(target[strip.here], weight, ignore_index, smoothing, up.low)
+        grad = strip.new_total() if with_grad else None
+        maps = (pixels.index.unsqueeze(2), pixels.rate.unsqueeze(1), pixels.spike, loss, lse)
+        for tile, *cut in zip(strip.tiles(), *map(strip.rows, maps)):
+            index, rate, spike, tile_loss, tile_lse = cut
+            total, first, second = tile.pixels
+            values = strip.expand(tile)
+            torch.gather(values, 2, index, out=first.unsqueeze(2))
+            _exponentiate(values, strip.in_range(tile), total, tile_lse)
+            torch.sub(tile_lse, first, out=tile_loss)
+            if grad is not None:
+                torch.mul(spike, total, out=second)
+                values.scatter_add_(2, index, second.unsqueeze(2))
+                strip.reduce(tile, torch.div(rate, total.unsqueeze(1)), grad)
+        loss.mul_(pixels.label_rate)
+        if smoothing:
+            mean = strip.expand_map(_class_mean(strip.low, weight))
+            loss.add_(lse * (pixels.rate - pixels.label_rate))
+            loss.sub_(mean.mul_(pixels.labelled), alpha=smoothing)
+            if grad is not None:
+                _subtract_smoothing(strip, pixels.labelled, weight, smoothing, grad)
+        return grad
+
+    parts = up.each_strip(work)
+    return losses, lses, _add_up(up, parts) if with_grad else None
+
+
+def _backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+) -> Tensor:
+    up = TiledUpsampling(logits, target.shape[1], target.shape[2], align_corners)
+    weight = None if weight is None else weight.detach().to(up.low)
+
+    def work(strip: Strip) -> Tensor:
+        pixels = _pixels(target[strip.here], weight, ignore_index, smoothing, up.low)
+        pixel_grad = grad_loss[strip.here].to(up.low)
+        factor = pixel_grad * pixels.rate
+        grad = strip.new_total()
+        maps = [m.unsqueeze(2) for m in (pixels.index, pixels.spike, lse[strip.here])]
+        maps.append(factor.unsqueeze(1))
+        for tile, *cut in zip(strip.tiles(), *map(strip.rows, maps)):
+            index, spike, tile_lse, tile_factor = cut
+            # exp(-RANGE) adds nothing to a gradient, and keeps denormals away.
+            values = strip.expand(tile).sub_(tile_lse).clamp_(min=-RANGE).exp_()
+            values.scatter_add_(2, index, spike)
+            strip.reduce(tile, tile_factor, grad)
+        if smoothing:
+            _subtract_smoothing(strip, pixel_grad * pixels.labelled, weight, smoothing, grad)
+        return grad
+
+    return _add_up(up, up.each_strip(work))
+
+
+def _add_up(up: TiledUpsampling, parts: list[tuple[Strip, Tensor]]) -> Tensor:
+    """The gradient B x C x h x w; neighbouring strips share low-resolution columns."""
+    grad = torch.zeros_like(up.low)
+    for strip, part in parts:
+        grad[strip.image, :, strip.columns.low] += part.view(strip.low.shape)
+    return grad.permute(0, 3, 1, 2)
+
+
+def _class_mean(low: Tensor, weight: Optional[Tensor]) -> Tensor:
+    return low.mean(2) if weight is None else (low * weight).mean(2)
+
+
+def _subtract_smoothing(
+    strip: Strip,
+    pixel_grad: Tensor,
+    weight: Optional[Tensor],
+    smoothing: float,
+    grad: Tensor,
+) -> None:
+    grad = grad.view(strip.low.shape)
+    low = strip.reduce_map(pixel_grad).mul_(smoothing / grad.shape[2]).unsqueeze(2)
+    grad.sub_(low if weight is None else low * weight)
+
+
+def _argmax(
+    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
+) -> tuple[Tensor, Tensor]:
+    up = TiledUpsampling(logits, height, width, align_corners)
+    shape = (len(logits), height, width)
+    labels = up.low.new_empty(shape, dtype=_label_dtype(logits.shape[1]))
+    probs = up.low.new_empty(shape if with_prob else (0,))
+
+    def work(strip: Strip) -> None:
+        tiles = strip.tiles()
+        prob = strip.rows(probs[strip.here]) if with_prob else tiles
+        for tile, tile_label, tile_prob in zip(tiles, strip.rows(labels[strip.here]), prob):
+            values = strip.expand(tile)
+            peak, index = values.max(2, keepdim=True)
+            tile_label.copy_(index.squeeze(2))
+            if with_prob:
+                values.sub_(peak).clamp_(min=-RANGE).exp_()
+                torch.reciprocal(values.sum(2), out=tile_prob)
+
+    up.each_strip(work)
+    return labels, probs
+
+
+def _label_dtype(classes: int) -> torch.dtype:
+    return torch.uint8 if classes <= 256 else torch.int64
+
+
+def _result_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: logits must be a tensor, got {type(logits).__name__}.")
+    if logits.dim() != 4 or 0 in logits.shape[1:]:
+        raise ValueError(
+            f"{name}: logits must be B x C x h x w with C, h, w >= 1, got shape {tuple(logits.shape)}."
+        )
+    if logits.dtype not in _LOGITS_DTYPES:
+        raise TypeError(
+            f"{name}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}."
+        )
+
+
+def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> None:
+    name = "upsample_cross_entropy"
+    _check_logits(name, logits)
+    if not isinstance(target, Tensor) or target.dtype not in (torch.uint8, torch.int64):
+        given = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"{name}: target must be a uint8 or int64 tensor, got {given}.")
+    if target.dim() != 3 or target.shape[0] != logits.shape[0] or 0 in target.shape[1:]:
+        raise ValueError(
+            f"{name}: target must be B x H x W with the B = {logits.shape[0]} of logits and "
+            f"H, W >= 1, got shape {tuple(target.shape)}."
+        )
+    if weight is not None and (weight.shape != logits.shape[1:2] or not weight.is_floating_point()):
+        raise ValueError(
+            f"{name}: weight must hold {logits.shape[1]} floating-point numbers, one a class, "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}."
+        )
+    for other, what in ((target, "target"), (weight, "weight")):
+        if other is not None and other.device != logits.device:
+            raise ValueError(f"{name}: {what} is on {other.device}, but logits on {logits.device}.")
+
+
+@torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_map"), mutates_args=())
+def _map_op(
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse of each pixel, B x H x W both."""
+    _check_inputs(logits, target, weight)
+    options = (weight, ignore_index, align_corners, smoothing)
+    # Autocast would reach into the body and run its products in half precision.
+    with torch.autocast(logits.device.type, enabled=False):
+        loss, lse, _ = _forward(logits, target, *options, with_grad=False)
+    return loss, lse
+
+
+@_map_op.register_fake
+def _map_fake(
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    _check_inputs(logits, target, weight)
+    loss = logits.new_empty(target.shape, dtype=_result_dtype(logits))
+    return loss, torch.empty_like(loss)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("upsample_cross_entropy_map_backward"), mutates_args=()
+)
+def _map_backward_op(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+) -> Tensor:
+    options = (weight, ignore_index, align_corners, smoothing)
+    with torch.autocast(logits.device.type, enabled=False):
+        grad = _backward(grad_loss, logits, target, lse, *options)
+    return torch.empty_like(logits).copy_(grad)
+
+
+@_map_backward_op.register_fake
+def _map_backward_fake(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _map_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, target, output[1], weight)
+
+
+def _map_autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    logits, target, lse, weight = ctx.saved_tensors
+    grad = _map_backward_op(grad_loss, logits, target, lse, weight, *ctx.options)
+    return grad, None, None, None, None, None
+
+
+_map_op.register_autograd(_map_autograd, setup_context=_map_setup_context)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_sum"), mutates_args=())
+def _sum_op(
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, float64, and its gradient with respect to logits (empty if not asked)."""
+    _check_inputs(logits, target, weight)
+    options = (weight, ignore_index, align_corners, smoothing)
+    with torch.autocast(logits.device.type, enabled=False):
+        loss, _, grad = _forward(logits, target, *options, with_grad=with_grad)
+    total = loss.sum(dtype=torch.float64)
+    if grad is None:
+        return total, loss.new_empty(0)
+    return total, torch.empty_like(logits, dtype=loss.dtype).copy_(grad)
+
+
+@_sum_op.register_fake
+def _sum_fake(
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_inputs(logits, target, weight)
+    dtype = _result_dtype(logits)
+    grad = torch.empty_like(logits, dtype=dtype) if with_grad else logits.new_empty(0, dtype=dtype)
+    return logits.new_empty((), dtype=torch.float64), grad
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("upsample_cross_entropy_sum_backward"), mutates_args=()
+)
+def _sum_backward_op(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(grad, grad_total.to(grad.dtype)).to(dtype, copy=False)
+
+
+@_sum_backward_op.register_fake
+def _sum_backward_fake(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype)
+
+
+def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _sum_autograd(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    (grad,) = ctx.saved_tensors
+    return _sum_backward_op(grad_total, grad, ctx.dtype), None, None, None, None, None, None
+
+
+_sum_op.register_autograd(_sum_autograd, setup_context=_sum_setup_context)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("upsample_argmax"), mutates_args=())
+def _argmax_op(
+    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
+) -> tuple[Tensor, Tensor]:
+    """Label map, B x H x W, and the probability of the label (empty if not asked for)."""
+    _check_logits("upsample_argmax", logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        return _argmax(logits, height, width, align_corners, with_prob)
+
+
+@_argmax_op.register_fake
+def _argmax_fake(
+    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
+) -> tuple[Tensor, Tensor]:
+    _check_logits("upsample_argmax", logits)
+    shape = (logits.shape[0], height, width)
+    label = logits.new_empty(shape, dtype=_label_dtype(logits.shape[1]))
+    return label, logits.new_empty(shape if with_prob else (0,), dtype=_result_dtype(logits))
+
+
+# Counted: the multiplications and additions of the interpolation, of its two taps a direction.
+
+
+@register_flop_formula(_map_op._opoverload.overloadpacket)
+def _map_flops(logits: Any, target: Any, *_: Any, **__: Any) -> int:
+    images, classes, low_height, _ = logits
+    return int(4 * images * classes * target[2] * (low_height + target[1]))
+
+
+@register_flop_formula(_map_backward_op._opoverload.overloadpacket)
+def _map_backward_flops(grad_loss: Any, logits: Any, target: Any, *_: Any, **__: Any) -> int:
+    return 2 * _map_flops(logits, target)
+
+
+@register_flop_formula(_sum_op._opoverload.overloadpacket)
+def _sum_flops(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+    with_grad: bool,
+    **_: Any,
+) -> int:
+    return (2 if with_grad else 1) * _map_flops(logits, target)
+
+
+@register_flop_formula(_argmax_op._opoverload.overloadpacket)
+def _argmax_flops(logits: Any, height: int, width: int, *_: Any, **__: Any) -> int:
+    return _map_flops(logits, (logits[0], height, width))
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = 255,
+    align_corners: bool = True,
+    weight: Optional[Tensor] = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of bilinearly upsampled logits, without the upsampled logits ever in memory.
+
+    Equal to `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), target)` with the same
+    options, except that a target without any labelled pixel gives loss 0 and gradient 0, not NaN.
+    It can be differentiated once, with respect to `logits`. Logits must be finite.
+
+    Args:
+        logits: B x C x h x w in any memory format; float32, bfloat16, float16 or float64.
+        target: B x H x W, uint8 or int64, class indices 0 to C - 1 or `ignore_index`. H x W is the size
+            upsampled to; any size is allowed, h x w and smaller ones included.
+        ignore_index: the value of pixels that count nowhere.
+        align_corners: as in `F.interpolate`; the size of the logits must fit it.
+        weight: C non-negative numbers, one a class, or None; gets no gradient.
+        label_smoothing: share of the label spread over all classes, 0 to 1.
+        reduction: "mean" divides the sum by the labelled pixels, each with the weight of its label;
+            "sum"; or "none", the losses of all pixels, 0 where ignored.
+
+    Returns:
+        float32 (float64 for float64 logits), a scalar, or B x H x W for reduction "none".
+
+    Raises:
+        TypeError: logits or target are no tensors or of a dtype that is not allowed.
+        ValueError: shapes, devices or options that do not fit; on the CPU also a label outside 0 to
+            C - 1 that is not `ignore_index` (on a GPU a device-side assertion, as in PyTorch).
+    """
+    name = "upsample_cross_entropy"
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{name}: label_smoothing must be 0 to 1, got {label_smoothing}.")
+    _check_inputs(logits, target, weight)
+    options = (weight, ignore_index, align_corners, float(label_smoothing))
+    if reduction == "none":
+        return _map_op(logits, target, *options)[0]
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    total, _ = _sum_op(logits, target, *options, with_grad)
+    if reduction == "mean":
+        total = total / _total_weight(target, weight, ignore_index)
+    return total.to(_result_dtype(logits))
+
+
+def _total_weight(target: Tensor, weight: Optional[Tensor], ignore_index: int) -> Tensor:
+    """Sum of the class weights of the labelled pixels, float64; 1 if it is 0."""
+    index = target.to(torch.int64)
+    labelled = index != ignore_index
+    if weight is None:
+        total = labelled.sum().to(torch.float64)
+    else:
+        total = (weight.detach().double()[index.where(labelled, 0)] * labelled).sum()
+    return total.where(total > 0, 1.0)
+
+
+def upsample_argmax(
+    logits: Tensor,
+    size: tuple[int, int],
+    *,
+    align_corners: bool = True,
+    return_prob: bool = False,
+) -> Union[Tensor, tuple[Tensor, Tensor]]:
+    """The most likely class of each pixel of bilinearly upsampled logits, which are never in memory.
+
+    Args:
+        logits: B x C x h x w in any memory format; float32, bfloat16, float16 or float64. Finite.
+        size: H and W, at least 1.
+        align_corners: as in `F.interpolate`.
+        return_prob: also return the softmax probability of that class.
+
+    Returns:
+        Labels, B x H x W, uint8 if C <= 256 and otherwise int64; with `return_prob` the tuple of
+        labels and probabilities, B x H x W float32 (float64 for float64 logits). No gradients.
+
+    Raises:
+        TypeError: logits are no tensor or of a dtype that is not allowed.
+        ValueError: logits are not B x C x h x w, or a size below 1.
+    """
+    _check_logits("upsample_argmax", logits)
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"upsample_argmax: size must be at least 1 x 1, got {height} x {width}.")
+    label, prob = _argmax_op(logits.detach(), height, width, align_corners, return_prob)
+    return (label, prob) if return_prob else label

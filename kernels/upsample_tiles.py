@@ -1,0 +1,242 @@
+"""Bilinear upsampling a tile at a time, in plain PyTorch, for work on maps too large to store.
+
+Upsampling is separable: values = U_h z U_w^T with one small matrix a direction, two entries a row. A
+tile of output pixels needs a few low-resolution rows and columns alone, and is made by two matrix
+products: first along the width, for those few rows, then along the height. Classes come last, so
+that a pixel's classes are neighbours in memory.
+
+Letters: a tile has R x X output pixels of C classes, made of k x m low-resolution pixels.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+# exp(-60) is far below the rounding of a sum that is at least 1, and far above the numbers (about
+# exp(-87) in fp32) at which exp and every product become a hundred times slower: denormals.
+RANGE = 60.0
+
+# Entries of one tile: with the scratch beside it, about what a 2 MB L2 cache holds in fp32.
+TILE_ENTRIES = 288 * 1024
+# Tiles of fewer classes are kept small, because the matrix products cost more the larger a tile is.
+TILE_PIXELS = 8192
+# On an accelerator a tile only bounds the memory.
+TILE_ENTRIES_ACCELERATOR = 16 * 1024 * 1024
+
+# Between two PyTorch calls a worker holds Python's lock; more than this many wait for one another.
+WORKERS = 8
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Span(NamedTuple):
+    """A run of output rows (or columns) and the low-resolution ones it is interpolated from."""
+
+    full: slice
+    low: slice
+    weight: Tensor  # [full, low]
+
+
+class Tile(NamedTuple):
+    """Some rows of a strip, with the strip's scratch memory in the shapes they need.
+
+    A call into PyTorch costs more than the work on a small map, so every view is made once.
+    """
+
+    low: slice
+    weight: Tensor  # [R, k]
+    weight_t: Tensor  # [k, R]
+    values: Tensor  # [R, X, C]
+    values_flat: Tensor  # [R, X C]
+    factors: Tensor  # [R, m, X]
+    narrow: Tensor  # [R, m, C]
+    narrow_flat: Tensor  # [R, m C]
+    pixels: tuple[Tensor, Tensor, Tensor]  # each [R, X]
+
+
+def spans(low: int, full: int, longest: int, align_corners: bool, like: Tensor) -> list[Span]:
+    """Cut `full` outputs interpolated from `low` inputs into runs of at most `longest`."""
+    if align_corners:
+        slope, offset = (low - 1) / max(full - 1, 1), 0.0
+    else:
+        slope, offset = low / full, 0.5 * low / full - 0.5
+    count = -(-full // longest)
+    edges = [full * i // count for i in range(count + 1)]
+    result = []
+    for start, stop in zip(edges, edges[1:]):
+        first, last = (int(min(max(slope * i + offset, 0), low - 1)) for i in (start, stop - 1))
+        last = min(last + 1, low - 1)
+        source = torch.arange(start, stop, dtype=torch.float64).mul_(slope).add_(offset)
+        source = source.clamp_(0, low - 1)
+        distance = source[:, None] - torch.arange(first, last + 1, dtype=torch.float64)
+        weight = (1 - distance.abs_()).clamp_(min=0).to(like)
+        result.append(Span(slice(start, stop), slice(first, last + 1), weight))
+    return result
+
+
+def tile_shape(height: int, width: int, classes: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of the largest tile."""
+    if device.type == "cpu":
+        pixels = min(TILE_ENTRIES * _threads_each() // classes, TILE_PIXELS)
+    else:
+        pixels = TILE_ENTRIES_ACCELERATOR // classes
+    pixels = max(pixels, 64)
+    columns = min(width, math.isqrt(pixels // 2))
+    return min(height, pixels // columns), columns
+
+
+class TiledUpsampling:
+    """Low-resolution logits, ready to be upsampled a strip of columns at a time.
+
+    The largest logit of each low-resolution pixel is subtracted from the pixel, which no softmax
+    notices; so every value is at most 0.
+
+    Args:
+        logits: B x C x h x w, floating point.
+        height, width: The size H x W upsampled to.
+        align_corners: As in torch.nn.functional.interpolate.
+    """
+
+    def __init__(self, logits: Tensor, height: int, width: int, align_corners: bool) -> None:
+        _, classes, low_height, low_width = logits.shape
+        self.low = _classes_last(logits)  # [B, h, w, C]
+        self.low.sub_(self.low.amax(3, keepdim=True))
+        rows, columns = tile_shape(height, width, classes, logits.device)
+        self.rows = spans(low_height, height, rows, align_corners, self.low)
+        self.columns = spans(low_width, width, columns, align_corners, self.low)
+        # Asking an accelerator would stall it, so there the values are never taken for granted.
+        self._floor = self.low.amin(3) if logits.device.type == "cpu" else None
+        self._safe = self._floor is not None and bool((self._floor >= -RANGE).all())
+
+    def each_strip(self, work: Callable[["Strip"], _Result]) -> list[tuple["Strip", _Result]]:
+        """Call `work` with every strip of every image, on a CPU several at a time."""
+        places = [(i, c) for i in range(len(self.low)) for c in self.columns]
+
+        def start(place: tuple[int, Span]) -> tuple["Strip", _Result]:
+            strip = Strip(self, *place)
+            return strip, work(strip)
+
+        if self.low.device.type == "cpu":
+            return _in_threads(start, places)
+        return [start(place) for place in places]
+
+    def in_range(self, image: int, rows: slice, columns: slice) -> bool:
+        """Whether no value made of these can be below -RANGE, so that exp needs no further care."""
+        if self._safe or self._floor is None:
+            return self._safe
+        return bool((self._floor[image, rows, columns] >= -RANGE).all())
+
+
+class Strip:
+    """A run of columns of one upsampled image, worked through in tiles from the top."""
+
+    def __init__(self, up: TiledUpsampling, image: int, columns: Span) -> None:
+        self.image = image
+        self.columns = columns
+        self.low = up.low[image, :, columns.low]  # [h, m, C]
+        self._up = up
+        self._weight_t = columns.weight.t()
+        weight = columns.weight.expand(len(self.low), *columns.weight.shape)
+        self._wide = torch.bmm(weight, self.low).flatten(1)  # [h, X C]
+
+    @property
+    def here(self) -> tuple[int, slice, slice]:
+        """The index of the strip in a map B x H x W."""
+        return self.image, slice(None), self.columns.full
+
+    def rows(self, strip: Tensor) -> Sequence[Tensor]:
+        """The tiles of a map [H, ...] of the strip, as views."""
+        return strip.split([len(s.weight) for s in self._up.rows])
+
+    def tiles(self) -> list[Tile]:
+        columns, m = self.columns.weight.shape
+        classes = self.low.shape[2]
+        most = max(len(s.weight) for s in self._up.rows)
+        values = self.low.new_empty(most, columns, classes)
+        factors = self.low.new_empty(most, m, columns)
+        narrow = self.low.new_empty(most, m, classes)
+        pixels = self.low.new_empty(3, most, columns)
+        scratch = {}
+        for rows in {len(s.weight) for s in self._up.rows}:
+            v, f, n = values[:rows], factors[:rows], narrow[:rows]
+            first, second, third = pixels[:, :rows]
+            scratch[rows] = (v, v.flatten(1), f, n, n.flatten(1), (first, second, third))
+        return [
+            Tile(s.low, s.weight, s.weight.t(), *scratch[len(s.weight)]) for s in self._up.rows
+        ]
+
+    def in_range(self, tile: Tile) -> bool:
+        return self._up.in_range(self.image, tile.low, self.columns.low)
+
+    def expand(self, tile: Tile) -> Tensor:
+        """The upsampled values of the tile, [R, X, C]; the next call overwrites them."""
+        torch.mm(tile.weight, self._wide[tile.low], out=tile.values_flat)
+        return tile.values
+
+    def new_total(self) -> Tensor:
+        """Zeros for `reduce` to add to, [h, m C]."""
+        return torch.zeros_like(self.low, memory_format=torch.contiguous_format).flatten(1)
+
+    def reduce(self, tile: Tile, factor: Tensor, total: Tensor) -> None:
+        """Add the transposed interpolation of factor [R, 1, X] times the values to `total`."""
+        # The factor goes into the small matrix, which spares a pass over the values.
+        torch.mul(self._weight_t, factor, out=tile.factors)
+        torch.bmm(tile.factors, tile.values, out=tile.narrow)
+        total[tile.low].addmm_(tile.weight_t, tile.narrow_flat)
+
+    def expand_map(self, low: Tensor) -> Tensor:
+        """A single map [h, m] upsampled, [H, X]."""
+        wide = low @ self._weight_t
+        return torch.cat([span.weight @ wide[span.low] for span in self._up.rows])
+
+    def reduce_map(self, full: Tensor) -> Tensor:
+        """The transposed interpolation of a single map [H, X], [h, m]."""
+        low = full.new_zeros(self.low.shape[:2])
+        for span, part in zip(self._up.rows, self.rows(full)):
+            low[span.low].addmm_(span.weight.t(), part @ self.columns.weight)
+        return low
+
+
+def _threads_each() -> int:
+    return max(torch.get_num_threads() // WORKERS, 1)
+
+
+def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Call `work` for all items in threads, each computing with its share of PyTorch's threads.
+
+    The operations of a tile are short. Split over all cores one by one they would meet two thousand
+    times a call, and where another process (a data loader) has a core, each meeting waits for it.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, WORKERS, len(items))
+    if workers <= 1:
+        return [work(item) for item in items]
+    inference = torch.is_inference_mode_enabled()
+
+    def call(item: _Item) -> _Result:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(item)
+
+    try:
+        # The setting counts for the thread that makes it, and for threads started later.
+        share = max(threads // workers, 1)
+        with ThreadPoolExecutor(workers, "upsample", torch.set_num_threads, (share,)) as pool:
+            return list(pool.map(call, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _classes_last(logits: Tensor) -> Tensor:
+    """A copy in B x h x w x C, in fp32 (fp64 for fp64)."""
+    batch, classes, height, width = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    low = torch.empty((batch, height, width, classes), dtype=dtype, device=logits.device)
+    # Copying image by image as a matrix reaches PyTorch's blocked transposition.
+    for source, copy in zip(logits.detach(), low):
+        copy.flatten(0, 1).copy_(source.flatten(1).t())
+    return low
