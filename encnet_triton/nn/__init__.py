@@ -1,0 +1,19 @@
+"""Layers and losses: use them in your own network, or through ``encnet_triton.models``."""
+
+from encnet_triton.nn.context import ContextEncoding
+from encnet_triton.nn.encoding import Encoding, ShakeEncoding
+from encnet_triton.nn.losses import LossTerms, SegmentationLoss, presence_target
+from encnet_triton.nn.norm import BatchNormAct1d, BatchNormAct2d, set_norm_impl, set_sync_group
+
+__all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "ContextEncoding",
+    "Encoding",
+    "LossTerms",
+    "SegmentationLoss",
+    "ShakeEncoding",
+    "presence_target",
+    "set_norm_impl",
+    "set_sync_group",
+]

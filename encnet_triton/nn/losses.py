@@ -1,0 +1,176 @@
+"""Segmentation loss: per-pixel cross-entropy, SE loss, auxiliary loss (paper, sections 2, 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encnet_triton.kernels import upsample_cross_entropy
+from encnet_triton.nn.arguments import check_count, check_probability
+
+if TYPE_CHECKING:
+    from encnet_triton.models.output import SegmentationOutput
+
+
+class LossTerms(NamedTuple):
+    """Scalars on the logits' device; ``total`` is what to differentiate.
+
+    ``se`` and ``aux`` are the sums of their branches before weighting, 0 where there is none.
+    """
+
+    total: Tensor
+    segmentation: Tensor
+    se: Tensor
+    aux: Tensor
+
+
+def presence_target(target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """Which classes each image contains: the ground truth of the SE loss.
+
+    Made on the target's device without a loop over images and without waiting for the device.
+
+    Args:
+        target: B x H x W labels, uint8 or int64. ``ignore_index`` and values outside
+            [0, num_classes) mark no class.
+        num_classes: n.
+        ignore_index: label of pixels to leave out.
+
+    Returns:
+        B x n float32 of zeros and ones.
+    """
+    labels = target.flatten(1).long()
+    counted = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    present = torch.zeros(len(labels), num_classes + 1, device=target.device)
+    # The last column takes the pixels that count for no class.
+    return present.scatter_(1, labels.where(counted, num_classes), 1.0)[:, :num_classes]
+
+
+class SegmentationLoss(nn.Module):
+    """CE(segmentation) + se_weight sum of BCE(SE branches) + aux_weight CE(auxiliary head).
+
+    Cross-entropies are taken on logits upsampled bilinearly to the target, summed over the labelled
+    pixels and divided by ``pixels``; the SE loss is the mean over classes of the binary
+    cross-entropy with `presence_target`, summed over images and divided by ``images``.
+
+    For N processes whose gradients are averaged, or accumulation steps whose gradients are summed,
+    pass as ``pixels`` and ``images`` the totals of the global batch, divided by N: the resulting
+    gradient is that of one process with the whole batch.
+
+    Args:
+        num_classes: n.
+        ignore_index: label of pixels that count nowhere.
+        se_weight: alpha of the paper's figure 5, for every SE branch.
+        aux_weight: weight of the auxiliary head; the released recipes have 0.2.
+        align_corners: of the upsampling; take the model's.
+        class_weight: n weights of the segmentation and auxiliary cross-entropy.
+        label_smoothing: of the same, in [0, 1).
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int = 255,
+        se_weight: float = 0.2,
+        aux_weight: float = 0.0,
+        align_corners: bool = True,
+        class_weight: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_count("num_classes", num_classes)
+        check_probability("label_smoothing", label_smoothing)
+        for argument, value in (("se_weight", se_weight), ("aux_weight", aux_weight)):
+            if value < 0:
+                raise ValueError(f"{argument} is {value}, but must not be negative")
+        if class_weight is not None:
+            class_weight = torch.as_tensor(class_weight, dtype=torch.float32)
+            if class_weight.shape != (num_classes,):
+                raise ValueError(
+                    f"class_weight has shape {tuple(class_weight.shape)}, but {num_classes} "
+                    f"classes need {num_classes} weights"
+                )
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.se_weight = se_weight
+        self.aux_weight = aux_weight
+        self.align_corners = align_corners
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def forward(
+        self,
+        output: SegmentationOutput,
+        target: Tensor,
+        *,
+        pixels: Tensor | float | None = None,
+        images: Tensor | float | None = None,
+    ) -> LossTerms:
+        """The loss terms of one micro-batch.
+
+        Args:
+            output: what the model returned.
+            target: B x H x W labels at full resolution, uint8 or int64.
+            pixels: divisor of the cross-entropy sums; default `pixels_in` of this target.
+            images: divisor of the SE sums; default B.
+        """
+        if pixels is None:
+            pixels = self.pixels_in(target)
+        segmentation = self._cross_entropy(output.logits, target, pixels)
+        total = segmentation
+        se = segmentation.new_zeros(())
+        aux = segmentation.new_zeros(())
+        if output.se:
+            se = self._se(output.se, target, len(target) if images is None else images)
+            total = total + self.se_weight * se
+        if output.aux is not None:
+            aux = self._cross_entropy(output.aux, target, pixels)
+            total = total + self.aux_weight * aux
+        return LossTerms(total, segmentation, se, aux)
+
+    def pixels_in(self, target: Tensor) -> Tensor:
+        """Labelled pixels of a target, each counted with its class's weight: 0-d float64."""
+        labelled = target != self.ignore_index
+        if self.class_weight is None:
+            return labelled.sum(dtype=torch.float64)
+        weight = self.class_weight.double()[target.long().where(labelled, 0)]
+        return (weight * labelled).sum()
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor, pixels: Tensor | float) -> Tensor:
+        weight = self.class_weight
+        if weight is not None:
+            weight = weight.to(torch.promote_types(logits.dtype, torch.float32))
+        loss: Tensor = upsample_cross_entropy(
+            logits,
+            target,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        return _divide(loss, pixels)
+
+    def _se(self, branches: Sequence[Tensor], target: Tensor, images: Tensor | float) -> Tensor:
+        present = presence_target(target, self.num_classes, self.ignore_index)
+        dtype = torch.promote_types(branches[0].dtype, torch.float32)
+        logits = torch.stack([branch.to(dtype) for branch in branches])
+        present = present.to(dtype).expand_as(logits)
+        loss = F.binary_cross_entropy_with_logits(logits, present, reduction="sum")
+        return _divide(loss, images) / self.num_classes
+
+
+def _divide(total: Tensor, count: Tensor | float) -> Tensor:
+    """total / count in total's dtype, and total (which is then 0) where count is 0."""
+    # A 0-d float64 count would otherwise turn the loss into float64.
+    if isinstance(count, Tensor):
+        count = count.to(total.device, total.dtype)
+    else:
+        count = torch.full((), count, dtype=total.dtype, device=total.device)
+    return total / count.where(count > 0, 1)
