@@ -1,0 +1,70 @@
+"""Data sets, augmentation and loaders.
+
+`create_dataset` makes a data set by name; `Augment` makes training crops; `TrainLoader` and
+`eval_samples` feed a network.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+from encnet_triton.data.augment import Augment
+from encnet_triton.data.base import DataError, Dataset, Sample, decode, default_palette, mean_colour
+from encnet_triton.data.folder import Folder
+from encnet_triton.data.loader import Batch, TrainLoader, eval_samples
+from encnet_triton.data.scenes import Scenes
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Folder",
+    "Sample",
+    "Scenes",
+    "TrainLoader",
+    "create_dataset",
+    "decode",
+    "default_palette",
+    "eval_samples",
+    "mean_colour",
+]
+
+DATASETS: dict[str, type] = {"scenes": Scenes, "folder": Folder}
+"""Data sets by name. One whose constructor takes `root` reads files; the others are drawn."""
+
+
+def create_dataset(
+    name: str, split: str, root: str | os.PathLike[str] | None = None, **options: Any
+) -> Dataset:
+    """Make the `split` ("train", "val") of a data set.
+
+    Args:
+        name: one of `DATASETS`.
+        root: its folder; needed by data sets that read files, not allowed for those that are drawn.
+        options: further arguments of the data set's class.
+
+    Raises DataError for an unknown name, split or option, and for files that are missing or do not
+    fit.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    maker = DATASETS[name]
+    parameters = list(inspect.signature(maker).parameters)
+    allowed = [p for p in parameters if p not in ("root", "split")]
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise DataError(
+            f"data set {name!r} has no option {unknown[0]!r}; it has {', '.join(allowed)}"
+        )
+    if "root" in parameters:
+        if root is None:
+            raise DataError(f"data set {name!r} reads files: give its folder (root)")
+        options["root"] = root
+    elif root is not None:
+        raise DataError(f"data set {name!r} is drawn and has no folder, but {root} was given")
+    dataset: Dataset = maker(split=split, **options)
+    return dataset

@@ -1,0 +1,132 @@
+"""What a data set is to the rest of the package, and what all data sets share.
+
+A data set is a sequence of `Sample`s plus the facts that a model trained on it must carry along:
+class names, palette, mean and standard deviation. Labels are uint8 everywhere: 0..n-1 are classes,
+255 is ignored.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MAX_CLASSES",
+    "UNREADABLE",
+    "DataError",
+    "Dataset",
+    "Sample",
+    "decode",
+    "default_palette",
+    "mean_colour",
+]
+
+IGNORE_INDEX = 255
+# One uint8 value is the ignored label and one marks a bad value while a label is checked.
+MAX_CLASSES = 254
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Pillow raises any of these for a file that is cut short or damaged, depending on format and place
+# of the damage.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+
+
+class DataError(ValueError):
+    """A file or option of a data set cannot be used; the message is one sentence for the user."""
+
+
+class Sample(NamedTuple):
+    """One image and its label map.
+
+    `image` is a PIL image in RGB (any mode that `decode` takes, and perhaps not decoded yet, when
+    it comes from `Dataset.open`); `label` is uint8, H x W, of the image's size.
+    """
+
+    image: Image.Image
+    label: NDArray[np.uint8]
+
+
+class Dataset(Protocol):
+    """Interface of every data set. Objects must be picklable: loader workers get a copy."""
+
+    classes: tuple[str, ...]
+    """Names of the n classes, in the order of their label values."""
+    palette: NDArray[np.uint8]
+    """n x 3 RGB colours for label maps."""
+    ignore_index: int
+    """The label value that is no class, always 255."""
+    mean: tuple[float, float, float]
+    """RGB mean for normalisation, in 0..1."""
+    std: tuple[float, float, float]
+    """RGB standard deviation for normalisation, in 0..1."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The decoded sample; DataError if a file is missing, damaged or does not fit."""
+        ...
+
+    def open(self, index: int) -> Sample:
+        """As `__getitem__`, but the image may be undecoded, to be decoded at a smaller scale."""
+        ...
+
+    def name_of(self, index: int) -> str:
+        """What a person would look for: the image's path, or the split and number of drawn data."""
+        ...
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Decode an opened image to RGB.
+
+    Raises DataError, naming the file, for one that is cut short, damaged, or not 8 bits a channel.
+    """
+    name = getattr(image, "filename", "") or "image"
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise DataError(
+            f"{name}: pixel format {image.mode!r} is not supported; "
+            "images must have 8 bits a channel"
+        )
+    try:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except UNREADABLE as error:
+        raise DataError(f"{name}: the image is truncated or damaged ({error})") from error
+
+
+def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The RGB mean (0..1) as a uint8 colour, for the area outside an augmented image."""
+    red, green, blue = (round(255 * channel) for channel in mean)
+    return red, green, blue
+
+
+def default_palette(count: int) -> NDArray[np.uint8]:
+    """`count` x 3 distinct RGB colours, always the same; used where a data set brings none."""
+    # Hue by the golden ratio keeps any prefix of the list well spread; brightness alternates
+    # between neighbours.
+    hue = (0.58 + 0.618034 * np.arange(count)) % 1.0
+    value = np.array([0.92, 0.62, 0.78])[np.arange(count) % 3]
+    saturation = np.array([0.60, 0.75, 0.45])[(np.arange(count) // 3) % 3]
+    channel = np.abs((hue[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
+    colour = value[:, None] * (1 + saturation[:, None] * (np.clip(channel, 0, 1) - 1))
+    palette: NDArray[np.uint8] = np.round(255 * colour).astype(np.uint8)
+    return palette

@@ -1,0 +1,285 @@
+"""Loaders: augmented batches for training, and every image once for evaluation.
+
+Randomness is counted, not carried: which samples an optimiser step sees depends on (seed, epoch,
+step), and how a sample is augmented on (seed, epoch, index). Neither knows of workers, ranks or
+accumulation, so a resumed run, or one with other numbers of them, sees the same samples.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from encnet_triton.data.base import DataError, Dataset, Sample
+
+__all__ = ["Augmentation", "Batch", "TrainLoader", "eval_samples"]
+
+Augmentation = Callable[
+    [Image.Image, NDArray[np.uint8], np.random.Generator],
+    tuple[NDArray[np.uint8], NDArray[np.uint8]],
+]
+Key = tuple[int, int]
+
+_ORDER, _AUGMENT = 0, 1  # what a random stream is for
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank.
+
+    images: uint8, B x 3 x H x W, channels_last. labels: uint8, B x H x W. names: where each sample
+        came from.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Carries a sentence out of a worker, where an exception would become a traceback."""
+
+    message: str
+
+
+def _epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, _ORDER, epoch)).permutation(length)
+
+
+class _Keys:
+    """Endless batch sampler: lists of (epoch, index) for one rank, from `start` through all epochs.
+
+    Running on past the end of an epoch keeps the workers busy while the last steps of it are
+    trained and validated.
+    """
+
+    def __init__(
+        self, length: int, steps: int, shape: tuple[int, int, int], rank: int, seed: int
+    ) -> None:
+        self.length = length
+        self.steps = steps
+        self.shape = shape  # accumulation, world size, images of one micro-batch
+        self.rank = rank
+        self.seed = seed
+        self.start: Key = (0, 0)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, first = self.start
+        size = int(np.prod(self.shape))
+        while True:
+            order = _epoch_order(self.seed, epoch, self.length)
+            for step in range(first, self.steps):
+                indices = order[step * size : (step + 1) * size].reshape(self.shape)
+                for micro in indices[:, self.rank]:
+                    yield [(epoch, index) for index in micro.tolist()]
+            epoch, first = epoch + 1, 0
+
+
+class _AugmentedBatches(torch_data.Dataset[Any]):
+    """Makes the batch of a list of keys; this is what runs in the workers."""
+
+    def __init__(self, dataset: Dataset, augment: Augmentation, seed: int) -> None:
+        self.dataset = dataset
+        self.augment = augment
+        self.seed = seed
+
+    def __getitems__(self, keys: list[Key]) -> Batch | _Failure:
+        try:
+            return self._batch(keys)
+        except DataError as error:
+            return _Failure(str(error))
+
+    def _batch(self, keys: list[Key]) -> Batch:
+        images = labels = torch.empty(0, dtype=torch.uint8)
+        for place, (epoch, index) in enumerate(keys):
+            rng = np.random.default_rng((self.seed, _AUGMENT, epoch, index))
+            image, label = self.augment(*self.dataset.open(index), rng)
+            if place == 0:
+                images = torch.empty((len(keys), *image.shape), dtype=torch.uint8)
+                labels = torch.empty((len(keys), *label.shape), dtype=torch.uint8)
+            images.numpy()[place] = image
+            labels.numpy()[place] = label
+        names = [self.dataset.name_of(index) for _, index in keys]
+        return Batch(images.permute(0, 3, 1, 2), labels, names)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    # A scheduler or a terminal signals the whole process group. The trainer alone answers, saves,
+    # and then ends its workers; a worker that died first would look like a crash.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _close(loader: weakref.ref[TrainLoader]) -> None:
+    living = loader()
+    if living is not None:
+        living.close()
+
+
+class TrainLoader:
+    """Shuffled, augmented batches, with workers that live as long as the loader.
+
+    Args:
+        dataset: what to draw from.
+        augment: called with (image, label, generator), for example an `Augment`. All results have
+            one size.
+        batch_size: images of one optimiser step over all ranks and accumulation steps.
+        seed: not negative.
+        workers: processes that prepare batches for this rank; 0 prepares them in the caller's
+            process.
+        rank, world_size: this process and the number of processes.
+        accumulation: micro-batches of one optimiser step.
+        pin_memory: put batches into page-locked memory, for copies to a GPU.
+        context: how worker processes start: "fork", "spawn", "forkserver", or None for the
+            platform's default.
+
+    Raises ValueError where the batch cannot be divided evenly, and DataError where the data set has
+    fewer images than one batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        augment: Augmentation,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        pin_memory: bool = False,
+        context: str | None = None,
+    ) -> None:
+        if min(batch_size, world_size, accumulation) < 1:
+            raise ValueError(
+                f"batch_size {batch_size}, world_size {world_size} and accumulation {accumulation} "
+                "must be at least 1"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be within 0..{world_size - 1}, got {rank}")
+        if seed < 0 or workers < 0:
+            raise ValueError(f"seed {seed} and workers {workers} must not be negative")
+        if batch_size % (world_size * accumulation):
+            raise ValueError(
+                f"batch_size {batch_size} cannot be divided evenly over {world_size} processes x "
+                f"{accumulation} accumulation steps = {world_size * accumulation}"
+            )
+        self._steps = len(dataset) // batch_size
+        if self._steps == 0:
+            raise DataError(
+                f"the training set has {len(dataset)} images, fewer than one batch of "
+                f"{batch_size}; lower batch_size or add images"
+            )
+        self._accumulation = accumulation
+        shape = (accumulation, world_size, batch_size // (world_size * accumulation))
+        self._keys = _Keys(len(dataset), self._steps, shape, rank, seed)
+        self._loader = torch_data.DataLoader(
+            _AugmentedBatches(dataset, augment, seed),
+            batch_sampler=self._keys,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            persistent_workers=workers > 0,
+            multiprocessing_context=context if workers > 0 else None,
+            generator=torch.Generator(),  # else every iterator draws from the network's generator
+        )
+        self._stream: Iterator[Batch | _Failure] | None = None
+        self._next: Key | None = None  # what the stream yields next, if it is whole
+        # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait.
+        atexit.register(_close, weakref.ref(self))
+
+    def __len__(self) -> int:
+        """Optimiser steps of an epoch; the last partial batch is dropped."""
+        return self._steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Yield the `accumulation` micro-batches of each optimiser step from `start_step` on.
+
+        Consecutive epochs are one stream: the workers prepare the next one while this one ends. A
+        data set's error is raised here as DataError with its sentence.
+        """
+        if epoch < 0 or not 0 <= start_step <= self._steps:
+            raise ValueError(
+                f"epoch {epoch} step {start_step} does not exist; "
+                f"an epoch has steps 0..{self._steps - 1}"
+            )
+        return self._epoch(epoch, start_step)
+
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
+        for step in range(start_step, self._steps):
+            if self._stream is None or self._next != (epoch, step):
+                self._keys.start = (epoch, step)
+                self._stream = iter(self._loader)
+            self._next = None
+            micro = [self._take(self._stream) for _ in range(self._accumulation)]
+            last = step + 1 == self._steps
+            self._next = (epoch + 1, 0) if last else (epoch, step + 1)
+            yield micro
+
+    @staticmethod
+    def _take(stream: Iterator[Batch | _Failure]) -> Batch:
+        item = next(stream)
+        if isinstance(item, _Failure):
+            raise DataError(item.message)
+        return item
+
+    def close(self) -> None:
+        """End the workers now rather than when the loader is garbage."""
+        shutdown = getattr(self._stream, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+        self._stream = self._next = None
+        self._loader._iterator = None
+
+
+class _EvalSamples(torch_data.Dataset[Any]):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, Sample] | _Failure:
+        try:
+            return index, self.dataset[index]
+        except DataError as error:
+            return _Failure(str(error))
+
+
+def eval_samples(
+    dataset: Dataset, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> Iterator[tuple[int, Sample]]:
+    """Yield (index, decoded sample) of this rank's images; each image comes once over all ranks.
+
+    `workers` processes read ahead. A data set's error is raised as DataError with its sentence.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be within 0..{world_size - 1}, got {rank}")
+    loader = torch_data.DataLoader(
+        _EvalSamples(dataset),
+        sampler=range(rank, len(dataset), world_size),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        if isinstance(item, _Failure):
+            raise DataError(item.message)
+        yield item
