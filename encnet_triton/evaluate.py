@@ -1,0 +1,128 @@
+"""Score a checkpoint on a data set: ``python -m encnet_triton.evaluate --checkpoint FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from encnet_triton.checkpoint import CheckpointError, load_model
+from encnet_triton.data import Dataset, create_dataset, eval_samples
+from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
+from encnet_triton.metrics import ConfusionMatrix, Scores
+
+
+def evaluate(
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Scores:
+    """Scores over all labelled pixels of a data set; ranks share its images, each counted once."""
+    matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index, predictor.device)
+    for _, sample in eval_samples(dataset, rank=rank, world_size=world_size, workers=workers):
+        prediction = predictor(np.asarray(sample.image))
+        label = torch.as_tensor(sample.label, device=predictor.device)
+        matrix.update(prediction, label)
+    matrix.all_reduce()
+    return matrix.scores()
+
+
+def score_table(scores: Scores, classes: list[str], title: str) -> Table:
+    """Per-class IoU, the mean and the pixel accuracy, as a table for a terminal."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("class")
+    table.add_column("IoU %", justify="right")
+    for name, iou in zip(classes, scores.iou, strict=True):
+        table.add_row(name, "absent" if iou is None else f"{iou * 100:.2f}")
+    table.add_section()
+    table.add_row("mIoU", f"{scores.miou * 100:.2f}", style="bold")
+    table.add_row("pixAcc", f"{scores.pixel_accuracy * 100:.2f}")
+    if scores.absent:
+        table.caption = "mIoU is over the classes present in a label or a prediction"
+    return table
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m encnet_triton.evaluate", description="Score a checkpoint on a data set."
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
+    parser.add_argument("--dataset", help="name of the data set (default: the training run's)")
+    parser.add_argument("--data", help="its folder (default: the training run's)")
+    parser.add_argument("--split", help="split to score (default: the training run's validation)")
+    parser.add_argument("--whole-image", action="store_true", help="no windows; see the warning")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, console: Console) -> Scores:
+    """Load, score and print; under torchrun the processes share the images."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(options.device)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    model, info = load_model(options.checkpoint, device)
+    dataset = create_dataset(
+        options.dataset or info.data["name"],
+        options.split or info.data["split"],
+        options.data or info.data["root"],
+        **(info.data["options"] if options.dataset in (None, info.data["name"]) else {}),
+    )
+    if list(dataset.classes) != info.classes:
+        raise ValueError(
+            f"{options.checkpoint} was trained for {len(info.classes)} classes "
+            f"({', '.join(info.classes[:3])}, ...), but the data set has {len(dataset.classes)} "
+            f"({', '.join(dataset.classes[:3])}, ...)"
+        )
+    if options.whole_image and rank == 0:
+        console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
+    predictor = Predictor(model, info, device=device, whole_image=options.whole_image)
+    scores = evaluate(predictor, dataset, rank=rank, world_size=size, workers=options.workers)
+    if rank == 0:
+        where = (
+            "whole images" if options.whole_image else f"windows of {info.crop[0]}x{info.crop[1]}"
+        )
+        console.print(score_table(scores, info.classes, f"{options.checkpoint}, {where}"))
+        if options.json:
+            options.json.write_text(json.dumps(scores.as_dict(info.classes), indent=2) + "\n")
+    return scores
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is this process's GPU if there is one, else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch sees no CUDA GPU here")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    try:
+        run(parse(arguments), Console())
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

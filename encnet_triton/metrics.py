@@ -1,0 +1,96 @@
+"""Pixel accuracy and intersection over union, from one confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a confusion matrix says, in fractions of one.
+
+    ``iou[c]`` is None for a class that is in no label and in no prediction; such classes are listed
+    in ``absent`` and take no part in ``miou``.
+    """
+
+    pixel_accuracy: float
+    miou: float
+    iou: tuple[float | None, ...]
+    absent: tuple[int, ...]
+    labelled_pixels: int
+
+    def as_dict(self, classes: Sequence[str]) -> dict[str, object]:
+        """JSON-able form with class names in place of numbers."""
+        return {
+            "pixel_accuracy": self.pixel_accuracy,
+            "miou": self.miou,
+            "iou": dict(zip(classes, self.iou, strict=True)),
+            "absent": [classes[c] for c in self.absent],
+            "labelled_pixels": self.labelled_pixels,
+        }
+
+
+class ConfusionMatrix:
+    """Counts of (label, prediction) pairs over all labelled pixels of a data set.
+
+    Args:
+        num_classes: n; the matrix is n x n int64, rows are labels.
+        ignore_index: label value whose pixels are left out, in the label and in the prediction.
+        device: where the counts live; predictions and labels must be there too.
+    """
+
+    def __init__(
+        self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu"
+    ) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Add one or more label maps: integer tensors of one shape, on this matrix's device.
+
+        Raises:
+            ValueError: shapes differ, or a value is neither a class nor ``ignore_index``.
+        """
+        if prediction.shape != label.shape:
+            raise ValueError(
+                f"prediction is {tuple(prediction.shape)} but label is {tuple(label.shape)}; "
+                "they must have one shape"
+            )
+        n = self.num_classes
+        keep = label != self.ignore_index
+        rows, columns = label[keep].long(), prediction[keep].long()
+        for name, values in (("label", rows), ("prediction", columns)):
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < n:
+                wrong = values[(values < 0) | (values >= n)][0]
+                raise ValueError(
+                    f"{name} holds the value {int(wrong)}; "
+                    f"allowed are 0 to {n - 1} and {self.ignore_index} (ignore)"
+                )
+        self.counts += torch.bincount(rows * n + columns, minlength=n * n).view(n, n)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Sum the counts over all processes (one all-reduce); nothing to do without a group."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.counts, group=group)
+
+    def scores(self) -> Scores:
+        """Accuracy over all labelled pixels and the mean IoU over the classes that occur."""
+        counts = self.counts.double().cpu()
+        correct = counts.diagonal()
+        union = counts.sum(0) + counts.sum(1) - correct
+        total = float(counts.sum())
+        present = union > 0
+        iou = tuple(float(c / u) if u > 0 else None for c, u in zip(correct, union, strict=True))
+        return Scores(
+            pixel_accuracy=float(correct.sum()) / total if total else float("nan"),
+            miou=float((correct[present] / union[present]).mean()) if total else float("nan"),
+            iou=iou,
+            absent=tuple(c for c in range(self.num_classes) if not present[c]),
+            labelled_pixels=int(total),
+        )

@@ -1,0 +1,74 @@
+"""Small data and a small recipe that several tests train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES = ("sky", "ground", "thing")
+
+
+def write_folder_data(root: Path, train: int = 8, val: int = 3, size: int = 64) -> Path:
+    """Images of two halves and a square, with ignored areas (255) of another size in each."""
+    rng = np.random.default_rng(0)
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    colours = np.array([[90, 140, 220], [90, 160, 60], [220, 60, 60]], dtype=np.int16)
+    for split, count in (("train", train), ("val", val)):
+        lines = []
+        for i in range(count):
+            label = np.zeros((size, size), dtype=np.uint8)
+            label[int(rng.integers(20, 44)) :] = 1
+            top, left = rng.integers(0, size - 16, 2)
+            label[top : top + 16, left : left + 16] = 2
+            image = colours[label] + rng.integers(-25, 25, (size, size, 3))
+            label[:, : 3 * i] = 255
+            (root / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / split / f"{i}.jpg")
+            Image.fromarray(label).save(root / split / f"{i}.png")
+            lines.append(f"{split}/{i}.jpg {split}/{i}.png\n")
+        (root / f"{split}.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture
+def folder_data(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    root.mkdir()
+    return write_folder_data(root)
+
+
+RECIPE = """
+[model]
+model = "encnet"
+backbone = "demo"
+num_codewords = 4
+head_channels = 32
+[data]
+dataset = "folder"
+crop = 48
+base_size = "none"
+scale_by = "image"
+scale = [0.8, 1.25]
+workers = 0
+[optim]
+lr = 0.02
+batch_size = 4
+epochs = 2
+[run]
+device = "cpu"
+log_every = 1
+val_every = 1
+pictures = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, folder_data: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        RECIPE.replace('dataset = "folder"', f'dataset = "folder"\ndata = "{folder_data}"')
+    )
+    return path

@@ -1,0 +1,390 @@
+"""Upsampling joined with cross-entropy and arg-max, against the plain formulas in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encnet_triton.kernels import reference, upsample_argmax, upsample_cross_entropy
+from encnet_triton.kernels import upsample_loss as module
+from encnet_triton.kernels import upsample_tiles as tiles
+
+# (B, C, h, w, H, W) with the reason for the case
+SHAPES = {
+    "ratio 8": (2, 5, 4, 6, 32, 48),
+    "odd ratios": (2, 13, 7, 9, 56, 71),
+    "equal size": (2, 3, 6, 5, 6, 5),
+    "smaller target": (1, 4, 12, 11, 5, 6),
+    "one low pixel": (1, 3, 1, 1, 5, 4),
+    "one output pixel": (2, 3, 4, 4, 1, 1),
+    "one class": (1, 1, 3, 3, 9, 9),
+    "wide": (1, 2, 2, 30, 4, 400),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 6 x 5 pixels, so that small maps have many, of unequal sizes."""
+    monkeypatch.setattr(tiles, "tile_shape", lambda height, width, *_: (min(height, 6), min(width, 5)))
+
+
+def example(
+    shape: tuple[int, ...], *, ignored: bool = True, spread: float = 3.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """float64 logits and an int64 target, its first two rows ignored if there are more."""
+    batch, classes, low_height, low_width, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(
+        batch, classes, low_height, low_width, dtype=torch.float64, generator=generator
+    )
+    target = torch.randint(classes, (batch, height, width), generator=generator)
+    if ignored and height > 2:
+        target[:, :2] = 255
+    return logits * spread, target
+
+
+def value_and_gradient(function, logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
+    logits = logits.clone().requires_grad_()
+    loss = function(logits, target, **options)
+    # Per-pixel losses get upstream gradients that differ from pixel to pixel.
+    seed = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    (gradient,) = torch.autograd.grad(loss, logits, seed)
+    return loss.detach(), gradient
+
+
+def relative(error: Tensor, scale: Tensor) -> float:
+    return float(error.double().norm() / scale.double().norm().clamp(min=1e-300))
+
+
+@shapes
+@pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float64_equals_the_formula(
+    shape: tuple[int, ...], align_corners: bool, reduction: str, small_tiles: None
+) -> None:
+    logits, target = example(shape)
+    for smoothing, weighted in itertools.product((0.0, 0.1), (False, True)):
+        weight = torch.linspace(0, 2, shape[1], dtype=torch.float64) if weighted else None
+        options = {
+            "align_corners": align_corners,
+            "reduction": reduction,
+            "label_smoothing": smoothing,
+            "weight": weight,
+        }
+        loss, gradient = value_and_gradient(upsample_cross_entropy, logits, target, **options)
+        expected = value_and_gradient(reference.upsample_cross_entropy, logits, target, **options)
+        torch.testing.assert_close(loss, expected[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, expected[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids="smoothing{}".format)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_meaning_is_that_of_torch(smoothing: float, weighted: bool) -> None:
+    logits, target = example(SHAPES["odd ratios"])
+    weight = torch.rand(13, dtype=torch.float64) if weighted else None
+    values = F.interpolate(logits, (56, 71), mode="bilinear", align_corners=True)
+    expected = F.cross_entropy(
+        values, target, ignore_index=255, weight=weight, label_smoothing=smoothing
+    )
+    loss = upsample_cross_entropy(logits, target, weight=weight, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_error_is_at_most_twice_that_of_torch(dtype: torch.dtype, reduction: str) -> None:
+    logits, target = example((2, 21, 15, 12, 120, 96))
+    logits = logits.to(dtype).double()
+    options = {"reduction": reduction}
+    exact = value_and_gradient(reference.upsample_cross_entropy, logits, target, **options)
+    ours = value_and_gradient(upsample_cross_entropy, logits.to(dtype), target, **options)
+    theirs = value_and_gradient(
+        lambda x, t, **o: F.cross_entropy(
+            F.interpolate(x, t.shape[1:], mode="bilinear", align_corners=True),
+            t,
+            ignore_index=255,
+            **o,
+        ),
+        logits.to(dtype),
+        target,
+        **options,
+    )
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == dtype
+    assert relative(ours[0] - exact[0], exact[0]) < 1e-6
+    error = relative(ours[1] - exact[1], exact[1])
+    assert error <= 2 * relative(theirs[1] - exact[1], exact[1])
+
+
+@pytest.mark.parametrize("spread", [1e-6, 30.0, 300.0, 1e4], ids="spread{:g}".format)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_far_apart_and_close_together(spread: float, reduction: str) -> None:
+    """At 300 neighbouring pixels have winners so different that no exponential is left between."""
+    logits, target = example((2, 7, 5, 6, 40, 48), spread=spread)
+    logits = logits.float().double()
+    exact = value_and_gradient(
+        reference.upsample_cross_entropy, logits, target, reduction=reduction
+    )
+    ours = value_and_gradient(upsample_cross_entropy, logits.float(), target, reduction=reduction)
+    assert relative(ours[0] - exact[0], exact[0]) < 1e-6
+    assert relative(ours[1] - exact[1], exact[1]) < 2e-6 * max(1.0, spread / 100)
+
+
+def test_a_common_offset_of_the_classes_changes_nothing() -> None:
+    logits, target = example((1, 5, 6, 6, 48, 48))
+    logits = (logits * 64).round() / 64
+    shift = (torch.randn(1, 1, 6, 6, dtype=torch.float64) * 1000).round()
+    plain = value_and_gradient(upsample_cross_entropy, logits.float(), target)
+    shifted = value_and_gradient(upsample_cross_entropy, (logits + shift).float(), target)
+    assert torch.equal(plain[0], shifted[0])
+    assert torch.equal(plain[1], shifted[1])
+
+
+def test_gradient_sums_to_zero_over_the_classes() -> None:
+    logits, target = example((2, 9, 6, 6, 48, 48))
+    _, gradient = value_and_gradient(upsample_cross_entropy, logits, target)
+    assert gradient.sum(1).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(reduction: str, small_tiles: None) -> None:
+    logits, target = example((2, 3, 3, 2, 8, 7))
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: upsample_cross_entropy(
+            x, target, weight=weight, label_smoothing=0.2, reduction=reduction
+        ),
+        logits.requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+@pytest.mark.parametrize("ignore_index", [255, -100, 0, 1000], ids="ignore{}".format)
+def test_target_types_and_ignored_values(dtype: torch.dtype, ignore_index: int) -> None:
+    logits, target = example((2, 4, 4, 4, 16, 16), ignored=False)
+    if dtype == torch.int64 or 0 <= ignore_index < 256:
+        target[:, 3:9] = ignore_index
+    loss = upsample_cross_entropy(logits, target.to(dtype), ignore_index=ignore_index)
+    values = F.interpolate(logits, (16, 16), mode="bilinear", align_corners=True)
+    expected = F.cross_entropy(values, target, ignore_index=ignore_index)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [None, torch.zeros(3)], ids=["plain", "weights of 0"])
+def test_no_labelled_pixel_gives_zero(reduction: str, weight: Tensor | None) -> None:
+    target = torch.full((2, 8, 8), 255 if weight is None else 1)
+    loss, gradient = value_and_gradient(
+        upsample_cross_entropy, torch.randn(2, 3, 4, 4), target, reduction=reduction, weight=weight
+    )
+    assert not loss.any()
+    assert torch.equal(gradient, torch.zeros(2, 3, 4, 4))
+
+
+def test_an_empty_batch_gives_zero() -> None:
+    loss, gradient = value_and_gradient(
+        upsample_cross_entropy, torch.randn(0, 3, 4, 4), torch.zeros(0, 8, 8, dtype=torch.uint8)
+    )
+    assert loss == 0
+    assert gradient.shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+def test_memory_formats(layout: str) -> None:
+    logits, target = example((2, 5, 6, 7, 40, 44))
+    logits = logits.float()
+    expected = value_and_gradient(upsample_cross_entropy, logits, target)
+    if layout == "channels_last":
+        logits = logits.to(memory_format=torch.channels_last)
+    elif layout == "strided":
+        logits = torch.stack((logits, -logits), 4)[..., 0]
+        target = target.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        logits, target = logits[:1].expand(2, -1, -1, -1), target[:1].expand(2, -1, -1)
+        expected = value_and_gradient(upsample_cross_entropy, logits.contiguous(), target)
+    variable = logits.detach().requires_grad_()
+    loss = upsample_cross_entropy(variable, target)
+    loss.backward()
+    assert torch.equal(loss.detach(), expected[0])
+    assert torch.equal(variable.grad, expected[1])
+
+
+def test_result_is_the_same_every_time_and_for_any_number_of_threads(small_tiles: None) -> None:
+    logits, target = example((3, 5, 6, 7, 40, 44))
+    first = value_and_gradient(upsample_cross_entropy, logits.float(), target)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = value_and_gradient(upsample_cross_entropy, logits.float(), target)
+            assert torch.equal(first[0], again[0])
+            assert torch.equal(first[1], again[1])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_works_under_inference_mode_and_autocast() -> None:
+    logits, target = example((2, 5, 6, 7, 40, 44))
+    logits = logits.float()
+    expected = value_and_gradient(upsample_cross_entropy, logits, target)
+    with torch.inference_mode():
+        assert torch.equal(upsample_cross_entropy(logits, target), expected[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradient = value_and_gradient(upsample_cross_entropy, logits, target)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+
+
+def test_nothing_of_full_size_is_allocated() -> None:
+    logits, target = example((1, 64, 32, 32, 512, 512))
+    logits = logits.float().requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        upsample_cross_entropy(logits, target).backward()
+        upsample_cross_entropy(logits, target, reduction="none").sum().backward()
+        upsample_argmax(logits, (512, 512), return_prob=True)
+    largest = max(abs(e.cpu_memory_usage) for e in profile.events())
+    assert largest < 64 * 512 * 512 * 4 / 8
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_as_one_graph(reduction: str) -> None:
+    logits, target = example((2, 5, 4, 4, 16, 16))
+    weight = torch.rand(5, dtype=torch.float64)
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return upsample_cross_entropy(x * 2, t, weight=weight, reduction=reduction)
+
+    expected = value_and_gradient(loss, logits, target)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    result = value_and_gradient(compiled, logits, target)
+    torch.testing.assert_close(result[0], expected[0])
+    torch.testing.assert_close(result[1], expected[1])
+    labels = torch.compile(upsample_argmax, fullgraph=True, backend="aot_eager")(logits, (16, 16))
+    assert torch.equal(labels, upsample_argmax(logits, (16, 16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_pass_opcheck(dtype: torch.dtype) -> None:
+    logits, target = example((2, 3, 3, 4, 12, 10))
+    logits = logits.to(dtype).to(memory_format=torch.channels_last)
+    options = (torch.rand(3), 255, True, 0.1)
+    torch.library.opcheck(module._map_op, (logits.clone().requires_grad_(), target, *options))
+    torch.library.opcheck(module._sum_op, (logits.clone().requires_grad_(), target, *options, True))
+    torch.library.opcheck(module._sum_op, (logits, target, *options, False))
+    loss, lse = module._map_op(logits, target, *options)
+    torch.library.opcheck(
+        module._map_backward_op, (torch.rand_like(loss), logits, target, lse, *options)
+    )
+    total, gradient = module._sum_op(logits, target, *options, True)
+    torch.library.opcheck(module._sum_backward_op, (total, gradient, dtype))
+    torch.library.opcheck(module._argmax_op, (logits, 12, 10, False, True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_are_refused(reduction: str) -> None:
+    logits, target = example((1, 3, 3, 3, 9, 9))
+    logits.requires_grad_()
+    loss = upsample_cross_entropy(logits, target, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_flops_are_counted() -> None:
+    logits, target = example((2, 3, 4, 4, 16, 16))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        upsample_cross_entropy(logits.requires_grad_(), target).backward()
+    taps, images, classes = 4, 2, 3
+    one_way = taps * images * classes * (4 * 16 + 16 * 16)
+    assert counter.get_total_flops() == 2 * one_way
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 4)}, "B x C x h x w"),
+        ({"logits": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, "got torch.int64"),
+        ({"logits": None}, "got NoneType"),
+        ({"target": torch.zeros(2, 8, 8)}, "uint8 or int64 tensor, got torch.float32"),
+        ({"target": torch.zeros(3, 8, 8, dtype=torch.uint8)}, r"B = 2 of logits.*\(3, 8, 8\)"),
+        ({"target": torch.zeros(2, 8, dtype=torch.uint8)}, r"\(2, 8\)"),
+        ({"target": torch.full((2, 8, 8), 7)}, "value 7; for logits of 3 classes it may hold 0 to 2"),
+        ({"target": torch.full((2, 8, 8), -1)}, "value -1;"),
+        ({"target": torch.zeros(2, 8, 8, dtype=torch.uint8, device="meta")}, "target is on meta"),
+        ({"weight": torch.ones(4)}, "weight must hold 3"),
+        ({"weight": torch.ones(3, dtype=torch.int64)}, "got torch.int64"),
+        ({"reduction": "max"}, "got 'max'"),
+        ({"label_smoothing": 1.5}, "got 1.5"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
+    arguments = {
+        "logits": torch.zeros(2, 3, 4, 4),
+        "target": torch.zeros(2, 8, 8, dtype=torch.uint8),
+        **change,
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        upsample_cross_entropy(arguments.pop("logits"), arguments.pop("target"), **arguments)
+
+
+@shapes
+@pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+def test_argmax_equals_the_formula(
+    shape: tuple[int, ...], align_corners: bool, small_tiles: None
+) -> None:
+    logits, _ = example(shape)
+    size = shape[4:]
+    label, prob = upsample_argmax(logits, size, align_corners=align_corners, return_prob=True)
+    expected, expected_prob = reference.upsample_argmax(logits, size, align_corners=align_corners)
+    assert label.dtype == torch.uint8
+    assert torch.equal(label.long(), expected)
+    torch.testing.assert_close(prob, expected_prob, rtol=1e-12, atol=1e-12)
+    assert torch.equal(upsample_argmax(logits, size, align_corners=align_corners), label)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_argmax_picks_a_winner_in_every_dtype(dtype: torch.dtype) -> None:
+    logits = example((1, 11, 6, 6, 48, 48), spread=100)[0].to(dtype)
+    label, prob = upsample_argmax(logits, (48, 48), return_prob=True)
+    values = F.interpolate(logits.double(), (48, 48), mode="bilinear", align_corners=True)
+    chosen = values.gather(1, label.long()[:, None])[:, 0]
+    torch.testing.assert_close(chosen, values.amax(1), rtol=1e-5, atol=1e-4)
+    assert prob.dtype == torch.float32
+    assert prob.min() >= 1 / 11
+    assert prob.max() <= 1
+
+
+def test_argmax_of_many_classes_is_int64() -> None:
+    logits = torch.zeros(1, 300, 2, 2)
+    logits[:, 299] = 1
+    assert upsample_argmax(logits, (4, 4)).dtype == torch.int64
+    assert (upsample_argmax(logits, (4, 4)) == 299).all()
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, -1)], ids=str)
+def test_argmax_refuses_an_empty_size(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1 x 1"):
+        upsample_argmax(torch.zeros(1, 2, 3, 3), size)
+
+
+def test_interpolation_weights_are_those_of_torch() -> None:
+    for low, full, align_corners in itertools.product((1, 2, 7), (1, 3, 20), (True, False)):
+        like = torch.zeros((), dtype=torch.float64)
+        parts = tiles.spans(low, full, 4, align_corners, like)
+        matrix = torch.zeros(full, low, dtype=torch.float64)
+        for part in parts:
+            matrix[part.full, part.low] = part.weight
+        values = torch.randn(1, 1, low, 1, dtype=torch.float64)
+        expected = F.interpolate(
+            values, (full, 1), mode="bilinear", align_corners=align_corners
+        ).flatten()
+        torch.testing.assert_close(matrix @ values.flatten(), expected, rtol=0, atol=1e-13)
+        assert math.isclose(float(matrix.sum()), full)

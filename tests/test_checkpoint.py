@@ -1,0 +1,93 @@
+"""Model files: round trip, strictness, and that a failed save leaves the previous file whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from encnet_triton.checkpoint import CheckpointError, ModelInfo, load_model, save_model
+from encnet_triton.models import create_model
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    made = create_model("encnet", 3, backbone="demo", head_channels=32, num_codewords=4)
+    return made.to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def info(model: torch.nn.Module) -> ModelInfo:
+    return ModelInfo(
+        options=dict(model.options),
+        classes=["a", "b", "c"],
+        palette=[[0, 0, 0], [255, 0, 0], [0, 255, 0]],
+        mean=[0.5, 0.5, 0.5],
+        std=[0.25, 0.25, 0.25],
+        crop=[64, 64],
+    )
+
+
+def test_a_file_alone_rebuilds_the_model(tmp_path: Path, model, info: ModelInfo) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, info, step=3)
+    loaded, found = load_model(path)
+    assert found == info
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x).logits, model.eval()(x).logits, rtol=0, atol=0)
+    assert not list(tmp_path.glob(".*")), "temporary files are removed"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(
+    tmp_path: Path, model, info: ModelInfo
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, info)
+    before = path.read_bytes()
+    code = f"""
+import resource, signal
+from pathlib import Path
+from encnet_triton.checkpoint import CheckpointError, load_model, save_model
+model, info = load_model({str(path)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit then fails like a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    save_model(Path({str(path)!r}), model, info)
+except CheckpointError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"cannot save {path}" in run.stdout, run.stderr
+    assert "the previous model.safetensors is untouched" in run.stdout
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path: Path, model, info: ModelInfo) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(CheckpointError, match="model.safetensors does not exist"):
+        load_model(path)
+    save_model(path, model, info)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot read checkpoint .*model.safetensors"):
+        load_model(path)
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="is no encnet-triton checkpoint"):
+        load_model(path)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, model, info: ModelInfo) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, replace(info, options={**info.options, "num_classes": 4}))
+    with pytest.raises(CheckpointError, match=r"is \(3,.*\) in the file and \(4,.*\) in"):
+        load_model(path)
+    save_model(path, model, replace(info, options={**info.options, "se_stage3": False}))
+    with pytest.raises(CheckpointError, match="left over .*stage3"):
+        load_model(path)

@@ -1,0 +1,84 @@
+"""Recipes and overrides: what is accepted, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from encnet_triton.train import command
+from encnet_triton.train.config import ConfigError, all_fields, build, field_docs, recipe_names
+
+
+def test_every_field_is_documented_and_has_one_name() -> None:
+    fields = all_fields()
+    assert set(field_docs()) == set(fields)
+    assert len(fields) > 50
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    config = build(name, {})
+    assert config.run.name == name
+    assert dict(command.list_recipes())[name]
+
+
+def test_command_line_overrides_the_recipe() -> None:
+    options, overrides = command.parse(
+        ["--lr", "0.5", "--crop", "96x128", "--scale", "0.5,1.5", "--compile", "--sync-bn", "false",
+         "--base-size", "none", "--num-codewords", "0"]
+    )  # fmt: skip
+    config = command.configuration(options, overrides)
+    assert config.optim.lr == 0.5
+    assert config.data.crop == (96, 128)
+    assert config.data.scale == (0.5, 1.5)
+    assert config.run.compile is True and config.run.sync_bn is False
+    assert config.data.base_size is None
+    assert config.model.options()["num_codewords"] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"lr": "fast"}, r"lr = 'fast' is not allowed; it must be a number"),
+        ({"lr": "-1"}, r"lr = -1.0 is not allowed; it must be positive"),
+        ({"epochs": "2.5"}, r"epochs = '2.5' is not allowed; it must be a whole number"),
+        ({"model": "unet"}, r"model = 'unet' is not allowed; it must be one of encnet, fcn"),
+        ({"crop": "1,2,3"}, r"crop = '1,2,3' is not allowed; it must be 2 numbers"),
+        ({"compile": "maybe"}, r"compile = 'maybe' is not allowed; it must be true or false"),
+        ({"learning_rate": 1}, r"unknown field 'learning_rate'"),
+        ({"batchsize": 1}, r"unknown field 'batchsize'; did you mean 'batch_size'\?"),
+        ({"new_head": "true"}, r"new_head = True is not allowed; it must be given with init_from"),
+        ({"name": "a/b"}, r"name = 'a/b' is not allowed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_answered_with_key_and_value(overrides: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        build("scenes", overrides)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown recipe 'scene'; did you mean 'scenes'"):
+        build("scene", {})
+
+
+def test_mistakes_in_a_recipe_file_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[optim]\nlrr = 1\n")
+    with pytest.raises(ConfigError, match=r"mine.toml: unknown field 'lrr' in \[optim\]; did you"):
+        build(str(path), {})
+    path.write_text("[optimiser]\nlr = 1\n")
+    with pytest.raises(ConfigError, match="unknown section 'optimiser'; did you mean 'optim'"):
+        build(str(path), {})
+    path.write_text("lr = = 1\n")
+    with pytest.raises(ConfigError, match="mine.toml is not valid TOML"):
+        build(str(path), {})
+
+
+def test_fingerprint_leaves_out_what_does_not_alter_the_run() -> None:
+    first = build("scenes", {}).fingerprint()
+    same = build("scenes", {"workers": 3, "stop_at": 7, "resume": True, "name": "x"}).fingerprint()
+    other = build("scenes", {"lr": 0.3}).fingerprint()
+    assert first == same
+    assert first != other

@@ -1,0 +1,224 @@
+"""Whole runs on small data: what they write, how they stop, resume and fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from encnet_triton import evaluate, predict
+from encnet_triton.checkpoint import read
+from encnet_triton.train import loop
+from encnet_triton.train.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def train(recipe: Path, *arguments: str) -> int:
+    return main(["--recipe", str(recipe), *arguments])
+
+
+def records(run: str, kind: str) -> list[dict]:
+    lines = Path("runs", run, "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def test_a_run_leaves_what_the_readme_promises(recipe: Path, capsys) -> None:
+    assert train(recipe) == 0
+    folder = Path("runs/tiny")
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json", "metrics.jsonl", "last.safetensors", "best.safetensors", "predictions",
+    }  # fmt: skip
+    assert len(list((folder / "predictions").glob("*.png"))) == 2
+    config = json.loads((folder / "config.json").read_text())
+    assert config["optim"]["batch_size"] == 4 and config["model"]["backbone"] == "demo"
+    steps = [r["step"] for r in records("tiny", "train")]
+    assert steps == [1, 2, 3, 4]
+    assert [r["step"] for r in records("tiny", "val")] == [2, 4]
+    printed = capsys.readouterr().out
+    for word in ("mIoU", "pixAcc", "sky", "ground", "thing", "predictions"):
+        assert word in printed
+
+
+def test_evaluate_and_predict_need_only_the_checkpoint(recipe: Path, folder_data, capsys) -> None:
+    assert train(recipe, "--epochs", "1") == 0
+    said = records("tiny", "val")[-1]
+    best = "runs/tiny/best.safetensors"
+    assert evaluate.main(["--checkpoint", best, "--json", "scores.json"]) == 0
+    scores = json.loads(Path("scores.json").read_text())
+    assert scores["miou"] == pytest.approx(said["miou"], abs=1e-12)
+    photo = str(folder_data / "val" / "0.jpg")
+    assert predict.main(["--checkpoint", best, photo, "--output", "out"]) == 0
+    with Image.open("out/0_label.png") as label:
+        assert label.mode == "P" and label.size == (64, 64)
+        assert set(np.unique(np.asarray(label))) <= {0, 1, 2}
+        assert len(label.getpalette()) >= 9
+    assert Path("out/0_overlay.png").exists()
+    assert "0.jpg: " in capsys.readouterr().out
+
+
+def test_resumed_weights_are_bit_identical(recipe: Path) -> None:
+    assert train(recipe, "--name", "whole") == 0
+    assert train(recipe, "--name", "halves", "--stop-at", "3") == 0
+    assert read(Path("runs/halves/last.safetensors"))[1]["progress"]["step"] == 3
+    assert train(recipe, "--name", "halves", "--resume") == 0
+    whole, _ = read(Path("runs/whole/last.safetensors"))
+    halves, _ = read(Path("runs/halves/last.safetensors"))
+    assert whole.keys() == halves.keys()
+    assert any(name.startswith("momentum.") for name in whole)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, halves[name]), name
+    assert [r["step"] for r in records("halves", "train")] == [1, 2, 3, 4]
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(recipe: Path) -> None:
+    """Batch statistics differ by micro-batch, so frozen differences would show; the loss's
+    denominators do not: with one image repeated the gradients agree."""
+    arguments = ("--stop-at", "1", "--dropout", "0", "--weight-decay", "0", "--scale", "1,1",
+                 "--rotation", "0", "--flip", "0", "--crop", "64")  # fmt: skip
+    data = recipe.parent / "data"
+    (data / "train.txt").write_text("train/3.jpg train/3.png\n" * 4)
+    assert train(recipe, "--name", "one", *arguments) == 0
+    assert train(recipe, "--name", "two", "--accumulation", "2", *arguments) == 0
+    one, _ = read(Path("runs/one/last.safetensors"), "momentum.")
+    two, _ = read(Path("runs/two/last.safetensors"), "momentum.")
+    for name, gradient in one.items():
+        scale = max(float(gradient.norm()), 1e-6)
+        assert float((gradient - two[name]).norm()) <= 1e-4 * scale, name
+
+
+def test_two_processes_equal_one(recipe: Path) -> None:
+    """Ignored areas differ from image to image, so a mean of per-process means would not pass."""
+    arguments = ["--stop-at", "1", "--dropout", "0", "--weight-decay", "0"]
+    assert train(recipe, "--name", "one", *arguments) == 0
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+         "-m", "encnet_triton.train", "--recipe", str(recipe), "--name", "two", *arguments],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    one, _ = read(Path("runs/one/last.safetensors"))
+    two, _ = read(Path("runs/two/last.safetensors"))
+    gradients = [name for name in one if name.startswith("momentum.")]
+    assert len(gradients) > 20
+    for name in gradients:
+        scale = max(float(one[name].norm()), 1e-6)
+        assert float((one[name] - two[name]).norm()) <= 1e-4 * scale, name
+    for name in (n for n in one if "running" in n):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_existing_run_and_changed_fields_are_refused(recipe: Path, capsys) -> None:
+    assert train(recipe, "--stop-at", "1") == 0
+    assert train(recipe) == 2
+    assert (
+        "run runs/tiny exists; add --resume to go on, or another --name" in capsys.readouterr().err
+    )
+    assert train(recipe, "--resume", "--lr", "0.5") == 2
+    said = capsys.readouterr().err
+    assert "cannot resume runs/tiny/last.safetensors: lr was 0.02 and is now 0.5" in said
+    assert json.loads(Path("runs/tiny/config.json").read_text())["optim"]["lr"] == 0.02
+
+
+def test_sigterm_saves_and_ends_well(recipe: Path) -> None:
+    command = [sys.executable, "-m", "encnet_triton.train", "--recipe", str(recipe),
+               "--epochs", "100000", "--val-every", "0", "--workers", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = Path("runs/tiny/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count('"train"') >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "go on with --resume" in output
+    step = read(Path("runs/tiny/last.safetensors"))[1]["progress"]["step"]
+    assert step >= 2
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -> None:
+    """Weights and running statistics stay as they were; ten such steps stop the run."""
+    before: dict[str, torch.Tensor] = {}
+    forward = loop.Trainer._forward
+
+    def poisoned(self, images, target, pixels, share):
+        if not before:
+            before.update({k: v.clone() for k, v in self.model.state_dict().items()})
+        terms = forward(self, images, target, pixels, share)
+        return terms._replace(total=terms.total * float("nan"))
+
+    monkeypatch.setattr(loop.Trainer, "_forward", poisoned)
+    assert train(recipe, "--stop-at", "2", "--name", "two") == 0
+    assert read(Path("runs/two/last.safetensors"))[1]["progress"]["skipped"] == 2
+    after, _ = read(Path("runs/two/last.safetensors"), "model.")
+    for name, tensor in before.items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(after["model." + name], tensor), name
+    capsys.readouterr()
+    assert train(recipe, "--epochs", "10", "--val-every", "0") == 2
+    said = capsys.readouterr().err
+    assert "the loss was not finite in 10 steps" in said
+    assert ".jpg" in said and "last good state is runs/tiny/last.safetensors" in said
+
+
+def test_new_head_takes_another_number_of_classes(recipe: Path, folder_data, capsys) -> None:
+    assert train(recipe, "--stop-at", "2") == 0
+    (folder_data / "classes.txt").write_text("sky\nground\nthing\nnever\n")
+    start = ["--init-from", "runs/tiny/last.safetensors", "--stop-at", "1", "--name"]
+    assert train(recipe, *start, "refused") == 2
+    assert (
+        "was trained for 3 classes, this data set has 4; add --new-head" in capsys.readouterr().err
+    )
+    assert train(recipe, *start, "taken", "--new-head", "--lr", "1e-12") == 0
+    old, _ = read(Path("runs/tiny/last.safetensors"), "model.backbone.conv1.weight")
+    new, _ = read(Path("runs/taken/last.safetensors"), "model.backbone.conv1.weight")
+    for name, tensor in old.items():
+        torch.testing.assert_close(new[name], tensor, rtol=1e-5, atol=1e-8)
+
+
+def test_mistakes_are_one_sentence(recipe: Path, folder_data: Path, capsys) -> None:
+    for arguments, sentence in (
+        (["--recipe", "nothing"], "unknown recipe 'nothing'"),
+        (["--recipe", str(recipe), "--batch-size", "64"], "64"),
+        (["--recipe", str(recipe), "--batch-size", "3", "--accumulation", "2"], "3"),
+        (["--recipe", str(recipe), "--data", "missing-folder"], "missing-folder"),
+        (["--recipe", str(recipe), "--dataset", "ade"], "ade"),
+        (["--recipe", str(recipe), "--backbone", "resnet5"], "resnet5"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and sentence in said
+        assert len(said.strip().splitlines()) == 1
+    (folder_data / "train" / "2.png").unlink()
+    assert train(recipe) == 2
+    assert "2.png" in capsys.readouterr().err
+
+
+def test_checkpoint_for_another_class_count_is_refused(recipe, folder_data, capsys) -> None:
+    assert train(recipe, "--epochs", "1") == 0
+    (folder_data / "classes.txt").write_text("sky\nground\nthing\nnever\n")
+    assert evaluate.main(["--checkpoint", "runs/tiny/best.safetensors"]) == 2
+    assert "was trained for 3 classes" in capsys.readouterr().err
+
+
+def test_environment_report_names_versions() -> None:
+    command = [sys.executable, "-m", "encnet_triton.environment"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert run.returncode == 0
+    assert f"torch:         {torch.__version__.split('+')[0]}" in run.stdout
+    assert "kernels:" in run.stdout

@@ -1,0 +1,1 @@
+"""Training of segmentation networks: ``python -m encnet_triton.train``, alone or under torchrun."""

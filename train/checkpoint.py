@@ -1,0 +1,173 @@
+"""The state of a run on disk: weights, momentum and random states in one safetensors file.
+
+Resuming from it gives the weights that an undisturbed run would have had; on the CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encnet_triton import checkpoint
+from encnet_triton.checkpoint import CheckpointError, ModelInfo
+from encnet_triton.train.config import Config, ConfigError
+from encnet_triton.train.distributed import World, gather
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimiser steps done (skipped ones included).
+        skipped: steps left out because their loss was not finite.
+        best_miou, best_step: best validation so far.
+        validated: step of the last validation.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    best_miou: float = -1.0
+    best_step: int = 0
+    validated: int = -1
+
+
+def save(
+    folder: Path,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    info: ModelInfo,
+    progress: Progress,
+    config: Config,
+) -> None:
+    """Write ``last.safetensors``; every rank calls it, rank 0 writes.
+
+    Raises:
+        CheckpointError: the file could not be written, or the weights are not finite (the file on
+            disk then stays the last good one).
+    """
+    states = gather(_random_state(world))
+    if not world.main:
+        return
+    finite = [torch.isfinite(p).all() for p in model.parameters()]
+    if not torch.stack(finite).all():
+        raise CheckpointError(
+            f"the weights are not finite at step {progress.step}; "
+            f"{folder / LAST} stays the last good state"
+        )
+    tensors = checkpoint.model_tensors(model)
+    tensors |= _momentum(model, optimizer)
+    for rank, state in enumerate(states):
+        tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
+    metadata = {
+        "model": asdict(info),
+        "progress": asdict(progress),
+        "fingerprint": config.fingerprint(),
+        "recipe": config.recipe,
+    }
+    checkpoint.write(folder / LAST, tensors, metadata)
+
+
+def load(
+    path: Path,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+) -> Progress:
+    """Restore a run in place: weights, momentum and this rank's random state.
+
+    Raises:
+        ConfigError: a field that alters the run differs from the one it was started with.
+        CheckpointError: the file is damaged or does not fit.
+    """
+    tensors, metadata = checkpoint.read(path)
+    if "progress" not in metadata:
+        raise CheckpointError(f"{path} holds a model but no state of a run to resume")
+    _check_fingerprint(path, metadata["fingerprint"], config.fingerprint())
+    checkpoint.load_weights(model, tensors, path)
+    for name, parameter in model.named_parameters():
+        momentum = tensors.get(f"momentum.{name}")
+        if momentum is not None:
+            buffer = torch.empty_like(parameter).copy_(momentum)
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+    _restore_random_state(world, tensors)
+    return Progress(**metadata["progress"])
+
+
+def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -> list[str]:
+    """Start from another run's weights; returns the names that were left as they were.
+
+    With ``new_head`` the tensors that depend on the number of classes (last convolutions and SE
+    layers) may differ in shape and are then left at their initial values.
+
+    Raises:
+        CheckpointError: tensors do not fit, or the class count differs without new_head.
+    """
+    tensors, metadata = checkpoint.read(path, checkpoint.MODEL_PREFIX)
+    theirs = len(metadata["model"]["classes"])
+    if theirs != num_classes and not new_head:
+        raise CheckpointError(
+            f"{path} was trained for {theirs} classes, this data set has {num_classes}; "
+            "add --new-head to start with a new last layer"
+        )
+    if not new_head:
+        checkpoint.load_weights(model, tensors, path)
+        return []
+    own = {checkpoint.MODEL_PREFIX + name: t for name, t in model.state_dict().items()}
+    kept = [
+        name
+        for name, t in own.items()
+        if name in tensors
+        and tensors[name].shape[1:] == t.shape[1:]
+        and (tensors[name].shape[:1], t.shape[:1]) == ((theirs,), (num_classes,))
+    ]
+    merged = tensors | {name: own[name] for name in kept}
+    checkpoint.load_weights(model, merged, path)
+    return [name.removeprefix(checkpoint.MODEL_PREFIX) for name in kept]
+
+
+def _check_fingerprint(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"{key} was {saved.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"cannot resume {path}: {'; '.join(changed)}; a resumed run keeps the fields that "
+            "alter what it computes (start a new run with another --name)"
+        )
+
+
+def _momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
+            found[f"momentum.{name}"] = buffer
+    return found
+
+
+def _random_state(world: World) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def _restore_random_state(world: World, tensors: dict[str, Tensor]) -> None:
+    """A rank that the saved run did not have keeps the state it was seeded with."""
+    cpu = tensors.get(f"random.{world.rank}.cpu")
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    cuda = tensors.get(f"random.{world.rank}.cuda")
+    if cuda is not None and world.device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, world.device)

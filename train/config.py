@@ -1,0 +1,418 @@
+"""The configuration of a training run: dataclasses, TOML recipes by name, command-line overrides.
+
+Every field has one name over all sections, so ``--lr 0.01`` needs no section. A wrong key or value
+is a `ConfigError` that names it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import math
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """A field is unknown, has a value of the wrong kind, or one that is not allowed."""
+
+
+def free(default: Any) -> Any:
+    """A field that may change when a run is resumed: it does not alter what is computed."""
+    return field(default=default, metadata={"free": True})
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raise a `ConfigError` that says what was given and what is allowed."""
+    if not condition:
+        raise ConfigError(f"{key} = {value!r} is not allowed; it must be {allowed}")
+
+
+def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, key, value, "one of " + ", ".join(allowed))
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Arguments of `encnet_triton.models.create_model`; None leaves the model's own default."""
+
+    model: str = "encnet"
+    """Network: encnet or fcn."""
+    backbone: str = "resnet50"
+    """Name of the backbone, for example resnet50, resnet101s, small, demo."""
+    pretrained: str = ""
+    """ImageNet weights of the backbone: a file or a URL; "" for none."""
+    form: str | None = None
+    """Context Encoding module as in the "paper" or as "released"; sets the options below."""
+    num_codewords: int | None = None
+    """K, the size of the codebook; 0 is global average pooling."""
+    se_loss: bool | None = None
+    """Predict which classes are present (Semantic Encoding loss)."""
+    se_stage3: bool | None = None
+    """A second Context Encoding module on stage 3, for its SE loss alone."""
+    aux: bool | None = None
+    """Auxiliary FCN head on stage 3."""
+    lateral: bool | None = None
+    """Concatenate stages 2 and 3 to the features that are encoded."""
+    head_channels: int | None = None
+    """Channels of the head's features (512 in the paper)."""
+    dropout: float | None = None
+    """Probability of dropout before the last convolution."""
+    dropout_kind: str | None = None
+    """Dropout of single elements ("element") or whole channels ("channel")."""
+    output_stride: int | None = None
+    """Image pixels per feature pixel: 8 in the paper."""
+    align_corners: bool | None = None
+    """Convention of the bilinear upsampling."""
+    num_convs: int | None = None
+    """Convolutions in the FCN's head."""
+    concat_input: bool | None = None
+    """Concatenate the FCN head's input before its last convolution."""
+
+    def __post_init__(self) -> None:
+        one_of("model", self.model, ("encnet", "fcn"))
+        if self.num_codewords is not None:
+            require(self.num_codewords >= 0, "num_codewords", self.num_codewords, "at least 0")
+        if self.dropout is not None:
+            require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `create_model`, without the number of classes."""
+        values = asdict(self)
+        del values["pretrained"]
+        name = values.pop("model")
+        return {"name": name, **{k: v for k, v in values.items() if v is not None}}
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which images, and how training samples are cut from them."""
+
+    dataset: str = "scenes"
+    """Data set: scenes (embedded, drawn from a seed) or folder (your own images)."""
+    data: str | None = free(None)
+    """Folder that holds the data set; not needed for scenes."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    val_split: str = "val"
+    """Split that is validated on."""
+    ignore_label: int | None = None
+    """Label value in the files that means "no class" (folder data sets)."""
+    label_offset: int | None = None
+    """Added to label values in the files, -1 if classes start at 1 (folder data sets)."""
+    classes_file: str | None = None
+    """File with one class name a line (folder data sets; default classes.txt)."""
+    crop: tuple[int, int] = (480, 480)
+    """Height and width of training crops in pixels: 480, 360x480 or [360, 480]."""
+    base_size: int | None = 520
+    """Edge length that scale 1 stands for; none keeps the image's own size."""
+    scale_by: str = "short"
+    """Edge that base_size is about: short, long, or image (each image's own size)."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of random scaling."""
+    rotation: float = 10.0
+    """Random rotation, in degrees either way."""
+    flip: float = 0.5
+    """Probability of mirroring left and right."""
+    workers: int | None = free(None)
+    """Processes that prepare samples for each rank; none picks from the number of cores."""
+
+    def __post_init__(self) -> None:
+        one_of("scale_by", self.scale_by, ("short", "long", "image"))
+        require(min(self.crop) >= 1, "crop", self.crop, "positive")
+        low, high = self.scale
+        require(0 < low <= high, "scale", self.scale, "two positive numbers, the smaller first")
+        require(0 <= self.rotation <= 180, "rotation", self.rotation, "in [0, 180] degrees")
+        require(0 <= self.flip <= 1, "flip", self.flip, "in [0, 1]")
+        if self.base_size is not None:
+            require(self.base_size >= 1, "base_size", self.base_size, "positive or none")
+        if self.workers is not None:
+            require(self.workers >= 0, "workers", self.workers, "at least 0 or none")
+
+    def dataset_options(self) -> dict[str, Any]:
+        """Options of `encnet_triton.data.create_dataset` that were given."""
+        given = {
+            "ignore_label": self.ignore_label,
+            "label_offset": self.label_offset,
+            "classes_file": self.classes_file,
+        }
+        return {k: v for k, v in given.items() if v is not None}
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """Losses, SGD and its schedule (paper section 3.1)."""
+
+    lr: float = 0.001
+    """Base learning rate of the global batch; never scaled silently."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty."""
+    decay_norm_bias: bool = True
+    """Apply the penalty to batch-norm parameters and biases too, as the paper's code does."""
+    power: float = 0.9
+    """Exponent of the poly schedule lr (1 - step / steps)^power."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up before the poly schedule."""
+    head_lr_scale: float = 1.0
+    """Learning rate of everything outside the backbone, relative to lr."""
+    epochs: int = 50
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images of one optimiser step over all processes and accumulation steps."""
+    accumulation: int = 1
+    """Micro-batches whose gradients are summed in one step."""
+    se_weight: float = 0.2
+    """alpha, the weight of the SE losses."""
+    aux_weight: float = 0.0
+    """Weight of the auxiliary head's cross-entropy."""
+    class_weight: str = "none"
+    """Weights of the cross-entropy: none, or balanced (median frequency, capped)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "head_lr_scale", "power"):
+            value = getattr(self, key)
+            require(math.isfinite(value) and value > 0, key, value, "positive")
+        for key in ("weight_decay", "se_weight", "aux_weight", "warmup_steps"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+        for key in ("momentum", "label_smoothing"):
+            require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
+        for key in ("epochs", "batch_size", "accumulation"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        one_of("class_weight", self.class_weight, ("none", "balanced"))
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where and how the run is carried out."""
+
+    name: str = free("")
+    """Folder of the run below runs; the recipe's name by default."""
+    runs: str = free("runs")
+    """Folder of all runs."""
+    seed: int = 0
+    """Seed of weights, sampling and augmentation."""
+    device: str = free("auto")
+    """auto, cpu or cuda."""
+    amp: str = "auto"
+    """bf16 autocast: on, off, or auto (on for GPUs that compute in bf16)."""
+    compile: bool = free(False)
+    """torch.compile the network."""
+    sync_bn: bool = True
+    """Synchronise batch normalisation over the processes."""
+    resume: bool = free(False)
+    """Go on from the run's last checkpoint if there is one, else start."""
+    stop_at: int | None = free(None)
+    """Save and stop after this many steps; the schedule stays that of the whole run."""
+    init_from: str | None = None
+    """Start from the weights of this encnet-triton checkpoint."""
+    new_head: bool = False
+    """With init_from: leave out the tensors that depend on the number of classes."""
+    val_every: int = free(5)
+    """Validate after this many epochs (and after the last); 0: after the last only."""
+    save_every: int = free(0)
+    """Also save a checkpoint every this many steps; 0: at the end of each epoch only."""
+    log_every: int = free(20)
+    """Steps between two records in metrics.jsonl."""
+    pictures: int = free(6)
+    """Validation images drawn into predictions/."""
+    whole_image: bool = free(False)
+    """Validate on whole images in place of windows of the crop."""
+
+    def __post_init__(self) -> None:
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("amp", self.amp, ("auto", "on", "off"))
+        for key in ("val_every", "save_every", "pictures"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        require(
+            self.new_head <= (self.init_from is not None), "new_head", True, "given with init_from"
+        )
+        if self.stop_at is not None:
+            require(self.stop_at >= 1, "stop_at", self.stop_at, "at least 1")
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """All sections of one run, and the recipe they came from."""
+
+    recipe: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form, sections as dictionaries."""
+        return asdict(self)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Every field that alters what the run computes, by name."""
+        return {
+            f.name: _plain(getattr(getattr(self, section), f.name))
+            for section, cls in SECTIONS.items()
+            for f in fields(cls)
+            if not f.metadata.get("free")
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def all_fields() -> dict[str, tuple[str, Field[Any]]]:
+    """name -> (section, field), over all sections."""
+    return {f.name: (section, f) for section, cls in SECTIONS.items() for f in fields(cls)}
+
+
+def field_docs() -> dict[str, str]:
+    """The docstring under each field, read from this file."""
+    docs = {}
+    for cls in SECTIONS.values():
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for node, after in zip(body.body, body.body[1:], strict=False):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                assert isinstance(node.target, ast.Name) and isinstance(after.value, ast.Constant)
+                docs[node.target.id] = str(after.value.value)
+    return docs
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def read_recipe(name: str) -> tuple[str, dict[str, Any]]:
+    """(name, fields) of a recipe: one that comes with the package, or the path of a TOML file.
+
+    Raises:
+        ConfigError: no such recipe, broken TOML, or a key that is no field of its section.
+    """
+    path, document = _load_recipe(name)
+    values: dict[str, Any] = {}
+    known = all_fields()
+    for section, content in document.items():
+        if section == "about":
+            continue
+        if section not in SECTIONS or not isinstance(content, dict):
+            raise ConfigError(
+                f"recipe {path}: unknown section {section!r}{_closest(section, SECTIONS)}"
+            )
+        own = [n for n, (s, _) in known.items() if s == section]
+        for key, value in content.items():
+            if key not in own:
+                raise ConfigError(
+                    f"recipe {path}: unknown field {key!r} in [{section}]{_closest(key, own)}"
+                )
+            values[key] = value
+    return path.stem, values
+
+
+def read_about(name: str) -> str:
+    """The sentence in a recipe's [about] section."""
+    return str(_load_recipe(name)[1].get("about", {}).get("text", ""))
+
+
+def _load_recipe(name: str) -> tuple[Path, dict[str, Any]]:
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"unknown recipe {name!r}{_closest(name, recipe_names())}")
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
+
+
+def _closest(given: str, allowed: typing.Iterable[str]) -> str:
+    names = list(allowed)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known: {', '.join(names)}" if hint else f"; known: {', '.join(names)}"
+
+
+def build(recipe: str, overrides: Mapping[str, Any]) -> Config:
+    """A validated configuration: defaults, then the recipe, then the overrides (text or values).
+
+    Raises:
+        ConfigError: names the key and the value that are wrong.
+    """
+    name, values = read_recipe(recipe)
+    known = all_fields()
+    for key, value in overrides.items():
+        if key not in known:
+            raise ConfigError(f"unknown field {key!r}{_closest(key, known)}")
+        values[key] = value
+    parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for key, value in values.items():
+        section, f = known[key]
+        hint = typing.get_type_hints(SECTIONS[section])[f.name]
+        parts[section][key] = convert(key, value, hint)
+    config = Config(
+        recipe=name, **{section: SECTIONS[section](**values) for section, values in parts.items()}
+    )
+    if not config.run.name:
+        config.run.name = name
+    require(
+        "/" not in config.run.name and config.run.name not in (".", ".."),
+        "name", config.run.name, "the name of a folder, without slashes",
+    )  # fmt: skip
+    return config
+
+
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """Turn a TOML value or command-line text into the field's type.
+
+    Raises:
+        ConfigError: the value is of another kind.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return convert(key, value, hint)
+    if origin is tuple:
+        parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
+        parts = list(parts) if isinstance(parts, list | tuple) else [parts]
+        if len(parts) == 1:
+            parts *= len(arguments)
+        if len(parts) != len(arguments):
+            raise ConfigError(
+                f"{key} = {value!r} is not allowed; it must be {len(arguments)} numbers"
+            )
+        return tuple(convert(key, p, a) for p, a in zip(parts, arguments, strict=True))
+    if hint is bool:
+        names = {"true": True, "yes": True, "on": True, "1": True}
+        names |= {"false": False, "no": False, "off": False, "0": False}
+        found = value if isinstance(value, bool) else names.get(str(value).lower())
+        require(found is not None, key, value, "true or false")
+        return found
+    kinds = {int: "a whole number", float: "a number", str: "text"}
+    wrong = isinstance(value, bool) or (hint is int and isinstance(value, float))
+    try:
+        if wrong or (hint is str and not isinstance(value, str)):
+            raise ValueError
+        return hint(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key} = {value!r} is not allowed; it must be {kinds[hint]}") from None

@@ -1,0 +1,117 @@
+"""What a run tells: a live progress line or plain lines, and ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from encnet_triton.metrics import Scores
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """Writes records to ``metrics.jsonl`` and shows them to a person; silent on ranks other than 0.
+
+    Args:
+        folder: of the run.
+        enabled: whether this process is the one that writes.
+        console: where to show; a terminal gets a live line, anything else plain lines.
+    """
+
+    def __init__(self, folder: Path, enabled: bool, console: Console | None = None) -> None:
+        self.folder = folder
+        self.enabled = enabled
+        self.console = console or Console(quiet=not enabled, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._status = ""
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress line if there is one."""
+        if self.enabled:
+            self.console.print(text, markup=False, highlight=False)
+
+    def begin(self, steps: int, done: int) -> None:
+        """Start the live line of a run of ``steps`` steps, ``done`` of them already made."""
+        if not self.enabled or not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.completed:>5}/{task.total}"),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=done, status="")
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the live line to a step."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def train(self, record: dict[str, Any], steps: int, eta: float) -> None:
+        """Record the averages since the last record."""
+        self.write({"kind": "train", **record})
+        losses = " ".join(
+            f"{name} {record[name]:.3f}" for name in ("segmentation", "se", "aux") if record[name]
+        )
+        status = (
+            f"loss {record['loss']:.3f} ({losses})  lr {record['lr']:.2e}  "
+            f"{record['images_per_second']:.1f} img/s  data {record['data_wait']:.0%}"
+        )
+        if record["skipped"]:
+            status += f"  skipped {record['skipped']}"
+        if self._progress is not None:
+            self._progress.update(self._task, status=status)
+        else:
+            minutes, seconds = divmod(round(eta), 60)
+            self.say(f"step {record['step']:>6}/{steps}  {status}  ETA {minutes}:{seconds:02d}")
+
+    def validation(self, scores: Scores, classes: Sequence[str], record: dict[str, Any]) -> None:
+        """Record a validation and show its two figures."""
+        self.write({"kind": "val", **record, **scores.as_dict(classes)})
+        self.say(
+            f"validation at step {record['step']} (epoch {record['epoch']}): "
+            f"mIoU {scores.miou:.2%}  pixAcc {scores.pixel_accuracy:.2%}  "
+            f"({record['seconds']:.1f} s)"
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one JSON object to ``metrics.jsonl``."""
+        if self.enabled:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of steps after ``step``, which a resumed run makes again."""
+        path = self.folder / METRICS
+        if not self.enabled or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that a killed process did not finish
+            if record.get("step", 0) <= step:
+                kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def end(self) -> None:
+        """Take the live line away; safe to call twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

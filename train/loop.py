@@ -1,0 +1,303 @@
+"""The training loop: steps, validation, checkpoints, and stopping well."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from encnet_triton.checkpoint import save_model
+from encnet_triton.data import Batch
+from encnet_triton.metrics import Scores
+from encnet_triton.nn import BatchNormAct1d, BatchNormAct2d, LossTerms
+from encnet_triton.train import checkpoint, optim, validate
+from encnet_triton.train.checkpoint import Progress
+from encnet_triton.train.config import Config
+from encnet_triton.train.distributed import World, all_reduce_sum, check_same_weights, gather
+from encnet_triton.train.log import Log
+from encnet_triton.train.meter import Meter
+from encnet_triton.train.setup import Parts, compile_obstacle
+
+MAX_SKIPPED = 10
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what is safe."""
+
+
+class Trainer:
+    """One run, from its first or resumed step to its last.
+
+    Args:
+        config: validated configuration.
+        world: this process and its device.
+        parts: data, network, loss and optimiser from `setup.build`.
+        folder: of the run; exists.
+        log: where records go.
+    """
+
+    def __init__(self, config: Config, world: World, parts: Parts, folder: Path, log: Log) -> None:
+        self.config, self.world, self.parts = config, world, parts
+        self.folder, self.log = folder, log
+        self.device = world.device
+        self.model = parts.model
+        self.steps_per_epoch = len(parts.loader)
+        self.steps = self.steps_per_epoch * config.optim.epochs
+        self.progress = Progress()
+        self.meter = Meter(self.device)
+        self._stop_requested = False  # on this rank
+        self._stopping = False  # agreed by all ranks
+        self._statistics = [
+            buffer
+            for module in self.model.modules()
+            if isinstance(module, (BatchNormAct1d, BatchNormAct2d, nn.modules.batchnorm._BatchNorm))
+            for buffer in module.buffers(recurse=False)
+        ]
+        self._saved_statistics = [torch.empty_like(b) for b in self._statistics]
+        mean = torch.tensor(parts.train_set.mean, device=self.device).view(1, 3, 1, 1)
+        std = torch.tensor(parts.train_set.std, device=self.device).view(1, 3, 1, 1)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def restore(self) -> bool:
+        """Load ``last.safetensors`` if it is there; returns whether it was."""
+        path = self.folder / checkpoint.LAST
+        if not path.exists():
+            return False
+        self.progress = checkpoint.load(
+            path, self.world, self.model, self.parts.optimizer, self.config
+        )
+        self.log.rewind(self.progress.step)
+        return True
+
+    def run(self) -> Scores | None:
+        """Train to the end, or to ``stop_at``, or to a signal; returns the last validation if the
+        run is complete.
+
+        Raises:
+            TrainingError: `MAX_SKIPPED` steps had a loss that is not finite.
+        """
+        check_same_weights(self.model)
+        self.network = self._wrap(self.model)
+        last = min(self.steps, self.config.run.stop_at or self.steps)
+        scores = None
+        with self._signals():
+            self.log.begin(self.steps, self.progress.step)
+            self.meter.restart()
+            while self.progress.step < last and not self._stopping:
+                self._epoch(last)
+                if self.progress.step % self.steps_per_epoch == 0 and not self._stopping:
+                    scores = self._end_of_epoch()
+            self.log.end()
+        if self.progress.step < self.steps:
+            self.log.say(
+                f"stopped at step {self.progress.step} of {self.steps}, saved in {self.folder}; "
+                "go on with --resume"
+            )
+            return None
+        if scores is None:
+            scores = self._validate()
+        return scores
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if self.config.run.compile:
+            obstacle = compile_obstacle(self.device)
+            if obstacle is None:
+                model.compile()
+            else:
+                self.log.say(obstacle)
+        if self.world.size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=not self.config.run.sync_bn,
+            gradient_as_bucket_view=True,
+        )
+
+    def _epoch(self, last: int) -> None:
+        """Steps up to the end of the epoch, to ``last``, or to a request to stop."""
+        epoch, start = divmod(self.progress.step, self.steps_per_epoch)
+        save_every = self.config.run.save_every
+        batches = self.parts.loader.epoch(epoch, start_step=start)
+        while self.progress.step < last:
+            with self.meter.waiting():
+                micro = next(batches, None)
+            if micro is None:
+                return
+            stop = self._step(micro)
+            step = self.progress.step
+            self.log.advance(step)
+            if step % self.config.run.log_every == 0 or step == last:
+                self._record(epoch)
+            due = step == last or (save_every and step % save_every == 0)
+            if stop or (due and step % self.steps_per_epoch != 0):
+                self._save()
+            if stop:
+                # A scheduler's grace is short: no validation, even at the end of an epoch.
+                self._stopping = True
+                return
+
+    def _step(self, micro: list[Batch]) -> bool:
+        """One optimiser step; returns whether any rank was asked to stop."""
+        self.model.train()
+        optimizer = self.parts.optimizer
+        targets = [b.labels.to(self.device, non_blocking=True) for b in micro]
+        pixels = torch.stack([self.parts.loss.pixels_in(t) for t in targets]).sum()
+        # DDP averages gradients over ranks, so each divides by its share of the global counts.
+        share = (all_reduce_sum(pixels) / self.world.size).clamp(min=1e-12)
+        images = self.config.optim.batch_size / self.world.size
+        torch._foreach_copy_(self._saved_statistics, self._statistics)
+        total = torch.zeros((), device=self.device)
+        bad = stop = False
+        for index, (batch, target) in enumerate(zip(micro, targets, strict=True)):
+            final = index == len(micro) - 1
+            with ExitStack() as stack:
+                if not final and isinstance(self.network, DistributedDataParallel):
+                    stack.enter_context(self.network.no_sync())
+                terms = self._forward(batch.images, target, share, images)
+                total = total + terms.total.detach()
+                self.meter.add(terms)
+                read = self._flags(total) if final else None
+                terms.total.backward()  # type: ignore[no-untyped-call]
+                if read is not None:
+                    bad, stop = read()
+        self.progress.step += 1
+        if bad:
+            self._skip(micro)
+        else:
+            rate = optim.poly(self.progress.step - 1, self.steps, self.config.optim)
+            optim.set_rate(optimizer, rate)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.meter.count(self.config.optim.batch_size)
+        return stop
+
+    def _forward(self, images: Tensor, target: Tensor, pixels: Tensor, share: float) -> LossTerms:
+        x = images.to(self.device, non_blocking=True)
+        x = torch.addcmul(self._shift, x, self._scale)
+        x = x.contiguous(memory_format=torch.channels_last)
+        dtype = self.parts.autocast
+        with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
+            output = self.network(x)
+        terms: LossTerms = self.parts.loss(output, target, pixels=pixels, images=share)
+        return terms
+
+    def _flags(self, total: Tensor):  # type: ignore[no-untyped-def]
+        """Start moving (loss not finite anywhere, stop requested anywhere) to the host.
+
+        On a GPU the copy is waited for only after the backward pass has been launched, so the
+        device never runs out of work.
+        """
+        flags = torch.stack(
+            [(~torch.isfinite(total)).float(), torch.full_like(total, self._stop_requested)]
+        )
+        all_reduce_sum(flags)
+        if self.device.type != "cuda":
+            return lambda: tuple(bool(f) for f in flags)
+        host = torch.empty(2, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+
+        def read() -> tuple[bool, bool]:
+            done.synchronize()
+            return bool(host[0]), bool(host[1])
+
+        return read
+
+    def _skip(self, micro: list[Batch]) -> None:
+        """Leave weights and running statistics as they were before this step, and count it."""
+        torch._foreach_copy_(self._statistics, self._saved_statistics)
+        self.progress.skipped += 1
+        if self.progress.skipped < MAX_SKIPPED:
+            self.log.say(f"step {self.progress.step}: the loss is not finite; step skipped")
+            return
+        names = [name for rank in gather([n for b in micro for n in b.names]) for name in rank]
+        saved = self.folder / checkpoint.LAST
+        raise TrainingError(
+            f"the loss was not finite in {MAX_SKIPPED} steps, the last of them step "
+            f"{self.progress.step} with the batch {', '.join(names)}; "
+            + (f"the last good state is {saved}" if saved.exists() else "nothing was saved yet")
+        )
+
+    def _record(self, epoch: int) -> None:
+        summary = self.meter.summary(self.world.size)
+        step = self.progress.step
+        record = {
+            "step": step,
+            "epoch": epoch + 1,
+            "lr": optim.poly(step - 1, self.steps, self.config.optim),
+            **summary,
+            "skipped": self.progress.skipped,
+        }
+        rate = summary["images_per_second"]
+        eta = (self.steps - step) * self.config.optim.batch_size / rate if rate else 0.0
+        self.log.train(record, self.steps, eta)
+        self.meter.restart()
+
+    def _end_of_epoch(self) -> Scores | None:
+        epoch = self.progress.step // self.steps_per_epoch
+        every = self.config.run.val_every
+        due = self.progress.step == self.steps or (every and epoch % every == 0)
+        scores = self._validate() if due else None
+        self._save()
+        self.meter.restart()
+        return scores
+
+    def _validate(self) -> Scores:
+        start = time.perf_counter()
+        parts, run = self.parts, self.config.run
+        scores = validate.validate(parts, self.world, run.whole_image)
+        self.progress.validated = self.progress.step
+        record = {
+            "step": self.progress.step,
+            "epoch": self.progress.step // self.steps_per_epoch,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        self.log.validation(scores, parts.info.classes, record)
+        if scores.miou > self.progress.best_miou:
+            self.progress.best_miou, self.progress.best_step = scores.miou, self.progress.step
+            if self.world.main:
+                save_model(
+                    self.folder / checkpoint.BEST,
+                    self.model,
+                    parts.info,
+                    step=self.progress.step,
+                    miou=scores.miou,
+                )
+        if self.world.main:
+            validate.draw(parts, self.world, run.pictures, run.whole_image, self.folder)
+        return scores
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.folder,
+            self.world,
+            self.model,
+            self.parts.optimizer,
+            self.parts.info,
+            self.progress,
+            self.config,
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGUSR1 (a scheduler's notice) ask for a save and a clean end."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            self._stop_requested = True
+
+        wanted = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+        previous = {number: signal.signal(number, request) for number in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

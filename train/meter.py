@@ -1,0 +1,82 @@
+"""Averages since the last record, kept on the device until they are asked for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from encnet_triton.nn import LossTerms
+from encnet_triton.train.distributed import all_reduce_sum
+
+NAMES = ("loss", "segmentation", "se", "aux")
+
+
+class Meter:
+    """Losses, throughput and the share of time spent waiting for data.
+
+    The first step of a process (compilation, worker start-up) is left out of the throughput.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._warm = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self._losses = torch.zeros(len(NAMES), device=self.device)
+        self._steps = 0
+        self._images = 0
+        self._wait = 0.0
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the enclosed time as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - start
+
+    def add(self, terms: LossTerms) -> None:
+        """Add one micro-batch's losses, without looking at them."""
+        values: list[Tensor] = [t.detach() for t in terms]
+        self._losses += torch.stack([v.to(self._losses.dtype) for v in values])
+
+    def count(self, images: int) -> None:
+        """End of a step of ``images`` images (over all ranks)."""
+        self._steps += 1
+        if not self._warm:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._warm = True
+            self._start, self._wait = time.perf_counter(), 0.0
+            return
+        self._images += images
+
+    def summary(self, ranks: int) -> dict[str, float]:
+        """Averages of this interval over its steps and all ranks; waits for the device."""
+        losses = all_reduce_sum(self._losses / (max(1, self._steps) * ranks)).tolist()
+        seconds = time.perf_counter() - self._start
+        return {
+            **{name: value for name, value in zip(NAMES, losses, strict=True)},
+            "images_per_second": self._images / seconds if seconds else 0.0,
+            "data_wait": self._wait / seconds if seconds else 0.0,
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's largest resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # the standard library has no such figure there
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
