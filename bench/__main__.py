@@ -1,0 +1,97 @@
+"""``python -m bench encode|upsample|crop|context``; without a name, the list."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench import context, gate, report
+from bench.cases import CASES, Case, compiled
+from bench.timing import Measurement, measure
+from encnet_triton.train.setup import compile_obstacle
+
+
+def worker(case: Case, variant: str, device: torch.device, data: str | None) -> None:
+    """Measure one variant in this process and print it as JSON."""
+    if case.threads is not None:
+        torch.set_num_threads(case.threads)
+    call = case.build(variant, device, data)
+    print(json.dumps(measure(call, device).as_dict()))
+
+
+def measure_apart(name: str, variant: str, device: str, data: str | None) -> Measurement | str:
+    """Measure one variant in a fresh process; a sentence where it could not be."""
+    if compiled(variant) and compile_obstacle(torch.device(device)):
+        return "no compiled peer: there is no compiler for torch.compile here"
+    command = [sys.executable, "-m", "bench", name, "--worker", variant, "--device", device]
+    command += ["--data", data] if data else []
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"{variant} failed: {last[:200]}"
+    return Measurement(**json.loads(run.stdout.strip().splitlines()[-1]))
+
+
+def compare(name: str, device: torch.device, data: str | None, json_file: Path | None) -> int:
+    """Check, measure every variant, print the table; returns the exit status."""
+    console, case = Console(), CASES[name]
+    wrong = gate.check(name, device)
+    if wrong:
+        print(f"error: {name} is not correct, so no speed is given: {wrong}", file=sys.stderr)
+        return 1
+    console.print(report.machine(device), highlight=False)
+    results = {v: measure_apart(name, v, device.type, data) for v in case.variants}
+    if isinstance(results["ours"], str):
+        print(f"error: {results['ours']}", file=sys.stderr)
+        return 1
+    console.print(report.table(case, results))
+    if json_file is not None:
+        rows = {v: r if isinstance(r, str) else r.as_dict() for v, r in results.items()}
+        document = {"machine": report.machine(device), "case": name, "results": rows}
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """(options, what is passed on to the trainer by ``context``)."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("case", nargs="?", choices=[*CASES, "context"])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--data", help="crop: a folder data set to take the images from")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--seeds", type=int, default=3, help="context: runs of each network")
+    parser.add_argument("--runs", type=Path, default=Path("runs/context"), help="context: folder")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options, extra = parse(arguments)
+    if extra and options.case != "context":
+        print(f"error: unknown argument {extra[0]}", file=sys.stderr)
+        return 2
+    if options.case is None:
+        for name, case in CASES.items():
+            print(f"{name:<10}{case.title}")
+        print(f"{'context':<10}FCN, EncNet, EncNet+SE on the embedded data set, several seeds each")
+        return 0
+    if options.case == "context":
+        context.run(options.seeds, options.runs, options.json, extra)
+        return 0
+    cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
+    device = torch.device("cuda" if cuda and options.case != "crop" else "cpu")
+    if options.worker:
+        worker(CASES[options.case], options.worker, device, options.data)
+        return 0
+    return compare(options.case, device, options.data, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

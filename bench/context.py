@@ -1,0 +1,62 @@
+"""What context is worth: FCN, EncNet and EncNet+SE on the embedded data set, several seeds each.
+
+The three recipes differ in the network's head alone: trunk, data, order of samples and steps are
+the same. Each run is an ordinary run of the trainer, resumed if it was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"}
+
+
+def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> dict[str, float]:
+    """Run one training to its end and return its last validation."""
+    name = f"{recipe}-seed{seed}"
+    command = [sys.executable, "-m", "encnet_triton.train", "--recipe", recipe, "--resume"]
+    command += ["--seed", str(seed), "--runs", str(folder), "--name", name, *extra]
+    subprocess.run(command, check=True)
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    last: dict[str, float] = [r for r in map(json.loads, lines) if r["kind"] == "val"][-1]
+    return last
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error, in points."""
+    points = [100 * v for v in values]
+    error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else float("nan")
+    return statistics.mean(points), error
+
+
+def run(seeds: int, folder: Path, json_file: Path | None, extra: list[str]) -> None:
+    """Train every recipe with every seed and print the table; differences are seed by seed."""
+    console = Console()
+    scores: dict[str, list[dict[str, float]]] = {}
+    for seed in range(seeds):
+        for label, recipe in RECIPES.items():
+            console.rule(f"{label}, seed {seed}")
+            scores.setdefault(label, []).append(train(recipe, seed, folder, extra))
+    table = Table(title=f"scenes, {seeds} seeds: mean and standard error of the mean, in points")
+    for column in ("network", "mIoU", "pixAcc", "minus FCN", "minus EncNet"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    miou = {label: [r["miou"] for r in rows] for label, rows in scores.items()}
+    for label, rows in scores.items():
+        cells = [label]
+        for values in (miou[label], [r["pixel_accuracy"] for r in rows]):
+            cells.append("{:.2f} ± {:.2f}".format(*spread(values)))
+        for base in ("FCN", "EncNet"):
+            differences = [a - b for a, b in zip(miou[label], miou[base], strict=True)]
+            cells.append("" if label == base else "{:+.2f} ± {:.2f}".format(*spread(differences)))
+        table.add_row(*cells)
+    console.print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(scores, indent=2) + "\n")

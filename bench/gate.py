@@ -1,0 +1,63 @@
+"""No speed without correctness: each operator is compared with float64 before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from encnet_triton import kernels
+from encnet_triton.kernels import reference
+
+TOLERANCE = 1e-4  # of the largest value, float32 against float64
+
+
+def _compare(
+    ours: Callable[..., Tensor],
+    truth: Callable[..., Tensor],
+    inputs: list[Tensor],
+    rest: list[Tensor],
+) -> str | None:
+    """None, or which result is off and by how much."""
+    narrow = [t.clone().requires_grad_() for t in inputs]
+    wide = [t.cpu().double().requires_grad_() for t in inputs]
+    got = ours(*narrow, *rest)
+    expected = truth(*wide, *(t.cpu() for t in rest))
+    got.sum().backward()  # type: ignore[no-untyped-call]
+    expected.sum().backward()  # type: ignore[no-untyped-call]
+    results: list[tuple[str, Tensor | None, Tensor | None]] = [("output", got, expected)]
+    for index, (tensor, wanted) in enumerate(zip(narrow, wide, strict=True)):
+        results.append((f"gradient {index}", tensor.grad, wanted.grad))
+    for name, a, b in results:
+        assert a is not None and b is not None
+        error = float((a.detach().cpu().double() - b.detach()).abs().max() / b.detach().abs().max())
+        if not error <= TOLERANCE:
+            return f"{name} is off by {error:.1e} of its largest value (allowed: {TOLERANCE:.0e})"
+    return None
+
+
+def check_encode(device: torch.device) -> str | None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 9, 7, device=device)
+    codewords = torch.randn(5, 40, device=device) / 4
+    scale = -torch.rand(5, device=device) / 8
+    return _compare(kernels.encode, reference.encode, [x, codewords, scale], [])
+
+
+def check_upsample(device: torch.device) -> str | None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 21, 7, 9, device=device)
+    target = torch.randint(0, 21, (2, 53, 61), device=device)
+    target[:, :5] = 255
+    return _compare(
+        kernels.upsample_cross_entropy, reference.upsample_cross_entropy, [logits], [target]
+    )
+
+
+CHECKS = {"encode": check_encode, "upsample": check_upsample}
+
+
+def check(case: str, device: torch.device) -> str | None:
+    """None where the operator of a case is right (or the case has none), else what is wrong."""
+    return CHECKS[case](device) if case in CHECKS else None

@@ -1,0 +1,56 @@
+"""The table of a comparison, with the machine it was made on."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from bench.cases import Case
+from bench.timing import Measurement
+from encnet_triton.environment import cpu_name, versions
+
+Results = dict[str, "Measurement | str"]
+
+
+def machine(device: torch.device) -> str:
+    """Processor or GPU, versions and the revision that was measured, in one line."""
+    name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    found = versions()
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True, text=True, cwd=Path(__file__).parent,
+    ).stdout.strip()  # fmt: skip
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return (
+        f"{name}{threads}; torch {found['torch']}, triton {found['triton']}; "
+        f"revision {revision or 'unknown'}"
+    )
+
+
+def table(case: Case, results: Results) -> Table:
+    """Times, extra memory, and both as multiples of ours."""
+    made = Table(title=case.title, title_justify="left")
+    made.add_column("")
+    for column in ("median ms", "p20", "p80", "extra MiB", "time / ours", "memory / ours"):
+        made.add_column(column, justify="right")
+    if case.per_call:
+        made.add_column("images/s", justify="right")
+    ours = results["ours"]
+    assert isinstance(ours, Measurement)
+    for variant, result in results.items():
+        if isinstance(result, str):
+            made.add_row(variant, *["-"] * (len(made.columns) - 1))
+            continue
+        cells = [f"{v:.1f}" for v in (result.median, result.p20, result.p80, result.extra_mib)]
+        cells.append(f"{result.median / ours.median:.1f}x")
+        cells.append(f"{result.extra_mib / max(ours.extra_mib, 1.0):.1f}x")
+        if case.per_call:
+            cells.append(f"{1e3 * case.per_call / result.median:.1f}")
+        made.add_row(variant, *cells)
+    reasons = sorted({r for r in results.values() if isinstance(r, str)})
+    if reasons:
+        made.caption = "; ".join(reasons)
+    return made
