@@ -17,9 +17,9 @@ Synchronised (paper, appendix A, eq. 2): forward all-reduces the one float64 vec
 [sum x, sum x^2, count], backward the one vector [sum g, sum g u s]; ranks may hold unequal shares
 or none. The collectives stand between operators, where a compiler sees them.
 
-Bytes: forward reads x twice and residual once and writes y once; backward reads dy, x, y (the
-mask is y > 0) and writes dresidual, then reads dresidual and x and writes dx. Without a residual
-the second pass reads dy and y again. Saved: x, y (with ReLU only) and two values per channel.
+Least bytes: forward reads x twice and residual once and writes y once; backward reads dy, x, y (the
+mask is y > 0) and writes g, then reads g and x and writes dx. Saved: x, y (with ReLU only) and two
+values per channel.
 """
 
 from __future__ import annotations
@@ -38,95 +38,97 @@ if TYPE_CHECKING:
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _masked(grad: Tensor, y: Optional[Tensor], scratch: Scratch) -> Tensor:
-    """g: the gradient of a tile where the ReLU let it pass, as its output y tells."""
-    if y is None:
-        return grad
-    out = scratch.take("masked", *grad.shape)
-    if grad.dtype != out.dtype:
-        return torch.mul(grad, y > 0, out=out)
-    return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=out)
+def _tile_statistics(tile: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Mean and M2 of one tile, float64."""
+    count = tile.shape[0] * tile.shape[2]
+    # About the mean of a sample that is at least 1/32 of the tile: its distance from the mean is
+    # at most sqrt(31) standard deviations whatever the data, so that M2 below cannot cancel badly.
+    sample = tile[:, :, : -(-tile.shape[2] // 32)]
+    about = sample.sum((0, 2), dtype=scratch.dtype) / (sample.shape[0] * sample.shape[2])
+    deviation = scratch.take("deviation", *tile.shape)
+    if tile.dtype == scratch.dtype:
+        torch.sub(tile, about[:, None], out=deviation)
+    else:  # an operation between two dtypes takes three times as long as a copy that converts
+        deviation.copy_(tile).sub_(about[:, None])
+    rest = deviation.sum((0, 2)).double() / count
+    squares = deviation.square_().sum((0, 2)).double()
+    return about.double() + rest, squares - count * rest.square()
 
 
 def _statistics_body(x: Tensor) -> Tensor:
-    dtype = accumulation_dtype(x)
     channels = x.shape[1]
-    scratch = Scratch(x, dtype)
-    means, squares, counts = [], [], []
+    scratch = Scratch(x, accumulation_dtype(x))
+    counts, means, squares = [], [], []
     for b, n in tiles(x):
-        tile = x[b, :, n]
-        count = tile.shape[0] * tile.shape[2]
-        rough = tile.sum((0, 2), dtype=dtype) / count
-        centred = torch.sub(tile, rough[:, None], out=scratch.take("centred", *tile.shape))
-        # The rounding of `rough` is put right by the mean of what is left.
-        rest = centred.sum((0, 2)).double() / count
-        square = centred.square_().sum((0, 2)).double()
-        means.append(rough.double() + rest)
-        squares.append(square - count * rest * rest)
-        counts.append(count)
+        mean, m2 = _tile_statistics(x[b, :, n], scratch)
+        counts.append((b.stop - b.start) * (n.stop - n.start))
+        means.append(mean)
+        squares.append(m2)
     if not counts:
         return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     total = float(sum(counts))
     share = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None]
-    mean_of_tile = torch.stack(means)
-    mean = (mean_of_tile * share).sum(0) / total
-    m2 = torch.stack(squares).sum(0) + ((mean_of_tile - mean).square() * share).sum(0)
+    of_tile = torch.stack(means)  # [tiles, C]
+    mean = (of_tile * share).sum(0) / total
+    m2 = torch.stack(squares).sum(0) + ((of_tile - mean).square() * share).sum(0)
     return torch.cat([mean, m2, m2.new_full((1,), total)])
+
+
+def _in_accumulation_dtype(x: Tensor, *tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
+    dtype = accumulation_dtype(x)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def _normalise_body(
     x: Tensor,
     mean: Tensor,
-    inv_std: Tensor,
+    var: Tensor,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
     residual: Optional[Tensor],
     relu: bool,
+    eps: float,
 ) -> Tensor:
-    dtype = accumulation_dtype(x)
-    out = torch.empty_like(x)
-    factor = (inv_std if weight is None else inv_std * weight.to(dtype))[:, None]
-    offset = (torch.zeros_like(inv_std) if bias is None else bias.to(dtype))[:, None]
-    scratch = Scratch(out, dtype)
-    for b, n in tiles(x):
-        tile = x[b, :, n]
-        target = out[b, :, n] if x.dtype == dtype else scratch.take("out", *tile.shape)
-        # Subtracting first is exact where it matters; x factor + (offset - mean factor) is not.
-        torch.sub(tile, mean[:, None], out=target)
-        torch.addcmul(offset, target, factor, out=target)
-        if residual is not None:
-            target.add_(residual[b, :, n])
-        if relu:
-            target.relu_()
-        if x.dtype != dtype:
-            out[b, :, n] = target
-    return out
+    weight, bias = _in_accumulation_dtype(x, weight, bias)
+    # B x C x 1 x N: only with four dimensions does torch see channels_last.
+    image = x.unsqueeze(2)
+    y = torch.batch_norm(image, weight, bias, mean, var, False, 0.0, eps, False).squeeze(2)
+    if y.stride() != torch.empty_like(x).stride():
+        y = torch.empty_like(x).copy_(y)
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if relu else y
 
 
 def _backward_sums_body(
-    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor, keep: bool
+    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[sum g, sum g u s] in float64, 2 x C, and g itself (empty unless `keep`)."""
-    dtype = accumulation_dtype(x)
-    kept = torch.empty_like(x) if keep else x.new_empty(0)
-    sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
-    scratch = Scratch(x, dtype)
-    for b, n in tiles(x):
-        tile = x[b, :, n]
-        g = _masked(grad[b, :, n], None if y is None else y[b, :, n], scratch)
-        if keep:
-            kept[b, :, n] = g
-        product = torch.sub(tile, mean[:, None], out=scratch.take("product", *tile.shape)).mul_(g)
-        sums[0] += g.sum((0, 2), dtype=dtype)
-        sums[1] += product.sum((0, 2))
-    sums[1] *= inv_std
-    return sums, kept
+    masked = x.new_empty(0)
+    if y is not None:
+        masked = torch.empty_like(x)
+        grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=masked)
+    elif grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    if x.numel() == 0:
+        return x.new_zeros((2, x.shape[1]), dtype=torch.float64), masked
+    _, product, plain = torch.ops.aten.native_batch_norm_backward(
+        grad.unsqueeze(2),
+        x.unsqueeze(2),
+        torch.ones_like(mean),
+        mean,
+        inv_std,
+        mean,
+        inv_std,
+        True,
+        0.0,
+        [False, True, True],
+    )
+    return torch.stack([plain.double(), product.double()]), masked
 
 
 def _backward_input_body(
     grad: Tensor,
     x: Tensor,
-    y: Optional[Tensor],
     mean: Tensor,
     inv_std: Tensor,
     weight: Optional[Tensor],
@@ -135,21 +137,20 @@ def _backward_input_body(
 ) -> Tensor:
     dtype = accumulation_dtype(x)
     factor = (inv_std if weight is None else inv_std * weight.to(dtype))[:, None]
-    if sums is not None and count is not None:
-        share = (sums / count).to(dtype)[:, :, None]
-        constant, slope = -factor * share[0], -factor * share[1] * inv_std[:, None]
     out = torch.empty_like(x)
+    if sums is None or count is None:
+        return torch.mul(grad, factor, out=out)
+    share = (sums / count).to(dtype)[:, :, None]
+    constant, slope = -factor * share[0], -factor * share[1] * inv_std[:, None]
     scratch = Scratch(out, dtype)
     for b, n in tiles(x):
-        tile = x[b, :, n]
-        g = _masked(grad[b, :, n], None if y is None else y[b, :, n], scratch)
-        target = out[b, :, n] if x.dtype == dtype else scratch.take("out", *tile.shape)
-        if sums is None:
-            torch.mul(g, factor, out=target)
+        tile, part = x[b, :, n], grad[b, :, n]
+        if x.dtype == dtype:
+            target = torch.sub(tile, mean[:, None], out=out[b, :, n])
         else:
-            torch.sub(tile, mean[:, None], out=target)
-            torch.addcmul(constant, target, slope, out=target)
-            target.addcmul_(g, factor)
+            target = scratch.take("out", *tile.shape).copy_(tile).sub_(mean[:, None])
+            part = scratch.take("part", *tile.shape).copy_(part)
+        torch.addcmul(constant, target, slope, out=target).addcmul_(part, factor)
         if x.dtype != dtype:
             out[b, :, n] = target
     return out
@@ -179,29 +180,31 @@ def _statistics_fake(x: Tensor) -> Tensor:
 def _normalise(
     x: Tensor,
     mean: Tensor,
-    inv_std: Tensor,
+    var: Tensor,
     count: Optional[Tensor],
     weight: Optional[Tensor],
     bias: Optional[Tensor],
     residual: Optional[Tensor],
     relu: bool,
+    eps: float,
     group_name: str,
 ) -> Tensor:
     """y of x [B, C, N]; `count` (None: frozen statistics) and `group_name` serve the backward."""
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
-    return _normalise_body(x, mean, inv_std, weight, bias, residual, relu)
+    return _normalise_body(x, mean, var, weight, bias, residual, relu, eps)
 
 
 @_normalise.register_fake
 def _normalise_fake(
     x: Tensor,
     mean: Tensor,
-    inv_std: Tensor,
+    var: Tensor,
     count: Optional[Tensor],
     weight: Optional[Tensor],
     bias: Optional[Tensor],
     residual: Optional[Tensor],
     relu: bool,
+    eps: float,
     group_name: str,
 ) -> Tensor:
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
@@ -210,40 +213,38 @@ def _normalise_fake(
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_sums"), mutates_args=())
 def _backward_sums(
-    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor, keep: bool
+    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[sum g, sum g u s] of this process (2 x C, float64), and g (empty unless `keep`)."""
-    return _backward_sums_body(grad, x, y, mean, inv_std, keep)
+    """[sum g, sum g u s] of this process, 2 x C in float64, and g (empty without y: it is dy)."""
+    return _backward_sums_body(grad, x, y, mean, inv_std)
 
 
 @_backward_sums.register_fake
 def _backward_sums_fake(
-    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor, keep: bool
+    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor
 ) -> tuple[Tensor, Tensor]:
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
-    return sums, torch.empty_like(x) if keep else x.new_empty(0)
+    return sums, x.new_empty(0) if y is None else torch.empty_like(x)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_input"), mutates_args=())
 def _backward_input(
     grad: Tensor,
     x: Tensor,
-    y: Optional[Tensor],
     mean: Tensor,
     inv_std: Tensor,
     weight: Optional[Tensor],
     sums: Optional[Tensor],
     count: Optional[Tensor],
 ) -> Tensor:
-    """dx from the sums over all processes; `sums` and `count` are None for frozen statistics."""
-    return _backward_input_body(grad, x, y, mean, inv_std, weight, sums, count)
+    """dx from g and the sums over all processes; `sums`, `count` are None if x was frozen."""
+    return _backward_input_body(grad, x, mean, inv_std, weight, sums, count)
 
 
 @_backward_input.register_fake
 def _backward_input_fake(
     grad: Tensor,
     x: Tensor,
-    y: Optional[Tensor],
     mean: Tensor,
     inv_std: Tensor,
     weight: Optional[Tensor],
@@ -259,35 +260,32 @@ def _all_reduce(packed: Tensor, group_name: str) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mean, inv_std, count, weight, bias, residual, relu, ctx.group_name = inputs
+    x, mean, var, count, weight, bias, _, relu, ctx.eps, ctx.group_name = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, mean, inv_std, count, weight, output if relu else None)
+    ctx.save_for_backward(x, mean, var, count, weight, output if relu else None)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-    x, mean, inv_std, count, weight, y = ctx.saved_tensors
+    x, mean, var, count, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
-    training = count is not None
-    keep = need_residual and y is not None
-    sums = None
-    if (need_x and training) or need_weight or need_bias or keep:
-        sums, masked = _backward_sums(grad, x, y, mean, inv_std, keep)
-        if keep:
-            grad, y = masked, None
+    inv_std = (var + ctx.eps).rsqrt()
+    sums, masked = _backward_sums(grad, x, y, mean, inv_std)
+    grad = grad if y is None else masked
     grad_x = None
     if need_x:
-        total = sums if training else None
+        total = None if count is None else sums
         if total is not None and ctx.group_name:
             total = _all_reduce(total, ctx.group_name)
-        grad_x = _backward_input(grad, x, y, mean, inv_std, weight, total, count)
+        grad_x = _backward_input(grad, x, mean, inv_std, weight, total, count)
     return (
         grad_x,
         None,
         None,
         None,
-        sums[1].to(weight.dtype) if need_weight and sums is not None else None,
-        sums[0].to(ctx.bias_dtype) if need_bias and sums is not None else None,
+        sums[1].to(weight.dtype) if need_weight else None,
+        sums[0].to(ctx.bias_dtype) if need_bias else None,
         grad if need_residual else None,
+        None,
         None,
         None,
     )
@@ -315,6 +313,11 @@ def _check_inputs(
         )
     if activation not in ("relu", None):
         raise ValueError(f'batch_norm_act: activation must be "relu" or None, got {activation!r}.')
+    for name, tensor in {**per_channel, "residual": residual}.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"batch_norm_act: {name} must be a tensor or None, got {type(tensor).__name__}."
+            )
     _check_op(x, {**per_channel, "residual": residual})
     for name, tensor in per_channel.items():
         if tensor is None:
@@ -418,16 +421,17 @@ def batch_norm_act(
             "batch_norm_act: running_mean and running_var are needed when training is False."
         )
     else:
-        mean, var = running_mean, running_var.double()
+        mean, var = running_mean, running_var
     y = _normalise(
         features,
         mean.to(dtype),
-        (var + eps).rsqrt().to(dtype),
+        var.to(dtype),
         count,
         weight,
         bias,
         added,
         activation == "relu",
+        eps,
         "" if group is None else group.group_name,
     )
     return y.view(x.shape)

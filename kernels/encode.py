@@ -30,6 +30,9 @@ from torch.utils.flop_counter import register_flop_formula
 from ._namespace import add_op_namespace_prefix
 from ._tiles import Scratch, accumulation_dtype, tiles
 
+# Pixels that one product adds up in sequence.
+_RUN = 64
+
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -106,6 +109,29 @@ class _Workspace(Scratch):
         return torch._softmax_backward_data(grad, weights, 1, grad.dtype)
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [b, C, K] += left [b, C, n] right^T [b, n, K], in runs of pixels summed by torch.sum.
+
+    E adds up weights and features that may all be positive. One long product does so one pixel
+    after another and its error grows with their number; the plain formula's sum does not. (The
+    products of the backward pass have terms of both signs and need no such care.)
+    """
+    runs = left.shape[2] // _RUN
+    if runs < 4:
+        total.baddbmm_(left, right.transpose(1, 2))
+        return
+    whole = runs * _RUN
+    for image in range(total.shape[0]):
+        a = left[image, :, :whole].unflatten(1, (runs, _RUN)).transpose(0, 1)  # [runs, C, RUN]
+        b = right[image, :, :whole].unflatten(1, (runs, _RUN)).permute(1, 2, 0)  # [runs, RUN, K]
+        if a.stride(1) == 1:
+            total[image] += torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).sum(0).t()
+        else:
+            total[image] += torch.bmm(a, b).sum(0)
+    if whole < left.shape[2]:
+        total.baddbmm_(left[:, :, whole:], right[:, :, whole:].transpose(1, 2))
+
+
 def _forward(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     images, channels, pixels = x.shape
     dtype, num = accumulation_dtype(x), codewords.shape[0]
@@ -125,7 +151,7 @@ def _forward(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
         logits = scratch.take("products", tile.shape[0], num, tile.shape[2])
         torch.baddbmm(bias, left[b], shifted, out=logits)
         weights = scratch.softmax(logits.add_(squares).mul_(factor))
-        code[b].baddbmm_(shifted, weights.transpose(1, 2))
+        _add_product(code[b], shifted, weights)
         mass[b] += weights.sum(2)
     out = torch.empty(images, num, channels, dtype=dtype, device=x.device)
     return torch.sub(code.transpose(1, 2), mass[:, :, None] * shifted_d, out=out)
@@ -149,7 +175,8 @@ def _backward(
     dtype, num = accumulation_dtype(x), codewords.shape[0]
     d = codewords.to(dtype)
     center = d.mean(0)
-    shifted_d = (d - center).expand(images, num, channels)
+    offset = d - center
+    shifted_d = offset.expand(images, num, channels)
     left = torch.cat([-2 * shifted_d, grad], 1)  # [B, 2K, C]: distances and da
     bias = torch.cat([shifted_d.square().sum(2), -(grad * shifted_d).sum(2)], 1)[:, :, None]
     right = torch.cat([grad, -shifted_d], 1).transpose(1, 2)  # [B, C, 2K]: dx out of a and w
@@ -184,7 +211,7 @@ def _backward(
                 grad_x[b, :, n] = target
     # E contributes -sum_i a G, the distances -sum_i w (x - d); both sums over i are already taken.
     grad_codewords = -(mass[:, :num, None] * grad).sum(0)
-    grad_codewords -= moment.sum(0).t() - mass[:, num:].sum(0)[:, None] * shifted_d[0]
+    grad_codewords -= moment.sum(0).t() - mass[:, num:].sum(0)[:, None] * offset
     return grad_x, grad_codewords.to(codewords.dtype), grad_scale.to(scale.dtype)
 
 

@@ -7,7 +7,7 @@ Gradients are autograd's. Memory and speed do not matter here.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -48,33 +48,31 @@ def batch_norm_act(
     running_var: Optional[Tensor],
     *,
     training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    momentum: float,
+    eps: float,
     residual: Optional[Tensor] = None,
     activation: Optional[str] = "relu",
-    group: Any = None,
 ) -> Tensor:
     """activation(weight (x - mean) / sqrt(var + eps) + bias + residual), channels in dimension 1.
 
-    Training takes the biased mean and variance of the batch and moves the running ones towards
-    them (the unbiased variance) in place; otherwise the running ones are used. `group` is not
-    supported: to synchronise is to call this on the concatenated batch.
+    Training takes the biased mean and variance of the batch and moves the running ones, if given,
+    towards them (the unbiased variance) in place; evaluation uses the running ones. A group of
+    processes computes what this does on the batches put together.
     """
-    if group is not None:
-        raise ValueError(
-            "batch_norm_act reference: call it on the concatenated batch, not with a group."
-        )
     shape = [1, -1] + [1] * (x.dim() - 2)
-    if training or running_mean is None or running_var is None:
+    if training:
         axes = [0, *range(2, x.dim())]
         count = x.numel() // x.shape[1]
         mean = x.mean(axes)
         var = (x - mean.view(shape)).square().mean(axes)
-        if running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                unbiased = var * (count / (count - 1))
+        with torch.no_grad():
+            if running_mean is not None:
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            if running_var is not None:
+                unbiased = var * (count / (count - 1))
                 running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    elif running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var are needed when training is False.")
     else:
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
     y = (x - mean.view(shape)) / (var + eps).sqrt().view(shape)

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._namespace import add_op_namespace_prefix
-from .upsample_tiles import RANGE, Strip, TiledUpsampling
+from .upsample_tiles import RANGE, Strip, TiledUpsampling, classes_first
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -80,17 +80,6 @@ def _check_labels(index: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def _exponentiate(values: Tensor, in_range: bool, total: Tensor, lse: Tensor) -> None:
-    """Turn values into exp(values - peak) in place; fill `total`, their sum over the classes, and lse."""
-    if in_range:
-        torch.sum(values.exp_(), 2, out=total)
-        torch.log(total, out=lse)
-        return
-    peak = values.amax(2, keepdim=True)
-    torch.sum(values.sub_(peak).clamp_(min=-RANGE).exp_(), 2, out=total)
-    torch.log(total, out=lse).add_(peak.squeeze(2))
-
-
 def _forward(
     logits: Tensor,
     target: Tensor,
@@ -102,25 +91,34 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """Loss and lse of each pixel, and, if asked for, the gradient of the sum of the losses."""
     up = TiledUpsampling(logits, target.shape[1], target.shape[2], align_corners)
-    losses, lses = up.low.new_empty((2, *target.shape))
+    losses = up.low.new_empty(target.shape)
+    lses = torch.empty_like(losses)
     weight = None if weight is None else weight.detach().to(up.low)
 
     def work(strip: Strip) -> Optional[Tensor]:
-        loss, lse = losses[strip.here], lses[strip.here]
         pixels = _pixels(target[strip.here], weight, ignore_index, smoothing, up.low)
         grad = strip.new_total() if with_grad else None
-        maps = (pixels.index.unsqueeze(2), pixels.rate.unsqueeze(1), pixels.spike, loss, lse)
+        totals, peaks, label_values = up.low.new_zeros((3, *pixels.index.shape))
+        maps = (
+            *(m.unsqueeze(2) for m in (pixels.index, pixels.spike, totals, peaks, label_values)),
+            *(m.unsqueeze(1) for m in (pixels.rate, totals)),
+        )
         for tile, *cut in zip(strip.tiles(), *map(strip.rows, maps)):
-            index, rate, spike, tile_loss, tile_lse = cut
-            total, first, second = tile.pixels
+            index, spike, total, peak, label_value, rate, total_row = cut
             values = strip.expand(tile)
-            torch.gather(values, 2, index, out=first.unsqueeze(2))
-            _exponentiate(values, strip.in_range(tile), total, tile_lse)
-            torch.sub(tile_lse, first, out=tile_loss)
+            torch.gather(values, 2, index, out=label_value)
+            if not strip.in_range(tile):
+                torch.amax(values, 2, keepdim=True, out=peak)
+                values.sub_(peak).clamp_(min=-RANGE)
+            values.exp_()
+            strip.sum_classes(tile, total)
             if grad is not None:
-                torch.mul(spike, total, out=second)
-                values.scatter_add_(2, index, second.unsqueeze(2))
-                strip.reduce(tile, torch.div(rate, total.unsqueeze(1)), grad)
+                values.scatter_add_(2, index, torch.mul(spike, total))
+                strip.reduce(tile, torch.div(rate, total_row), grad)
+        lse = torch.log(totals).add_(peaks)
+        lses[strip.here] = lse
+        loss = losses[strip.here]
+        torch.sub(lse, label_values, out=loss)
         loss.mul_(pixels.label_rate)
         if smoothing:
             mean = strip.expand_map(_class_mean(strip.low, weight))
@@ -168,11 +166,11 @@ def _backward(
 
 
 def _add_up(up: TiledUpsampling, parts: list[tuple[Strip, Tensor]]) -> Tensor:
-    """The gradient B x C x h x w; neighbouring strips share low-resolution columns."""
+    """The gradient B x h x w x C; neighbouring strips share low-resolution columns."""
     grad = torch.zeros_like(up.low)
     for strip, part in parts:
         grad[strip.image, :, strip.columns.low] += part.view(strip.low.shape)
-    return grad.permute(0, 3, 1, 2)
+    return grad
 
 
 def _class_mean(low: Tensor, weight: Optional[Tensor]) -> Tensor:
@@ -304,7 +302,7 @@ def _map_backward_op(
     options = (weight, ignore_index, align_corners, smoothing)
     with torch.autocast(logits.device.type, enabled=False):
         grad = _backward(grad_loss, logits, target, lse, *options)
-    return torch.empty_like(logits).copy_(grad)
+    return classes_first(grad, logits, logits.dtype)
 
 
 @_map_backward_op.register_fake
@@ -354,7 +352,7 @@ def _sum_op(
     total = loss.sum(dtype=torch.float64)
     if grad is None:
         return total, loss.new_empty(0)
-    return total, torch.empty_like(logits, dtype=loss.dtype).copy_(grad)
+    return total, classes_first(grad, logits, loss.dtype)
 
 
 @_sum_op.register_fake

@@ -20,8 +20,8 @@ from torch import Tensor
 # exp(-87) in fp32) at which exp and every product become a hundred times slower: denormals.
 RANGE = 60.0
 
-# Entries of one tile: with the scratch beside it, about what a 2 MB L2 cache holds in fp32.
-TILE_ENTRIES = 288 * 1024
+# Entries of one tile: 2 MB in fp32, an L2 cache. Smaller ones lose more to the calls than they gain.
+TILE_ENTRIES = 512 * 1024
 # Tiles of fewer classes are kept small, because the matrix products cost more the larger a tile is.
 TILE_PIXELS = 8192
 # On an accelerator a tile only bounds the memory.
@@ -56,7 +56,6 @@ class Tile(NamedTuple):
     factors: Tensor  # [R, m, X]
     narrow: Tensor  # [R, m, C]
     narrow_flat: Tensor  # [R, m C]
-    pixels: tuple[Tensor, Tensor, Tensor]  # each [R, X]
 
 
 def spans(low: int, full: int, longest: int, align_corners: bool, like: Tensor) -> list[Span]:
@@ -86,7 +85,7 @@ def tile_shape(height: int, width: int, classes: int, device: torch.device) -> t
     else:
         pixels = TILE_ENTRIES_ACCELERATOR // classes
     pixels = max(pixels, 64)
-    columns = min(width, math.isqrt(pixels // 2))
+    columns = min(width, math.isqrt(pixels))
     return min(height, pixels // columns), columns
 
 
@@ -141,6 +140,7 @@ class Strip:
         self.low = up.low[image, :, columns.low]  # [h, m, C]
         self._up = up
         self._weight_t = columns.weight.t()
+        self._ones = self.low.new_ones(self.low.shape[2])
         weight = columns.weight.expand(len(self.low), *columns.weight.shape)
         self._wide = torch.bmm(weight, self.low).flatten(1)  # [h, X C]
 
@@ -160,15 +160,11 @@ class Strip:
         values = self.low.new_empty(most, columns, classes)
         factors = self.low.new_empty(most, m, columns)
         narrow = self.low.new_empty(most, m, classes)
-        pixels = self.low.new_empty(3, most, columns)
         scratch = {}
         for rows in {len(s.weight) for s in self._up.rows}:
             v, f, n = values[:rows], factors[:rows], narrow[:rows]
-            first, second, third = pixels[:, :rows]
-            scratch[rows] = (v, v.flatten(1), f, n, n.flatten(1), (first, second, third))
-        return [
-            Tile(s.low, s.weight, s.weight.t(), *scratch[len(s.weight)]) for s in self._up.rows
-        ]
+            scratch[rows] = (v, v.flatten(1), f, n, n.flatten(1))
+        return [Tile(s.low, s.weight, s.weight.t(), *scratch[len(s.weight)]) for s in self._up.rows]
 
     def in_range(self, tile: Tile) -> bool:
         return self._up.in_range(self.image, tile.low, self.columns.low)
@@ -188,6 +184,11 @@ class Strip:
         torch.mul(self._weight_t, factor, out=tile.factors)
         torch.bmm(tile.factors, tile.values, out=tile.narrow)
         total[tile.low].addmm_(tile.weight_t, tile.narrow_flat)
+
+    def sum_classes(self, tile: Tile, out: Tensor) -> None:
+        """Fill the contiguous map `out`, [R, X], with the sums of the values over the classes."""
+        # torch.sum would first fill `out` with zeros, and is no faster.
+        torch.mv(tile.values.flatten(0, 1), self._ones, out=out.view(-1))
 
     def expand_map(self, low: Tensor) -> Tensor:
         """A single map [h, m] upsampled, [H, X]."""
@@ -240,3 +241,13 @@ def _classes_last(logits: Tensor) -> Tensor:
     for source, copy in zip(logits.detach(), low):
         copy.flatten(0, 1).copy_(source.flatten(1).t())
     return low
+
+
+def classes_first(low: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of B x h x w x C in B x C x h x w, in the memory format of `like`."""
+    copy = torch.empty_like(like, dtype=dtype)
+    if not copy.is_contiguous():
+        return copy.copy_(low.permute(0, 3, 1, 2))
+    for source, target in zip(low, copy):
+        target.flatten(1).copy_(source.flatten(0, 1).t())
+    return copy

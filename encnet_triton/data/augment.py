@@ -104,7 +104,10 @@ def warp_image(
     3. Raises DataError for a damaged file.
     """
     image, warp = _shrink(image, warp)
-    source, corner = _padded_region(image, warp.bounds(*size), fill)
+    wanted = warp.bounds(*size)
+    if not (wanted[0] < image.width and wanted[1] < image.height and min(wanted[2:]) > 0):
+        return np.full((*size, 3), fill, np.uint8)
+    source, corner = _padded_region(image, wanted, fill)
     # Half a level more, because conversion to uint8 cuts off the fraction.
     source += 0.5
     channels_first = torch.from_numpy(source).permute(2, 0, 1)[None]
@@ -151,10 +154,10 @@ def _shrink(image: Image.Image, warp: Warp) -> tuple[Image.Image, Warp]:
 def _padded_region(
     image: Image.Image, wanted: tuple[int, int, int, int], fill: tuple[int, int, int]
 ) -> tuple[NDArray[np.float32], tuple[int, int]]:
-    """The wanted part of an image, with one pixel of `fill` along each side where that goes outside.
+    """The wanted part of an image, with one pixel of `fill` along each side that goes outside.
 
-    One pixel is enough, because the sampler repeats it. Returns float32 h x w x 3 and the (left, top)
-    of its first pixel in the image.
+    One pixel is enough, because the sampler repeats it. Returns float32 h x w x 3 and the column
+    and row of its first pixel in the image.
     """
     left, top = max(wanted[0], -1), max(wanted[1], -1)
     right, bottom = min(wanted[2], image.width + 1), min(wanted[3], image.height + 1)

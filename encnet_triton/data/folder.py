@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from encnet_triton.data.base import (
     IGNORE_INDEX,
@@ -133,7 +133,7 @@ class Folder:
             return self._map_deep(np.asarray(image).astype(np.int64), path)
         if image.mode == "1":
             image = Image.fromarray(np.asarray(image).astype(np.uint8))
-        mapped = np.frombuffer(bytearray(image.tobytes().translate(self._table)), np.uint8)
+        mapped = np.frombuffer(bytearray(image.tobytes()).translate(self._table), np.uint8)
         mapped = mapped.reshape(image.height, image.width)
         if not self._fits(mapped):
             table = np.frombuffer(self._table, np.uint8)
@@ -167,12 +167,14 @@ class Folder:
 
 def _open(path: Path, what: str) -> Image.Image:
     try:
-        # From memory, because Pillow reads small pieces and would keep the file open until decoding.
+        # From memory, because Pillow would keep the file open until it is decoded.
         image = Image.open(io.BytesIO(path.read_bytes()))
     except FileNotFoundError:
         raise DataError(f"{what} {path} does not exist") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{what} {path} is not an image of a known format") from None
     except UNREADABLE as error:
-        raise DataError(f"{what} {path} cannot be read as an image ({error})") from error
+        raise DataError(f"{what} {path} cannot be read ({error})") from error
     image.filename = str(path)  # type: ignore[attr-defined]
     return image
 

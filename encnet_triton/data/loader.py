@@ -31,7 +31,8 @@ Augmentation = Callable[
 ]
 Key = tuple[int, int]
 
-_ORDER, _AUGMENT = 0, 1  # what a random stream is for
+# What a random stream is for; not the numbers that drawn data sets give their splits.
+_ORDER, _AUGMENT = 1000, 1001
 
 
 class Batch(NamedTuple):

@@ -23,6 +23,8 @@ IMPLS = ("auto", "fused", "torch")
 class _BatchNormAct(_BatchNorm):
     """y = activation(batch_norm(x) + residual); shared by the 1d and 2d layers."""
 
+    momentum: float
+
     def __init__(
         self,
         num_features: int,
@@ -84,7 +86,7 @@ class _BatchNormAct(_BatchNorm):
             self.weight,
             self.bias,
             self.training,
-            0.0 if self.momentum is None else self.momentum,
+            self.momentum,
             self.eps,
         )
         # The backward of batch_norm reads its input and that of relu its own output, so that
@@ -120,7 +122,10 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
         momentum: weight of the new batch in the running statistics.
         impl: "torch" is torch's batch norm followed by in-place add and ReLU; "fused" is
             `encnet_triton.kernels.batch_norm_act`; "auto" takes "fused" where the statistics are
-            synchronised over a process group and "torch" otherwise. MEASURED.
+            synchronised over a process group and "torch" otherwise, which is faster on the CPU in
+            eager mode: on 2 cores with AVX-512, fp32 channels_last, forward + backward, "fused"
+            took 1.1 to 2.5 times as long a layer and 1.2 times as long a training step of the
+            `small` EncNet (768 against 644 ms).
     """
 
 

@@ -1,0 +1,332 @@
+"""Data sets from one's own files: both layouts, label values, a sentence for whatever is wrong."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from encnet_triton.data import Augment, DataError, Folder, TrainLoader, create_dataset
+
+NAMES = ("sky", "road", "car")
+LABEL = np.array([[0, 1, 2, 255], [2, 2, 1, 0], [0, 0, 0, 1]], np.uint8)
+
+
+def write_pair(root, image, label, values=LABEL, mode=None):
+    rng = np.random.default_rng(len(str(image)))
+    for path in (root / image, root / label):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = np.shape(values)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / image)
+    picture = Image.fromarray(np.asarray(values))
+    if mode == "P":
+        picture.putpalette(bytes(range(256)) * 3)
+    picture.save(root / label)
+    return pixels
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two images with a list file each for train (both) and val (one)."""
+    write_pair(tmp_path, "photos/a.png", "masks/a.png")
+    write_pair(tmp_path, "photos/b.jpg", "masks/b.png")
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    pairs = ["photos/a.png masks/a.png", "photos/b.jpg masks/b.png"]
+    (tmp_path / "train.txt").write_text("\n".join(pairs) + "\n\n")
+    (tmp_path / "val.txt").write_text(pairs[1])
+    return tmp_path
+
+
+def refusal(*parts):
+    """The error must name all of these, in order."""
+    return pytest.raises(DataError, match=".*".join(re.escape(str(part)) for part in parts))
+
+
+def test_list_file(root):
+    pixels = np.asarray(Image.open(root / "photos/a.png"))
+    train, val = create_dataset("folder", "train", root), create_dataset("folder", "val", str(root))
+    assert (len(train), len(val)) == (2, 1)
+    assert train.classes == NAMES
+    assert train.palette.shape == (3, 3)
+    assert train.ignore_index == 255
+    assert train.name_of(0) == str(root / "photos/a.png")
+    image, label = train[0]
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+    np.testing.assert_array_equal(label, LABEL)
+    assert label.dtype == np.uint8
+    assert label.flags.writeable
+
+
+def test_list_file_separated_by_tabs_may_have_spaces(root):
+    write_pair(root, "my photos/one two.png", "masks/one two.png")
+    (root / "val.txt").write_text("my photos/one two.png\tmasks/one two.png\n")
+    assert Folder(root, "val")[0].image.size == (4, 3)
+
+
+def test_open_leaves_the_image_undecoded(root):
+    image, label = Folder(root).open(1)
+    assert image.filename == str(root / "photos/b.jpg")
+    image.draft("RGB", (2, 1))
+    assert image.size == (2, 2)
+    np.testing.assert_array_equal(label, LABEL)
+
+
+def test_split_folders(root):
+    write_pair(root, "images/train/x.png", "labels/train/x.png")
+    write_pair(root, "images/val/y.png", "labels/val/y.png")
+    write_pair(root, "images/val/deep/er/z.jpg", "labels/val/deep/er/z.png")
+    (root / "images/val/.hidden.png").write_bytes(b"")
+    (root / "train.txt").unlink()
+    (root / "val.txt").unlink()
+    train, val = Folder(root, "train"), Folder(root, "val")
+    assert [train.name_of(0)] == [str(root / "images/train/x.png")]
+    assert [val.name_of(i) for i in range(len(val))] == [
+        str(root / "images/val/deep/er/z.jpg"),
+        str(root / "images/val/y.png"),
+    ]
+
+
+def test_folders_without_split_keep_every_tenth_for_validation(tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    for number in range(21):
+        write_pair(tmp_path, f"images/{number:02}.png", f"labels/{number:02}.png")
+    train, val = Folder(tmp_path, "train"), Folder(tmp_path, "val")
+    train_names = {train.name_of(i) for i in range(len(train))}
+    val_names = {val.name_of(i) for i in range(len(val))}
+    assert [name[-6:-4] for name in sorted(val_names)] == ["00", "10", "20"]
+    assert len(train_names) == 18
+    assert not train_names & val_names
+    with refusal("has no split 'test'"):
+        Folder(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(LABEL, id="8 bits"),
+        pytest.param(LABEL.astype(np.uint16), id="16 bits"),
+        pytest.param(LABEL.astype(np.int32), id="32 bits"),
+    ],
+)
+def test_label_depths(root, values):
+    suffix = "tif" if values.dtype == np.int32 else "png"
+    write_pair(root, "photos/c.png", f"masks/c.{suffix}", values)
+    (root / "val.txt").write_text(f"photos/c.png masks/c.{suffix}")
+    np.testing.assert_array_equal(Folder(root, "val")[0].label, LABEL)
+
+
+def test_palette_labels_are_read_as_indices(root):
+    write_pair(root, "photos/c.png", "masks/c.png", mode="P")
+    (root / "val.txt").write_text("photos/c.png masks/c.png")
+    assert Image.open(root / "masks/c.png").mode == "P"
+    np.testing.assert_array_equal(Folder(root, "val")[0].label, LABEL)
+
+
+def test_two_valued_labels_are_zero_and_one(root):
+    write_pair(root, "photos/c.png", "masks/c.png", LABEL == 2)
+    (root / "val.txt").write_text("photos/c.png masks/c.png")
+    np.testing.assert_array_equal(Folder(root, "val")[0].label, LABEL == 2)
+
+
+def test_ignored_value_at_the_end_of_the_class_names(root):
+    # As in CamVid: the last of the names is "void", and 255 does not occur.
+    (root / "classes.txt").write_text("sky\nroad\nvoid\n")
+    raw = np.where(LABEL == 255, 2, LABEL)
+    write_pair(root, "photos/a.png", "masks/a.png", raw)
+    dataset = Folder(root, ignore_label=2)
+    assert dataset.classes == ("sky", "road")
+    np.testing.assert_array_equal(dataset[0].label, np.where(raw == 2, 255, raw))
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16], ids=["8 bits", "16 bits"])
+def test_label_offset_and_several_ignored_values(root, depth):
+    # As in ADE20K: 0 is no class and classes start at 1.
+    raw = np.array([[0, 1, 2, 3], [3, 99, 99, 1], [0, 0, 2, 2]], depth)
+    write_pair(root, "photos/a.png", "masks/a.png", raw)
+    dataset = Folder(root, ignore_label=(0, 99), label_offset=-1)
+    expected = [[255, 0, 1, 2], [2, 255, 255, 0], [255, 255, 1, 1]]
+    np.testing.assert_array_equal(dataset[0].label, expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA"])
+def test_images_of_other_modes_become_rgb(root, mode):
+    suffix = "jpg" if mode == "CMYK" else "png"
+    path = root / f"photos/c.{suffix}"
+    Image.open(root / "photos/a.png").convert(mode).save(path)
+    (root / "val.txt").write_text(f"{path} masks/a.png")
+    image, label = Folder(root, "val")[0]
+    assert (image.mode, image.size) == ("RGB", (4, 3))
+    cropped, _ = Augment(8)(*Folder(root, "val").open(0), np.random.default_rng(0))
+    assert cropped.shape == (8, 8, 3)
+
+
+def test_missing_root(tmp_path):
+    with refusal("data folder", tmp_path / "nowhere", "does not exist"):
+        Folder(tmp_path / "nowhere")
+
+
+def test_missing_split(root):
+    with refusal(root, "has no split 'test'", "test.txt", "images/test and labels/test"):
+        Folder(root, "test")
+
+
+def test_empty_list(root):
+    (root / "val.txt").write_text("\n")
+    with refusal("the data set is empty", root / "val.txt"):
+        Folder(root, "val")
+
+
+def test_empty_folders(root):
+    (root / "val.txt").unlink()
+    (root / "images/val").mkdir(parents=True)
+    (root / "labels/val").mkdir(parents=True)
+    with refusal("the data set is empty", "'val'", root):
+        Folder(root, "val")
+
+
+def test_missing_image_is_found_at_the_start(root):
+    (root / "photos/a.png").unlink()
+    (root / "masks/b.png").unlink()
+    with refusal(root / "train.txt", root / "photos/a.png", "does not exist (nor do 1 others)"):
+        Folder(root)
+
+
+def test_image_that_vanishes_later(root):
+    dataset = Folder(root)
+    (root / "photos/a.png").unlink()
+    with refusal("image", root / "photos/a.png", "does not exist"):
+        dataset[0]
+
+
+def test_image_without_label(root):
+    write_pair(root, "images/val/y.png", "labels/val/y.png")
+    write_pair(root, "images/val/z.png", "labels/val/other.png")
+    (root / "val.txt").unlink()
+    with refusal(root / "images/val/z.png", "has no label of the same name", root / "labels/val"):
+        Folder(root, "val")
+
+
+def test_two_images_of_one_name(root):
+    write_pair(root, "images/val/y.png", "labels/val/y.png")
+    write_pair(root, "images/val/y.jpg", "labels/val/y.png")
+    (root / "val.txt").unlink()
+    with refusal("y.jpg", "y.png", "have the same name but for the suffix"):
+        Folder(root, "val")
+
+
+def test_list_line_of_one_word(root):
+    (root / "val.txt").write_text("photos/a.png masks/a.png\nphotos/b.jpg\n")
+    with refusal(root / "val.txt", "line 2", "photos/b.jpg"):
+        Folder(root, "val")
+
+
+def damage(path, keep=0.7):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.jpg"])
+@pytest.mark.parametrize("lazily", [False, True], ids=["decoded", "augmented"])
+def test_truncated_image(root, name, lazily):
+    path = root / "photos" / name
+    Image.effect_noise((64, 48), 90).convert("RGB").save(path)
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(root / "masks" / f"{path.stem}.png")
+    damage(path)
+    dataset = Folder(root)
+    index = 0 if name == "a.png" else 1
+    with refusal(path, "the image is truncated or damaged"):
+        if lazily:
+            Augment(32)(*dataset.open(index), np.random.default_rng(0))
+        else:
+            dataset[index]
+
+
+def test_truncated_label(root):
+    values = np.random.default_rng(0).integers(0, 3, (48, 64), dtype=np.uint8)
+    write_pair(root, "photos/a.png", "masks/a.png", values)
+    damage(root / "masks/a.png")
+    with refusal("label", root / "masks/a.png", "is truncated or damaged"):
+        Folder(root)[0]
+
+
+@pytest.mark.parametrize("what", ["photos/a.png", "masks/a.png"], ids=["image", "label"])
+def test_file_that_is_no_image(root, what):
+    (root / what).write_text("not a picture")
+    with refusal(root / what, "is not an image of a known format"):
+        Folder(root)[0]
+
+
+def test_image_and_label_of_different_size(root):
+    Image.new("L", (5, 3)).save(root / "masks/a.png")
+    parts = ("photos/a.png", "is 4 x 3 pixels", "masks/a.png", "is 5 x 3")
+    with refusal(*parts):
+        Folder(root)[0]
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16], ids=["8 bits", "16 bits"])
+@pytest.mark.parametrize(
+    ("value", "offset", "allowed"),
+    [
+        pytest.param(3, 0, "0..2", id="one too large"),
+        pytest.param(254, 0, "0..2", id="just below the ignored one"),
+        pytest.param(0, -1, "1..3", id="zero with an offset"),
+    ],
+)
+def test_label_value_outside_the_classes(root, depth, value, offset, allowed):
+    raw = np.full((3, 4), 1, depth)
+    raw[2, 3] = value
+    write_pair(root, "photos/a.png", "masks/a.png", raw)
+    parts = (root / "masks/a.png", f"has the value {value}", root / "classes.txt", allowed)
+    with refusal(*parts):
+        Folder(root, label_offset=offset)[0]
+
+
+def test_deep_label_value_outside_the_classes(root):
+    write_pair(root, "photos/a.png", "masks/a.png", np.full((3, 4), 1000, np.uint16))
+    with refusal(root / "masks/a.png", "has the value 1000", "0..2"):
+        Folder(root)[0]
+
+
+def test_colour_label(root):
+    Image.new("RGB", (4, 3)).save(root / "masks/a.png")
+    with refusal(root / "masks/a.png", "pixel format RGB", "single-channel"):
+        Folder(root)[0]
+
+
+def test_deep_image(root):
+    Image.fromarray(np.zeros((3, 4), np.uint16)).save(root / "photos/a.png")
+    with refusal(root / "photos/a.png", "pixel format", "8 bits a channel"):
+        Folder(root)[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        pytest.param(None, ("class names file", "classes.txt", "does not exist"), id="missing"),
+        pytest.param("", ("classes.txt", "names 0 classes; 1 to 254"), id="empty"),
+        pytest.param("a\nb\na\n", ("classes.txt", "names the class 'a' twice"), id="repeated"),
+        pytest.param(
+            "\n".join(map(str, range(255))), ("names 255 classes; 1 to 254",), id="too many"
+        ),
+    ],
+)
+def test_class_names(root, content, parts):
+    (root / "classes.txt").unlink()
+    if content is not None:
+        (root / "classes.txt").write_text(content)
+    with refusal(*parts):
+        Folder(root)
+
+
+def test_unknown_option(root):
+    with refusal("no option 'ignore_index'", "classes_file, ignore_label, label_offset"):
+        create_dataset("folder", "train", root, ignore_index=3)
+
+
+def test_a_bad_file_reaches_the_trainer_as_its_sentence(root):
+    damage(root / "photos/b.jpg", 0.3)
+    loader = TrainLoader(Folder(root), Augment(4), batch_size=2, seed=0, workers=1)
+    with refusal("photos/b.jpg"):
+        next(loader.epoch(0))
+    loader.close()

@@ -1,0 +1,33 @@
+"""Fixtures for operator tests: memory that shows what nobody wrote, and the tolerance rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN, so that an element an operator forgot to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def assert_accurate() -> Callable[..., None]:
+    """The error against float64 is at most twice that of PyTorch's own formula in that dtype."""
+
+    def check(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+        error = (ours.double() - exact).abs().max().item()
+        own = (plain.to(ours.dtype).double() - exact).abs().max().item()
+        floor = 4 * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+        assert error <= 2 * own + floor, (
+            f"{name}: error {error:.3g}, PyTorch's own {own:.3g}, floor {floor:.3g}"
+        )
+
+    return check

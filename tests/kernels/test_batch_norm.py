@@ -1,0 +1,444 @@
+"""Batch normalisation with residual and ReLU against torch's, in float64, alone and in a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from encnet_triton.kernels import _tiles, batch_norm_act, reference
+from encnet_triton.kernels.batch_norm import (
+    _backward_input,
+    _backward_sums,
+    _normalise,
+    _statistics,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "contiguous": ((3, 6, 5, 7), lambda x: x),
+    "channels_last": ((3, 6, 5, 7), lambda x: x.to(memory_format=torch.channels_last)),
+    "BxC": ((9, 6), lambda x: x),
+    "BxKxC": ((4, 6, 11), lambda x: x),
+    "five dimensions": ((2, 6, 3, 4, 2), lambda x: x),
+    "one channel": ((2, 1, 4, 4), lambda x: x),
+    "one image": ((1, 6, 4, 5), lambda x: x),
+    "two values": ((2, 3, 1, 1), lambda x: x),
+    "strided pixels": ((3, 6, 8, 9), lambda x: x[:, :, ::2, ::3]),
+    "strided channels": ((3, 12, 4, 5), lambda x: x[:, ::2]),
+    "spatial transpose": ((3, 6, 4, 5), lambda x: x.transpose(2, 3)),
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "relu, residual": {"residual": True},
+    "linear": {"activation": None},
+    "linear, residual": {"activation": None, "residual": True},
+    "no weight": {"weight": False},
+    "no bias": {"bias": False},
+}
+
+
+def example(
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float64,
+    *,
+    residual: bool = False,
+    weight: bool = True,
+    bias: bool = True,
+    running: bool = True,
+) -> dict[str, Tensor | None]:
+    """Tensors of a call; parameters are float32 unless x is float64."""
+    shape, view = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(len(layout))
+
+    def draw(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator)
+        return values.double() if dtype == torch.float64 else values
+
+    x = view((draw(*shape) * 2 + 1).to(dtype))
+    channels = x.shape[1]
+    return {
+        "x": x,
+        "weight": draw(channels) + 0.5 if weight else None,
+        "bias": draw(channels) if bias else None,
+        "running_mean": draw(channels) if running else None,
+        "running_var": draw(channels).square() + 0.5 if running else None,
+        "residual": view(draw(*shape).to(dtype)) if residual else None,
+    }
+
+
+def torch_formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """What frameworks write today."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return y if activation is None else y.relu()
+
+
+def run(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor | None], **options: Any
+) -> dict[str, Tensor]:
+    """y, gradients and running statistics afterwards; arguments stay as they were."""
+    leaves = {n: None if t is None else t.detach() for n, t in tensors.items()}
+    for name in ("running_mean", "running_var"):
+        leaves[name] = None if leaves[name] is None else leaves[name].clone()
+    differentiable = [n for n in ("x", "weight", "bias", "residual") if leaves[n] is not None]
+    for name in differentiable:
+        leaves[name].requires_grad_()
+    y = function(**leaves, **({"momentum": 0.2, "eps": 1e-3} | options))
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    y.backward(grad)
+    result = {"y": y.detach()} | {f"d{n}": leaves[n].grad for n in differentiable}
+    return result | {n: t for n, t in leaves.items() if n.startswith("running") and t is not None}
+
+
+def as_dtype(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
+    return {n: None if t is None else t.to(dtype) for n, t in tensors.items()}
+
+
+def compare(ours: dict[str, Tensor], exact: dict[str, Tensor], **tolerance: float) -> None:
+    assert ours.keys() == exact.keys()
+    for name, value in exact.items():
+        torch.testing.assert_close(
+            ours[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@layouts
+def test_float64_equals_torch_in_every_layout(layout: str, training: bool) -> None:
+    tensors = example(layout, residual=True)
+    ours = run(batch_norm_act, tensors, training=training)
+    compare(ours, run(torch_formula, tensors, training=training))
+    compare(ours, run(reference.batch_norm_act, tensors, training=training))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_float64_equals_torch_with_every_option(options: dict[str, Any], training: bool) -> None:
+    options = dict(options)
+    call = {"training": training, "activation": options.pop("activation", "relu")}
+    tensors = example("channels_last", **options)
+    compare(run(batch_norm_act, tensors, **call), run(torch_formula, tensors, **call))
+
+
+def test_training_needs_no_running_statistics() -> None:
+    tensors = example("contiguous", running=False)
+    compare(run(batch_norm_act, tensors, training=True), run(torch_formula, tensors, training=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "BxKxC", "strided pixels"])
+def test_error_is_at_most_twice_that_of_torch(
+    layout: str, training: bool, dtype: torch.dtype, assert_accurate: Callable[..., None]
+) -> None:
+    # Without ReLU: a value near zero may fall on either side of it in another rounding.
+    tensors = example(layout, dtype, residual=True)
+    call = {"training": training, "activation": None}
+    ours = run(batch_norm_act, tensors, **call)
+    plain = run(torch_formula, tensors, **call)
+    exact = run(reference.batch_norm_act, as_dtype(tensors, torch.float64), **call)
+    assert ours["y"].dtype == ours["dx"].dtype == dtype
+    assert ours["running_var"].dtype == ours["dweight"].dtype == torch.float32
+    for name in exact:
+        assert_accurate(name, ours[name], plain[name], exact[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "BxKxC"])
+@pytest.mark.parametrize("elements", [16, 6 * 20, 6 * 80])
+def test_tiling_changes_nothing(
+    elements: int, layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = example(layout, dtype, residual=True)
+    whole = run(batch_norm_act, tensors, training=True)
+    monkeypatch.setattr(_tiles, "_ELEMENTS_CPU", elements)
+    compare(run(batch_norm_act, tensors, training=True), whole)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("jump", [False, True], ids=["uniform", "first rows zero"])
+def test_a_mean_far_above_the_spread_keeps_the_variance(
+    jump: bool, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean 1e4, standard deviation 1 in fp32: E[x^2] - E[x]^2 has no correct digit left."""
+    monkeypatch.setattr(_tiles, "_ELEMENTS_CPU", 1 << 14)
+    x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 1e4
+    if jump:
+        x[:, :, :4] = 0.0
+    x = x.contiguous(memory_format=memory_format)
+    mean, var = torch.zeros(8), torch.zeros(8)
+    y = batch_norm_act(
+        x, None, None, mean, var, training=True, momentum=1.0, eps=0.0, activation=None
+    )
+    exact = x.double()
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3)), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-7, atol=0.0)
+    if not jump:
+        normalised = (exact - mean.double()[:, None, None]) / exact.std((0, 2, 3))[:, None, None]
+        assert (y - normalised).abs().max() < 2e-3  # 1e4 in fp32 is itself rounded to 1e-3
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_gradcheck(training: bool) -> None:
+    tensors = example("channels_last", residual=True)
+    names = ("x", "weight", "bias", "residual")
+    inputs = [tensors[n].detach().requires_grad_() for n in names]
+
+    def function(*values: Tensor) -> Tensor:
+        given = dict(zip(names, values, strict=True))
+        fixed = {n: tensors[n].clone() for n in ("running_mean", "running_var")}
+        return batch_norm_act(**given, **fixed, training=training, momentum=0.1, eps=1e-3)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_normalised_channels_have_mean_zero_and_variance_one() -> None:
+    x = example("channels_last", torch.float64)["x"]
+    y = batch_norm_act(
+        x, None, None, None, None, training=True, momentum=0.1, eps=0.0, activation=None
+    )
+    zero, one = torch.zeros(6).double(), torch.ones(6).double()
+    torch.testing.assert_close(y.mean((0, 2, 3)), zero)
+    torch.testing.assert_close(y.var((0, 2, 3), correction=0), one)
+
+
+def test_output_and_gradient_keep_the_memory_format() -> None:
+    tensors = example("channels_last", torch.float32, residual=True)
+    result = run(batch_norm_act, tensors, training=True)
+    for name in ("y", "dx", "dresidual"):
+        assert result[name].is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_evaluation_leaves_the_running_statistics() -> None:
+    tensors = example("contiguous")
+    result = run(batch_norm_act, tensors, training=False)
+    assert torch.equal(result["running_mean"], tensors["running_mean"])
+    assert torch.equal(result["running_var"], tensors["running_var"])
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    tensors = example("contiguous", residual=True)
+    every = run(batch_norm_act, tensors, training=True)
+    for needed in ("x", "weight", "bias", "residual"):
+        leaves = {n: t.clone() for n, t in tensors.items()}
+        leaves[needed].requires_grad_()
+        y = batch_norm_act(**leaves, training=True, momentum=0.2, eps=1e-3)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        y.backward(grad)
+        torch.testing.assert_close(leaves[needed].grad, every[f"d{needed}"])
+
+
+def test_empty_batch_in_evaluation() -> None:
+    tensors = example("contiguous", residual=True)
+    tensors |= {"x": tensors["x"][:0], "residual": tensors["residual"][:0]}
+    result = run(batch_norm_act, tensors, training=False)
+    assert result["y"].shape == result["dx"].shape == (0, 6, 5, 7)
+    assert (result["dweight"] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("full", [False, True], ids=["bare", "full"])
+def test_opcheck(layout: str, frozen: bool, full: bool) -> None:
+    tensors = example(layout, torch.float32, residual=True)
+    x = tensors["x"].flatten(2)
+    mean, var = tensors["running_mean"], tensors["running_var"]
+    count = None if frozen else torch.tensor([105.0], dtype=torch.float64)
+    optional = [tensors["weight"], tensors["bias"], tensors["residual"].flatten(2)]
+    optional = [t.requires_grad_() if full else None for t in optional]
+    torch.library.opcheck(_statistics, (x,))
+    inputs = (x.clone().requires_grad_(), mean, var, count, *optional, full, 1e-5, "")
+    torch.library.opcheck(_normalise, inputs)
+    y = x.relu() if full else None
+    torch.library.opcheck(_backward_sums, (torch.randn_like(x), x, y, mean, var))
+    sums = None if frozen else torch.randn(2, 6, dtype=torch.float64)
+    weight = tensors["weight"].detach() if full else None
+    torch.library.opcheck(_backward_input, (x.relu(), x, mean, var, weight, sums, count))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_a_graph_break(training: bool, dynamic: bool) -> None:
+    tensors = example("channels_last", torch.float32, residual=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compare(
+        run(compiled, tensors, training=training), run(batch_norm_act, tensors, training=training)
+    )
+
+
+def _bad(**changes: Any) -> dict[str, Any]:
+    good = example("contiguous", torch.float32) | {"training": True, "momentum": 0.1, "eps": 1e-5}
+    return good | changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (_bad(x="image"), TypeError, "x must be a tensor, got str"),
+        (_bad(x=torch.zeros(3, 6, 2).int()), TypeError, "got torch.int32"),
+        (_bad(x=torch.zeros(6)), ValueError, r"batch and a channel dimension .* \(6,\)"),
+        (_bad(x=torch.zeros(2, 0, 3)), ValueError, "at least one channel"),
+        (_bad(activation="gelu"), ValueError, "\"relu\" or None, got 'gelu'"),
+        (_bad(weight=torch.ones(5)), ValueError, r"weight must have one value .* 6 .* \(5,\)"),
+        (_bad(bias=torch.ones(6).double()), TypeError, "bias must be float32 or"),
+        (_bad(bias=1.0), TypeError, "bias must be a tensor or None, got float"),
+        (_bad(running_var=torch.ones(6, device="meta")), ValueError, "x's device cpu, got meta"),
+        (_bad(residual=torch.zeros(3, 6, 5, 8)), ValueError, "residual must have x's shape"),
+        (_bad(residual=torch.zeros(3, 6, 5, 7).half()), ValueError, "residual must have x's"),
+        (_bad(x=torch.zeros(1, 6, 1, 1)), ValueError, "the batch is too small"),
+        (_bad(x=torch.zeros(0, 6, 5, 7)), ValueError, "the batch is too small"),
+        (_bad(momentum=None), TypeError, "momentum must be a number, got None"),
+        (_bad(training=False, running_mean=None), ValueError, "needed when training is False"),
+    ],
+)
+def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        batch_norm_act(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+class _AllReduces(TorchDispatchMode):
+    """The dtype and number of elements of every all-reduce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            self.seen.append((str(args[0].dtype), args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+SHARES = {"equal": (0, 2, 4), "unequal": (0, 3, 4), "one rank empty": (0, 4, 4)}
+
+
+def _shared_batch() -> dict[str, Tensor | None]:
+    """Four images whose means differ, so that unsynchronised statistics are far off."""
+    tensors = example("channels_last", residual=True)
+    extra = tensors["x"][:1] * 3 + 5
+    tensors["x"] = torch.cat([tensors["x"], extra]).contiguous(memory_format=torch.channels_last)
+    tensors["residual"] = torch.cat([tensors["residual"], extra.flip(2)])
+    return tensors
+
+
+def _synchronised_rank(rank: int, folder: str) -> None:
+    """One of two processes: its share of every split, saved with the all-reduces it made."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    whole = _shared_batch()
+    grad = torch.randn(whole["x"].shape, generator=torch.Generator().manual_seed(1)).double()
+    results = {}
+    for share, bounds in SHARES.items():
+        own = slice(bounds[rank], bounds[rank + 1])
+        leaves = {n: t.clone() for n, t in whole.items()}
+        leaves |= {n: whole[n][own].clone() for n in ("x", "residual")}
+        for name in ("x", "weight", "bias", "residual"):
+            leaves[name].requires_grad_()
+        with _AllReduces() as forward:
+            y = batch_norm_act(
+                **leaves, training=True, momentum=0.2, eps=1e-3, group=dist.group.WORLD
+            )
+        with _AllReduces() as backward:
+            y.backward(grad[own])
+        results[share] = {
+            "forward": forward.seen,
+            "backward": backward.seen,
+            "y": y.detach(),
+            "running_mean": leaves["running_mean"],
+            "running_var": leaves["running_var"],
+            **{f"d{n}": leaves[n].grad for n in ("x", "weight", "bias", "residual")},
+        }
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_synchronised_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
+)
+
+
+@needs_gloo
+@pytest.mark.parametrize("share", SHARES)
+def test_two_processes_equal_one(share: str, ranks: list[dict[str, Any]]) -> None:
+    whole = _shared_batch()
+    leaves = {n: t.clone() for n, t in whole.items()}
+    for name in ("x", "weight", "bias", "residual"):
+        leaves[name].requires_grad_()
+    y = batch_norm_act(**leaves, training=True, momentum=0.2, eps=1e-3)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double())
+    parts = [rank[share] for rank in ranks]
+    close = {"rtol": 0.0, "atol": 1e-9}
+    torch.testing.assert_close(torch.cat([p["y"] for p in parts]), y.detach(), **close)
+    for name in ("x", "residual"):
+        joined = torch.cat([p[f"d{name}"] for p in parts])
+        torch.testing.assert_close(joined, leaves[name].grad, **close)
+    for name in ("weight", "bias"):
+        total = sum(p[f"d{name}"] for p in parts)
+        torch.testing.assert_close(total, leaves[name].grad, **close)
+    for part in parts:
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(part[name], leaves[name], **close)
+
+
+@needs_gloo
+@pytest.mark.parametrize("share", SHARES)
+def test_one_packed_all_reduce_each_way(share: str, ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank[share]["forward"] == [("torch.float64", 2 * 6 + 1)]
+        assert rank[share]["backward"] == [("torch.float64", 2 * 6)]
+
+
+@pytest.fixture(scope="module")
+def own_group() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@needs_gloo
+def test_a_group_compiles_without_a_graph_break(own_group: Any) -> None:
+    tensors = example("channels_last", torch.float32, residual=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
+    ours = run(compiled, tensors, training=True, group=own_group)
+    compare(ours, run(batch_norm_act, tensors, training=True))
+
+
+@needs_gloo
+def test_a_group_is_not_asked_in_evaluation(own_group: Any) -> None:
+    tensors = example("contiguous")
+    with _AllReduces() as collectives:
+        run(batch_norm_act, tensors, training=False, group=own_group)
+    assert collectives.seen == []
