@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TRAIN_ARGS ?=
+# Idle CPU threads sleep rather than spin: on a machine that does other work too, spinning costs
+# several times the throughput.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: train test check verify clean help
 

@@ -2,8 +2,8 @@
 
 Letters: B images, C classes, h x w the low resolution of the logits, H x W that of the target.
 
-With U_h [H, h] and U_w [W, w] the matrices of bilinear interpolation (two entries a row), z the map of
-one class and v = U_h z U_w^T its upsampled values, the loss of pixel i with label t is
+With U_h [H, h] and U_w [W, w] the matrices of bilinear interpolation (two entries a row), z the
+map of one class and v = U_h z U_w^T its upsampled values, the loss of pixel i with label t is
 
     lse_i  = log sum_c exp v_ic
     loss_i = (1 - e) m_t (lse_i - v_it) + (e / C) sum_c m_c (lse_i - v_ic)
@@ -14,20 +14,22 @@ With p_ic = exp(v_ic - lse_i), g_i = dL/dloss_i and r_i = (1 - e) m_t + (e / C) 
     dL/dv_ic = g_i (r_i p_ic - (1 - e) m_t [c = t] - (e / C) m_c)
     dL/dz    = U_h^T (dL/dv) U_w
 
-v, p and dL/dv have B C H W entries and are never stored: they exist for one tile of output pixels at a
-time, small enough for the L2 cache (upsample_tiles.py). There are two ways through:
+v, p and dL/dv have B C H W entries and are never stored: they exist for one tile of output pixels
+at a time, about the size of an L2 cache (upsample_tiles.py). There are two ways through:
 
 - Per-pixel losses (reduction "none"): forward keeps lse, 4 B H W bytes, and backward makes v again.
-- Sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v is at hand,
-  and kept in fp32, 4 B C h w bytes; backward only scales it. On the CPU this takes two thirds of the
-  time of the first way. Bytes that reach memory (fp32 logits, uint8 labels): 4 B C h w + B H W read,
-  4 B C h w written; backward 4 B C h w each way.
+- Sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v is at
+  hand, and kept in fp32, 4 B C h w bytes; backward only scales it. On the CPU this takes two thirds
+  of the time of the first way. Bytes that must reach memory (fp32 logits, uint8 labels): forward
+  reads 4 B C h w + B H W and writes 4 B C h w; backward reads and writes 4 B C h w.
 
-A softmax does not change when one number is subtracted from all classes of a low-resolution pixel, so
-each pixel's largest logit is subtracted first, on the small map. Interpolated values are then never
-positive, and unless some are below -RANGE no output pixel needs a maximum of its own.
+A softmax does not change when one number is subtracted from all classes of a low-resolution pixel,
+so each pixel's largest logit is subtracted first, on the small map. Interpolated values are then
+never positive, and unless some are below -RANGE no output pixel needs a maximum of its own.
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -35,7 +37,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._namespace import add_op_namespace_prefix
-from .upsample_tiles import RANGE, Strip, TiledUpsampling, classes_first
+from .upsample_tiles import RANGE, Strip, TiledUpsampling
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,11 +45,19 @@ _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class _Pixels(NamedTuple):
     """What the loss of each pixel of a strip is made of; every map is H x X."""
 
-    index: Tensor  # label, int64, 0 where ignored
+    label: Tensor  # int64, 0 where ignored
     labelled: Tensor  # 1 or 0
     label_rate: Tensor  # (1 - e) m_t, 0 where ignored
     rate: Tensor  # r_i, 0 where ignored
     spike: Tensor  # -label_rate / rate
+
+
+class _Share(NamedTuple):
+    """What a strip adds to the gradient of its image."""
+
+    image: int
+    columns: slice
+    grad: Tensor  # [h, m, C]
 
 
 def _pixels(
@@ -75,7 +85,7 @@ def _check_labels(index: Tensor, classes: int, ignore_index: int) -> None:
     low, high = (int(bound) for bound in index.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"upsample_cross_entropy: target holds the value {low if low < 0 else high}; for logits of "
+            f"upsample_cross_entropy: target holds the value {low if low < 0 else high}; for "
             f"{classes} classes it may hold 0 to {classes - 1} and ignore_index = {ignore_index}."
         )
 
@@ -95,12 +105,12 @@ def _forward(
     lses = torch.empty_like(losses)
     weight = None if weight is None else weight.detach().to(up.low)
 
-    def work(strip: Strip) -> Optional[Tensor]:
+    def work(strip: Strip) -> _Share:
         pixels = _pixels(target[strip.here], weight, ignore_index, smoothing, up.low)
-        grad = strip.new_total() if with_grad else None
-        totals, peaks, label_values = up.low.new_zeros((3, *pixels.index.shape))
+        grad = strip.new_total()
+        totals, peaks, label_values = up.low.new_zeros((3, *pixels.label.shape))
         maps = (
-            *(m.unsqueeze(2) for m in (pixels.index, pixels.spike, totals, peaks, label_values)),
+            *(m.unsqueeze(2) for m in (pixels.label, pixels.spike, totals, peaks, label_values)),
             *(m.unsqueeze(1) for m in (pixels.rate, totals)),
         )
         for tile, *cut in zip(strip.tiles(), *map(strip.rows, maps)):
@@ -112,7 +122,7 @@ def _forward(
                 values.sub_(peak).clamp_(min=-RANGE)
             values.exp_()
             strip.sum_classes(tile, total)
-            if grad is not None:
+            if with_grad:
                 values.scatter_add_(2, index, torch.mul(spike, total))
                 strip.reduce(tile, torch.div(rate, total_row), grad)
         lse = torch.log(totals).add_(peaks)
@@ -124,12 +134,16 @@ def _forward(
             mean = strip.expand_map(_class_mean(strip.low, weight))
             loss.add_(lse * (pixels.rate - pixels.label_rate))
             loss.sub_(mean.mul_(pixels.labelled), alpha=smoothing)
-            if grad is not None:
+            if with_grad:
                 _subtract_smoothing(strip, pixels.labelled, weight, smoothing, grad)
-        return grad
+        return _Share(strip.image, strip.columns.low, grad.view(strip.low.shape))
 
-    parts = up.each_strip(work)
-    return losses, lses, _add_up(up, parts) if with_grad else None
+    shares = up.each_strip(work)
+    if with_grad:
+        return losses, lses, _add_up(shares, torch.empty_like(logits, dtype=losses.dtype))
+    for _ in shares:
+        pass
+    return losses, lses, None
 
 
 def _backward(
@@ -145,12 +159,12 @@ def _backward(
     up = TiledUpsampling(logits, target.shape[1], target.shape[2], align_corners)
     weight = None if weight is None else weight.detach().to(up.low)
 
-    def work(strip: Strip) -> Tensor:
+    def work(strip: Strip) -> _Share:
         pixels = _pixels(target[strip.here], weight, ignore_index, smoothing, up.low)
         pixel_grad = grad_loss[strip.here].to(up.low)
         factor = pixel_grad * pixels.rate
         grad = strip.new_total()
-        maps = [m.unsqueeze(2) for m in (pixels.index, pixels.spike, lse[strip.here])]
+        maps = [m.unsqueeze(2) for m in (pixels.label, pixels.spike, lse[strip.here])]
         maps.append(factor.unsqueeze(1))
         for tile, *cut in zip(strip.tiles(), *map(strip.rows, maps)):
             index, spike, tile_lse, tile_factor = cut
@@ -160,16 +174,25 @@ def _backward(
             strip.reduce(tile, tile_factor, grad)
         if smoothing:
             _subtract_smoothing(strip, pixel_grad * pixels.labelled, weight, smoothing, grad)
-        return grad
+        return _Share(strip.image, strip.columns.low, grad.view(strip.low.shape))
 
-    return _add_up(up, up.each_strip(work))
+    return _add_up(up.each_strip(work), torch.empty_like(logits))
 
 
-def _add_up(up: TiledUpsampling, parts: list[tuple[Strip, Tensor]]) -> Tensor:
-    """The gradient B x h x w x C; neighbouring strips share low-resolution columns."""
-    grad = torch.zeros_like(up.low)
-    for strip, part in parts:
-        grad[strip.image, :, strip.columns.low] += part.view(strip.low.shape)
+def _add_up(shares: Iterable[_Share], grad: Tensor) -> Tensor:
+    """Fill grad, B x C x h x w, image by image; neighbouring strips share low columns."""
+    _, classes, height, width = grad.shape
+    for image, group in itertools.groupby(shares, lambda share: share.image):
+        first = next(group)
+        total = first.grad.new_zeros(height, width, classes)
+        for share in itertools.chain((first,), group):
+            total[:, share.columns] += share.grad
+        result = grad[image]
+        if result.stride(1) == width * result.stride(2):
+            # As matrices, the copy reaches PyTorch's blocked transposition.
+            result.view(classes, -1).copy_(total.flatten(0, 1).t())
+        else:
+            result.copy_(total.permute(2, 0, 1))
     return grad
 
 
@@ -199,8 +222,9 @@ def _argmax(
 
     def work(strip: Strip) -> None:
         tiles = strip.tiles()
-        prob = strip.rows(probs[strip.here]) if with_prob else tiles
-        for tile, tile_label, tile_prob in zip(tiles, strip.rows(labels[strip.here]), prob):
+        label = strip.rows(labels[strip.here])
+        prob = strip.rows(probs[strip.here]) if with_prob else label
+        for tile, tile_label, tile_prob in zip(tiles, label, prob):
             values = strip.expand(tile)
             peak, index = values.max(2, keepdim=True)
             tile_label.copy_(index.squeeze(2))
@@ -208,7 +232,8 @@ def _argmax(
                 values.sub_(peak).clamp_(min=-RANGE).exp_()
                 torch.reciprocal(values.sum(2), out=tile_prob)
 
-    up.each_strip(work)
+    for _ in up.each_strip(work):
+        pass
     return labels, probs
 
 
@@ -225,7 +250,8 @@ def _check_logits(name: str, logits: Tensor) -> None:
         raise TypeError(f"{name}: logits must be a tensor, got {type(logits).__name__}.")
     if logits.dim() != 4 or 0 in logits.shape[1:]:
         raise ValueError(
-            f"{name}: logits must be B x C x h x w with C, h, w >= 1, got shape {tuple(logits.shape)}."
+            f"{name}: logits must be B x C x h x w with C, h, w >= 1, "
+            f"got shape {tuple(logits.shape)}."
         )
     if logits.dtype not in _LOGITS_DTYPES:
         raise TypeError(
@@ -301,8 +327,7 @@ def _map_backward_op(
 ) -> Tensor:
     options = (weight, ignore_index, align_corners, smoothing)
     with torch.autocast(logits.device.type, enabled=False):
-        grad = _backward(grad_loss, logits, target, lse, *options)
-    return classes_first(grad, logits, logits.dtype)
+        return _backward(grad_loss, logits, target, lse, *options)
 
 
 @_map_backward_op.register_fake
@@ -350,9 +375,7 @@ def _sum_op(
     with torch.autocast(logits.device.type, enabled=False):
         loss, _, grad = _forward(logits, target, *options, with_grad=with_grad)
     total = loss.sum(dtype=torch.float64)
-    if grad is None:
-        return total, loss.new_empty(0)
-    return total, classes_first(grad, logits, loss.dtype)
+    return total, loss.new_empty(0) if grad is None else grad
 
 
 @_sum_op.register_fake
@@ -468,8 +491,8 @@ def upsample_cross_entropy(
 
     Args:
         logits: B x C x h x w in any memory format; float32, bfloat16, float16 or float64.
-        target: B x H x W, uint8 or int64, class indices 0 to C - 1 or `ignore_index`. H x W is the size
-            upsampled to; any size is allowed, h x w and smaller ones included.
+        target: B x H x W, uint8 or int64, class indices 0 to C - 1 or `ignore_index`. H x W is the
+            size upsampled to; any size is allowed, h x w and smaller ones included.
         ignore_index: the value of pixels that count nowhere.
         align_corners: as in `F.interpolate`; the size of the logits must fit it.
         weight: C non-negative numbers, one a class, or None; gets no gradient.
@@ -503,12 +526,15 @@ def upsample_cross_entropy(
 
 def _total_weight(target: Tensor, weight: Optional[Tensor], ignore_index: int) -> Tensor:
     """Sum of the class weights of the labelled pixels, float64; 1 if it is 0."""
-    index = target.to(torch.int64)
-    labelled = index != ignore_index
+    if target.dtype == torch.uint8 and not 0 <= ignore_index <= 255:
+        labelled = torch.ones_like(target, dtype=torch.bool)
+    else:
+        labelled = target != ignore_index
     if weight is None:
         total = labelled.sum().to(torch.float64)
     else:
-        total = (weight.detach().double()[index.where(labelled, 0)] * labelled).sum()
+        label = target.where(labelled, 0).to(torch.int64)
+        total = (weight.detach().double()[label] * labelled).sum()
     return total.where(total > 0, 1.0)
 
 
@@ -519,7 +545,7 @@ def upsample_argmax(
     align_corners: bool = True,
     return_prob: bool = False,
 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
-    """The most likely class of each pixel of bilinearly upsampled logits, which are never in memory.
+    """The most likely class of each pixel of bilinearly upsampled logits, made tile by tile.
 
     Args:
         logits: B x C x h x w in any memory format; float32, bfloat16, float16 or float64. Finite.

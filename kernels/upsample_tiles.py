@@ -1,15 +1,15 @@
 """Bilinear upsampling a tile at a time, in plain PyTorch, for work on maps too large to store.
 
-Upsampling is separable: values = U_h z U_w^T with one small matrix a direction, two entries a row. A
-tile of output pixels needs a few low-resolution rows and columns alone, and is made by two matrix
-products: first along the width, for those few rows, then along the height. Classes come last, so
-that a pixel's classes are neighbours in memory.
+Upsampling is separable: values = U_h z U_w^T with one small matrix a direction, two entries a
+row. A strip of output columns needs a few low-resolution columns, and a tile of the strip a few
+rows of those: one matrix product widens the low-resolution map for a strip, and one more stretches
+it for a tile. Classes come last, so that a pixel's classes are neighbours in memory.
 
 Letters: a tile has R x X output pixels of C classes, made of k x m low-resolution pixels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 # exp(-87) in fp32) at which exp and every product become a hundred times slower: denormals.
 RANGE = 60.0
 
-# Entries of one tile: 2 MB in fp32, an L2 cache. Smaller ones lose more to the calls than they gain.
+# Entries of one tile: 2 MB in fp32, an L2 cache. Smaller ones lose more to calls than they gain.
 TILE_ENTRIES = 512 * 1024
 # Tiles of fewer classes are kept small, because the matrix products cost more the larger a tile is.
 TILE_PIXELS = 8192
@@ -112,17 +112,19 @@ class TiledUpsampling:
         self._floor = self.low.amin(3) if logits.device.type == "cpu" else None
         self._safe = self._floor is not None and bool((self._floor >= -RANGE).all())
 
-    def each_strip(self, work: Callable[["Strip"], _Result]) -> list[tuple["Strip", _Result]]:
-        """Call `work` with every strip of every image, on a CPU several at a time."""
+    def each_strip(self, work: Callable[["Strip"], _Result]) -> Iterator[_Result]:
+        """Call `work` with every strip, image by image; on a CPU with several at a time.
+
+        The results come in that order. Iterate to the end.
+        """
         places = [(i, c) for i in range(len(self.low)) for c in self.columns]
 
-        def start(place: tuple[int, Span]) -> tuple["Strip", _Result]:
-            strip = Strip(self, *place)
-            return strip, work(strip)
+        def start(place: tuple[int, Span]) -> _Result:
+            return work(Strip(self, *place))
 
         if self.low.device.type == "cpu":
             return _in_threads(start, places)
-        return [start(place) for place in places]
+        return map(start, places)
 
     def in_range(self, image: int, rows: slice, columns: slice) -> bool:
         """Whether no value made of these can be below -RANGE, so that exp needs no further care."""
@@ -207,8 +209,8 @@ def _threads_each() -> int:
     return max(torch.get_num_threads() // WORKERS, 1)
 
 
-def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """Call `work` for all items in threads, each computing with its share of PyTorch's threads.
+def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
+    """`map` in threads, each of which computes with its share of PyTorch's threads.
 
     The operations of a tile are short. Split over all cores one by one they would meet two thousand
     times a call, and where another process (a data loader) has a core, each meeting waits for it.
@@ -216,7 +218,8 @@ def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> lis
     threads = torch.get_num_threads()
     workers = min(threads, WORKERS, len(items))
     if workers <= 1:
-        return [work(item) for item in items]
+        yield from map(work, items)
+        return
     inference = torch.is_inference_mode_enabled()
 
     def call(item: _Item) -> _Result:
@@ -227,7 +230,7 @@ def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> lis
         # The setting counts for the thread that makes it, and for threads started later.
         share = max(threads // workers, 1)
         with ThreadPoolExecutor(workers, "upsample", torch.set_num_threads, (share,)) as pool:
-            return list(pool.map(call, items))
+            yield from pool.map(call, items)
     finally:
         torch.set_num_threads(threads)
 
@@ -241,13 +244,3 @@ def _classes_last(logits: Tensor) -> Tensor:
     for source, copy in zip(logits.detach(), low):
         copy.flatten(0, 1).copy_(source.flatten(1).t())
     return low
-
-
-def classes_first(low: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of B x h x w x C in B x C x h x w, in the memory format of `like`."""
-    copy = torch.empty_like(like, dtype=dtype)
-    if not copy.is_contiguous():
-        return copy.copy_(low.permute(0, 3, 1, 2))
-    for source, target in zip(low, copy):
-        target.flatten(1).copy_(source.flatten(0, 1).t())
-    return copy

@@ -71,7 +71,7 @@ class Canvas:
         """Light, sensor noise and speckle of what has been drawn so far, side x side x 3."""
         # The sum of two uniform bytes is near enough to normal, and several times cheaper.
         pair = rng.integers(0, 256, (2, self.side, self.side, 3), np.uint8)
-        total = np.add(pair[0], pair[1], dtype=np.float32)
+        total: NDArray[np.float32] = np.add(pair[0], pair[1], dtype=np.float32)
         total -= 255
         total *= _SENSOR_NOISE / math.sqrt(2 * (256**2 - 1) / 12)
         total += self._light[..., None]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ def example(
 
 
 def value_and_gradient(
-    function, logits: Tensor, target: Tensor, **options
+    function: Callable[..., Tensor], logits: Tensor, target: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     logits = logits.clone().requires_grad_()
     loss = function(logits, target, **options)
@@ -199,7 +201,7 @@ def test_an_empty_batch_gives_zero() -> None:
     assert gradient.shape == (0, 3, 4, 4)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed", "expanded"])
 def test_memory_formats(layout: str) -> None:
     logits, target = example((2, 5, 6, 7, 40, 44))
     logits = logits.float()
@@ -209,6 +211,8 @@ def test_memory_formats(layout: str) -> None:
     elif layout == "strided":
         logits = torch.stack((logits, -logits), 4)[..., 0]
         target = target.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "transposed":
+        logits = logits.transpose(2, 3).contiguous().transpose(2, 3)
     else:
         logits, target = logits[:1].expand(2, -1, -1, -1), target[:1].expand(2, -1, -1)
         expected = value_and_gradient(upsample_cross_entropy, logits.contiguous(), target)
@@ -321,7 +325,7 @@ def test_flops_are_counted() -> None:
         ({"target": torch.zeros(2, 8, dtype=torch.uint8)}, r"\(2, 8\)"),
         (
             {"target": torch.full((2, 8, 8), 7)},
-            "value 7; for logits of 3 classes it may hold 0 to 2",
+            "value 7; for 3 classes it may hold 0 to 2 and",
         ),
         ({"target": torch.full((2, 8, 8), -1)}, "value -1;"),
         ({"target": torch.zeros(2, 8, 8, dtype=torch.uint8, device="meta")}, "target is on meta"),
