@@ -11,6 +11,7 @@ Letters: a tile has R x X output pixels of C classes, made of k x m low-resoluti
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Callable, NamedTuple, TypeVar
 
 import torch
@@ -108,9 +109,22 @@ class TiledUpsampling:
         rows, columns = tile_shape(height, width, classes, logits.device)
         self.rows = spans(low_height, height, rows, align_corners, self.low)
         self.columns = spans(low_width, width, columns, align_corners, self.low)
+        self.scratch_shapes = self._scratch_shapes()
         # Asking an accelerator would stall it, so there the values are never taken for granted.
         self._floor = self.low.amin(3) if logits.device.type == "cpu" else None
         self._safe = self._floor is not None and bool((self._floor >= -RANGE).all())
+
+    def _scratch_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the largest strip's memory: widened map, and a tile's values, factors, sums."""
+        height, classes = self.low.shape[1], self.low.shape[3]
+        rows = max(len(s.weight) for s in self.rows)
+        columns, m = (max(s.weight.shape[i] for s in self.columns) for i in (0, 1))
+        return [
+            (height, columns, classes),
+            (rows, columns, classes),
+            (rows, m, columns),
+            (rows, m, classes),
+        ]
 
     def each_strip(self, work: Callable[["Strip"], _Result]) -> Iterator[_Result]:
         """Call `work` with every strip, image by image; on a CPU with several at a time.
@@ -118,13 +132,23 @@ class TiledUpsampling:
         The results come in that order. Iterate to the end.
         """
         places = [(i, c) for i in range(len(self.low)) for c in self.columns]
+        threads = torch.get_num_threads() if self.low.device.type == "cpu" else 1
+        workers = min(threads, WORKERS, len(places))
+        # Made here for all: memory that short-lived threads allocate is not given back for long.
+        unused: SimpleQueue[Tensor] = SimpleQueue()
+        for _ in range(max(workers, 1)):
+            unused.put(self.low.new_empty(sum(math.prod(shape) for shape in self.scratch_shapes)))
 
         def start(place: tuple[int, Span]) -> _Result:
-            return work(Strip(self, *place))
+            memory = unused.get()
+            try:
+                return work(Strip(self, *place, memory))
+            finally:
+                unused.put(memory)
 
-        if self.low.device.type == "cpu":
-            return _in_threads(start, places)
-        return map(start, places)
+        if workers <= 1:
+            return map(start, places)
+        return _in_threads(start, places, workers)
 
     def in_range(self, image: int, rows: slice, columns: slice) -> bool:
         """Whether no value made of these can be below -RANGE, so that exp needs no further care."""
@@ -136,15 +160,20 @@ class TiledUpsampling:
 class Strip:
     """A run of columns of one upsampled image, worked through in tiles from the top."""
 
-    def __init__(self, up: TiledUpsampling, image: int, columns: Span) -> None:
+    def __init__(self, up: TiledUpsampling, image: int, columns: Span, memory: Tensor) -> None:
         self.image = image
         self.columns = columns
         self.low = up.low[image, :, columns.low]  # [h, m, C]
         self._up = up
         self._weight_t = columns.weight.t()
         self._ones = self.low.new_ones(self.low.shape[2])
+        self._memory = memory.split([math.prod(shape) for shape in up.scratch_shapes])
         weight = columns.weight.expand(len(self.low), *columns.weight.shape)
-        self._wide = torch.bmm(weight, self.low).flatten(1)  # [h, X C]
+        wide = self._scratch(0, len(self.low), len(columns.weight), self.low.shape[2])
+        self._wide = torch.bmm(weight, self.low, out=wide).flatten(1)  # [h, X C]
+
+    def _scratch(self, index: int, *shape: int) -> Tensor:
+        return self._memory[index][: math.prod(shape)].view(shape)
 
     @property
     def here(self) -> tuple[int, slice, slice]:
@@ -158,15 +187,13 @@ class Strip:
     def tiles(self) -> list[Tile]:
         columns, m = self.columns.weight.shape
         classes = self.low.shape[2]
-        most = max(len(s.weight) for s in self._up.rows)
-        values = self.low.new_empty(most, columns, classes)
-        factors = self.low.new_empty(most, m, columns)
-        narrow = self.low.new_empty(most, m, classes)
-        scratch = {}
+        fitted = {}
         for rows in {len(s.weight) for s in self._up.rows}:
-            v, f, n = values[:rows], factors[:rows], narrow[:rows]
-            scratch[rows] = (v, v.flatten(1), f, n, n.flatten(1))
-        return [Tile(s.low, s.weight, s.weight.t(), *scratch[len(s.weight)]) for s in self._up.rows]
+            values = self._scratch(1, rows, columns, classes)
+            factors = self._scratch(2, rows, m, columns)
+            narrow = self._scratch(3, rows, m, classes)
+            fitted[rows] = (values, values.flatten(1), factors, narrow, narrow.flatten(1))
+        return [Tile(s.low, s.weight, s.weight.t(), *fitted[len(s.weight)]) for s in self._up.rows]
 
     def in_range(self, tile: Tile) -> bool:
         return self._up.in_range(self.image, tile.low, self.columns.low)
@@ -209,17 +236,15 @@ def _threads_each() -> int:
     return max(torch.get_num_threads() // WORKERS, 1)
 
 
-def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
+def _in_threads(
+    work: Callable[[_Item], _Result], items: Sequence[_Item], workers: int
+) -> Iterator[_Result]:
     """`map` in threads, each of which computes with its share of PyTorch's threads.
 
     The operations of a tile are short. Split over all cores one by one they would meet two thousand
     times a call, and where another process (a data loader) has a core, each meeting waits for it.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, WORKERS, len(items))
-    if workers <= 1:
-        yield from map(work, items)
-        return
     inference = torch.is_inference_mode_enabled()
 
     def call(item: _Item) -> _Result:
