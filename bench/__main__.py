@@ -43,7 +43,8 @@ def measure_apart(name: str, variant: str, device: str, data: str | None) -> Mea
 
 def compare(name: str, device: torch.device, data: str | None, json_file: Path | None) -> int:
     """Check, measure every variant, print the table; returns the exit status."""
-    console, case = Console(), CASES[name]
+    case = CASES[name]
+    console = Console() if sys.stdout.isatty() else Console(width=130)
     wrong = gate.check(name, device)
     if wrong:
         print(f"error: {name} is not correct, so no speed is given: {wrong}", file=sys.stderr)

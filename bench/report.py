@@ -33,11 +33,11 @@ def machine(device: torch.device) -> str:
 def table(case: Case, results: Results) -> Table:
     """Times, extra memory, and both as multiples of ours."""
     made = Table(title=case.title, title_justify="left")
-    made.add_column("")
+    made.add_column("", no_wrap=True)
     for column in ("median ms", "p20", "p80", "extra MiB", "time / ours", "memory / ours"):
-        made.add_column(column, justify="right")
+        made.add_column(column, justify="right", no_wrap=True)
     if case.per_call:
-        made.add_column("images/s", justify="right")
+        made.add_column("images/s", justify="right", no_wrap=True)
     ours = results["ours"]
     assert isinstance(ours, Measurement)
     for variant, result in results.items():
