@@ -11,6 +11,7 @@ Letters: a tile has R x X output pixels of C classes, made of k x m low-resoluti
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 from typing import Callable, NamedTuple, TypeVar
 
@@ -103,16 +104,28 @@ class TiledUpsampling:
     """
 
     def __init__(self, logits: Tensor, height: int, width: int, align_corners: bool) -> None:
-        _, classes, low_height, low_width = logits.shape
-        self.low = _classes_last(logits)  # [B, h, w, C]
-        self.low.sub_(self.low.amax(3, keepdim=True))
+        batch, classes, low_height, low_width = logits.shape
+        self.low = logits.new_empty(
+            (batch, low_height, low_width, classes), dtype=_sum_dtype(logits.dtype)
+        )
+        self._floor = self.low.new_empty((batch, low_height, low_width))
+        for _ in _in_threads(partial(self._prepare, logits.detach()), range(batch), logits.device):
+            pass
         rows, columns = tile_shape(height, width, classes, logits.device)
         self.rows = spans(low_height, height, rows, align_corners, self.low)
         self.columns = spans(low_width, width, columns, align_corners, self.low)
         self.scratch_shapes = self._scratch_shapes()
         # Asking an accelerator would stall it, so there the values are never taken for granted.
-        self._floor = self.low.amin(3) if logits.device.type == "cpu" else None
-        self._safe = self._floor is not None and bool((self._floor >= -RANGE).all())
+        self._ask = logits.device.type == "cpu"
+        self._safe = self._ask and bool((self._floor >= -RANGE).all())
+
+    def _prepare(self, logits: Tensor, image: int) -> None:
+        """Put an image's logits with the classes last and shift them."""
+        low = self.low[image]
+        # As matrices, the copy reaches PyTorch's blocked transposition.
+        low.flatten(0, 1).copy_(logits[image].flatten(1).t())
+        low.sub_(low.amax(2, keepdim=True))
+        torch.amin(low, 2, out=self._floor[image])
 
     def _scratch_shapes(self) -> list[tuple[int, int, int]]:
         """Shapes of the largest strip's memory: widened map, and a tile's values, factors, sums."""
@@ -132,11 +145,9 @@ class TiledUpsampling:
         The results come in that order. Iterate to the end.
         """
         places = [(i, c) for i in range(len(self.low)) for c in self.columns]
-        threads = torch.get_num_threads() if self.low.device.type == "cpu" else 1
-        workers = min(threads, WORKERS, len(places))
         # Made here for all: memory that short-lived threads allocate is not given back for long.
         unused: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(max(workers, 1)):
+        for _ in range(_workers(self.low.device, len(places))):
             unused.put(self.low.new_empty(sum(math.prod(shape) for shape in self.scratch_shapes)))
 
         def start(place: tuple[int, Span]) -> _Result:
@@ -146,13 +157,11 @@ class TiledUpsampling:
             finally:
                 unused.put(memory)
 
-        if workers <= 1:
-            return map(start, places)
-        return _in_threads(start, places, workers)
+        return _in_threads(start, places, self.low.device)
 
     def in_range(self, image: int, rows: slice, columns: slice) -> bool:
         """Whether no value made of these can be below -RANGE, so that exp needs no further care."""
-        if self._safe or self._floor is None:
+        if self._safe or not self._ask:
             return self._safe
         return bool((self._floor[image, rows, columns] >= -RANGE).all())
 
@@ -236,36 +245,39 @@ def _threads_each() -> int:
     return max(torch.get_num_threads() // WORKERS, 1)
 
 
+def _workers(device: torch.device, items: int) -> int:
+    return max(min(torch.get_num_threads(), WORKERS, items), 1) if device.type == "cpu" else 1
+
+
 def _in_threads(
-    work: Callable[[_Item], _Result], items: Sequence[_Item], workers: int
+    work: Callable[[_Item], _Result], items: Sequence[_Item], device: torch.device
 ) -> Iterator[_Result]:
-    """`map` in threads, each of which computes with its share of PyTorch's threads.
+    """`map`, on a CPU in threads, each of which computes with its share of PyTorch's threads.
 
     The operations of a tile are short. Split over all cores one by one they would meet two thousand
     times a call, and where another process (a data loader) has a core, each meeting waits for it.
     """
+    workers = _workers(device, len(items))
+    if workers == 1:
+        yield from map(work, items)
+        return
     threads = torch.get_num_threads()
+    share = threads // workers
     inference = torch.is_inference_mode_enabled()
 
     def call(item: _Item) -> _Result:
         with torch.inference_mode(inference), torch.no_grad():
             return work(item)
 
+    # The setting counts for the thread that makes it, and for threads started later. This thread
+    # makes it too: after an operation split over cores, the idle ones spin for milliseconds.
+    torch.set_num_threads(share)
     try:
-        # The setting counts for the thread that makes it, and for threads started later.
-        share = max(threads // workers, 1)
         with ThreadPoolExecutor(workers, "upsample", torch.set_num_threads, (share,)) as pool:
             yield from pool.map(call, items)
     finally:
         torch.set_num_threads(threads)
 
 
-def _classes_last(logits: Tensor) -> Tensor:
-    """A copy in B x h x w x C, in fp32 (fp64 for fp64)."""
-    batch, classes, height, width = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    low = torch.empty((batch, height, width, classes), dtype=dtype, device=logits.device)
-    # Copying image by image as a matrix reaches PyTorch's blocked transposition.
-    for source, copy in zip(logits.detach(), low):
-        copy.flatten(0, 1).copy_(source.flatten(1).t())
-    return low
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
