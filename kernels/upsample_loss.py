@@ -15,7 +15,7 @@ With p_ic = exp(v_ic - lse_i), g_i = dL/dloss_i and r_i = (1 - e) m_t + (e / C) 
     dL/dz    = U_h^T (dL/dv) U_w
 
 v, p and dL/dv have B C H W entries and are never stored: they exist for one tile of output pixels
-at a time, about the size of an L2 cache (upsample_tiles.py). There are two ways through:
+at a time, small enough for a cache (upsample_tiles.py). There are two ways through:
 
 - Per-pixel losses (reduction "none"): forward keeps lse, 4 B H W bytes, and backward makes v again.
 - Sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v is at
