@@ -7,11 +7,12 @@ TRAIN_ARGS ?=
 # several times the throughput; on an idle one sleeping costs about a tenth.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test check verify clean help
+.PHONY: train test test-gpu check verify clean help
 
 help:
 	@echo "make train    set up, train EncNet on the embedded data set, print where the pictures are"
 	@echo "make test     set up, lint, type-check and run the tests"
+	@echo "make test-gpu the tests on a machine with a GPU, where they run the kernels on it"
 	@echo "make verify   everything in test, then the checks that take longer"
 	@echo "make clean    remove the environment and caches (runs/ is kept)"
 
@@ -19,6 +20,11 @@ train: $(VENV)/.installed
 	$(BIN)/python -m encnet_triton.train --resume $(TRAIN_ARGS)
 
 test: check
+	$(BIN)/python -m pytest
+	@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter or triton"
+
+test-gpu: $(VENV)/.installed-test
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a GPU: torch %s finds no CUDA device" % torch.__version__)'
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed-test
@@ -30,6 +36,8 @@ verify: test
 	$(BIN)/python -m bench encode
 	$(BIN)/python -m bench upsample
 	$(BIN)/python -m bench crop
+	$(BIN)/python -m bench compile --all
+	$(BIN)/python -m bench traffic
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encnet-triton needs Python 3.11 or newer; %s is %d.%d. Name another with: make PYTHON=python3.12" % ("$(PYTHON)", *sys.version_info[:2]))'

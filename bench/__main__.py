@@ -1,4 +1,4 @@
-"""``python -m bench encode|upsample|crop|context``; without a name, the list."""
+"""``python -m bench encode|upsample|crop|context|traffic``; without a name, the list."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import context, gate, report
+from bench import compile as compile_report
+from bench import context, gate, report, traffic
 from bench.cases import CASES, Case, compiled
 from bench.timing import Measurement, measure
 from encnet_triton.train.setup import compile_obstacle
@@ -65,12 +66,26 @@ def compare(name: str, device: torch.device, data: str | None, json_file: Path |
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """(options, what is passed on to the trainer by ``context``)."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("case", nargs="?", choices=[*CASES, "context"])
+    parser.add_argument("case", nargs="?", choices=[*CASES, "context", "compile", "traffic"])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", help="crop: a folder data set to take the images from")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--seeds", type=int, default=3, help="context: runs of each network")
     parser.add_argument("--runs", type=Path, default=Path("runs/context"), help="context: folder")
+    parser.add_argument("--quick", action="store_true", help="traffic: small shapes only")
+    parser.add_argument("--all", action="store_true", help="compile: all shapes and configurations")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=compile_report.ARCHS, default=compile_report.ARCHS,
+        help="compile: compute capabilities",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", nargs="+", choices=compile_report.DTYPES, default=compile_report.DTYPES,
+        help="compile: element types of x",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shape", type=compile_report.parse_shape, nargs="+", metavar="CxK",
+        help="compile: channels x codewords, for example 512x32",
+    )  # fmt: skip
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_known_args(arguments)
 
@@ -85,7 +100,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name, case in CASES.items():
             print(f"{name:<10}{case.title}")
         print(f"{'context':<10}FCN, EncNet, EncNet+SE on the embedded data set, several seeds each")
+        print(f"{'compile':<10}registers, spills, memory and instructions of every kernel; no GPU")
+        print(f"{'traffic':<10}bytes the Triton kernels of encode move, counted without a GPU")
         return 0
+    if options.case == "compile":
+        return compile_report.run(
+            list(options.arch), list(options.dtype), options.shape, options.all, options.json
+        )
+    if options.case == "traffic":
+        return traffic.run(options.quick, options.json)
     if options.case == "context":
         context.run(options.seeds, options.runs, options.json, extra)
         return 0

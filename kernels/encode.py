@@ -9,6 +9,8 @@ codewords d K x C, scale K, E B x K x C. Gradients, with G = dE:
     dx_i  = sum_k a_ik G_k + sum_k w_ik (x_i - d_k)
     dd_k  = -sum_i a_ik G_k - sum_i w_ik (x_i - d_k)    dscale_k = sum_i dl_ik |x_i - d_k|^2
 
+On CUDA these are the kernels of encode_triton.py; what follows is for everything else.
+
 All of it runs as matrix products on tiles of pixels that stay in the cache. Forward: one for the
 logits, one for E. Backward: one with 2K rows for distances and da together, one of inner size 2K
 for dx, one for dd. Nothing of size B N K C exists, temporaries are those of one tile, and only x
@@ -21,6 +23,7 @@ expanded square |x|^2 - 2 x.d + |d|^2 no longer cancels when x and d share a lar
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, Optional, Union, overload
 
 import torch
@@ -29,6 +32,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._namespace import add_op_namespace_prefix
 from ._tiles import Scratch, accumulation_dtype, tiles
+from .launch import takes_triton
+
+with contextlib.suppress(ImportError):  # no Triton for this platform: takes_triton says so
+    from . import encode_triton
 
 # Pixels that one product adds up in sequence.
 _RUN = 64
@@ -215,6 +222,10 @@ def _backward(
     return grad_x, grad_codewords.to(codewords.dtype), grad_scale.to(scale.dtype)
 
 
+def _takes_triton(x: Tensor, codewords: Tensor) -> bool:
+    return takes_triton(x) and encode_triton.supports(x.dtype, x.shape[1], codewords.shape[0])
+
+
 @torch.library.custom_op(add_op_namespace_prefix("encode_forward"), mutates_args=())
 def _encode_forward(
     x: Tensor,
@@ -225,6 +236,8 @@ def _encode_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """E and, if asked for, its sum and M2 over C (else two empty tensors); x is B x C x N."""
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
+    if _takes_triton(x, codewords):
+        return encode_triton.forward(x, codewords, scale, return_stats)
     # Autocast would reach into the body and run its products in half precision.
     with torch.autocast(x.device.type, enabled=False):
         code = _forward(x, codewords, scale)
@@ -260,6 +273,8 @@ def _encode_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (empty unless needed), codewords (meaningless unless needed) and scale."""
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
+    if _takes_triton(x, codewords):
+        return encode_triton.backward(grad.float(), x, codewords, scale, backward_scale, need_x)
     with torch.autocast(x.device.type, enabled=False):
         grad = grad.to(accumulation_dtype(x))
         return _backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)

@@ -1,12 +1,37 @@
-"""Small data and a small recipe that several tests train on."""
+"""Which tests run where, and small data and a recipe that several tests train on."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# The mode of a whole process: triton reads it when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure() -> None:
+    if INTERPRETED:
+        from tests.support.interpreter import repair_interpreter
+
+        repair_interpreter()
+
+
+def _runs_here(item: pytest.Item) -> bool:
+    """Kernels run in the interpreter or on a GPU; everything else runs outside the interpreter."""
+    if "triton" in item.keywords:
+        return INTERPRETED or torch.cuda.is_available()
+    return ("interpreter" in item.keywords) == INTERPRETED
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=[i for i in items if not _runs_here(i)])
+    items[:] = [i for i in items if _runs_here(i)]
+
 
 CLASSES = ("sky", "ground", "thing")
 

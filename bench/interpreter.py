@@ -1,0 +1,347 @@
+"""Watch Triton kernels in Triton's interpreter: bounds, races, bytes and sectors, program order.
+
+    with Watch(order="reverse", races=True) as watch:
+        kernel[grid](...)
+    watch.launches[-1].loads["X"].requested
+
+An argument owns the bytes from its data_ptr over the extent of its shape and strides; where
+arguments overlap, an access counts for the smallest that contains it. Interpreter mode is fixed
+when triton is imported, so TRITON_INTERPRET=1 belongs in the environment of the process.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+import triton
+from numpy.typing import NDArray
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+
+SECTOR = 32
+_BUILDER = interpreter.interpreter_builder
+_NOT_KERNELS = (str(Path(triton.__file__).parent), __file__)
+_ATOMICS = ("create_atomic_rmw", "create_atomic_cas")
+
+Kind = Literal["load", "store"]
+Integers = NDArray[np.int64]
+
+
+class OutOfBounds(RuntimeError):
+    """A kernel touched an address outside every tensor it was given."""
+
+
+class Race(RuntimeError):
+    """Two programs of a launch used one address and at least one of them stored to it."""
+
+
+@dataclass
+class Traffic:
+    """Bytes of the loads, or of the stores, of one argument in one launch.
+
+    Attributes:
+        requested: bytes of all elements not masked out.
+        by_program: distinct 32-byte sectors of each program, summed over programs, in bytes.
+        by_launch: distinct 32-byte sectors of the launch, in bytes.
+    """
+
+    requested: int = 0
+    by_program: int = 0
+    by_launch: int = 0
+
+
+@dataclass(frozen=True)
+class LaunchRecord:
+    """What one launch did, by argument name; names without an access are left out."""
+
+    kernel: str
+    programs: int
+    loads: dict[str, Traffic]
+    stores: dict[str, Traffic]
+
+
+class _Region:
+    """The memory of one tensor argument, with the last program that touched each sector."""
+
+    def __init__(self, name: str, tensor: Any) -> None:
+        self.name = name
+        self.itemsize: int = tensor.element_size()
+        self.start: int = tensor.data_ptr()
+        steps = ((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        self.end = self.start + (sum(steps) + 1) * self.itemsize
+        self.traffic: dict[Kind, Traffic] = {"load": Traffic(), "store": Traffic()}
+        self._first = self.start // SECTOR
+        sectors = (self.end - 1) // SECTOR - self._first + 1
+        self._last: dict[Kind, NDArray[np.int32]] = {
+            kind: np.zeros(sectors, np.int32) for kind in self.traffic
+        }
+
+    def count(self, kind: Kind, addresses: Integers, size: int, program: int) -> None:
+        sectors = addresses // SECTOR - self._first
+        # Neighbours mostly share a sector: what is left to sort is a fraction.
+        sectors = sectors[np.flatnonzero(np.diff(sectors, prepend=-1))]
+        last = self._last[kind]
+        new = np.unique(sectors[last[sectors] != program])
+        last[new] = program
+        self.traffic[kind].requested += size * addresses.size
+        self.traffic[kind].by_program += SECTOR * new.size
+
+    def finish(self) -> None:
+        for kind, traffic in self.traffic.items():
+            traffic.by_launch = SECTOR * int(np.count_nonzero(self._last[kind]))
+
+
+class _RaceDetector:
+    """The program that loaded and the program that stored each unit of a launch's memory.
+
+    A unit is the smallest element size of the arguments; programs are numbered from 1. It does not
+    matter in which order the programs run.
+    """
+
+    _SEVERAL = -1
+
+    def __init__(self, regions: list[_Region]) -> None:
+        self._unit = min((r.itemsize for r in regions), default=1)
+        spans: list[list[int]] = []
+        for start, end in sorted((r.start, r.end) for r in regions):
+            if spans and start < spans[-1][1]:
+                spans[-1][1] = max(spans[-1][1], end)
+            else:
+                spans.append([start, end])
+        self._starts = np.array([start for start, _ in spans], np.int64)
+        lengths = [(end - start) // self._unit for start, end in spans]
+        self._offsets = np.cumsum([0, *lengths])
+        self._stored = np.zeros(self._offsets[-1], np.int32)
+        self._loaded = np.zeros(self._offsets[-1], np.int32)
+
+    def check(
+        self, kind: Kind, addresses: Integers, size: int, program: int
+    ) -> tuple[int, int] | None:
+        """Note an access; (address, the other program or -1) if it races."""
+        span = np.searchsorted(self._starts, addresses, side="right") - 1
+        units = (addresses - self._starts[span]) // self._unit + self._offsets[span]
+        units = (units[:, None] + np.arange(size // self._unit)).ravel()
+        stored, loaded = self._stored[units], self._loaded[units]
+        other = np.where(stored != program, stored, 0)
+        if kind == "store":
+            other = np.where(other == 0, np.where(loaded != program, loaded, 0), other)
+            self._stored[units] = program
+        else:
+            alone = (loaded == 0) | (loaded == program)
+            self._loaded[units] = np.where(alone, program, self._SEVERAL)
+        if not other.any():
+            return None
+        first = int(np.flatnonzero(other)[0])
+        return int(addresses[first // (size // self._unit)]), int(other[first])
+
+
+class Watch:
+    """While it is entered, every launch is checked and recorded in ``launches``.
+
+    Args:
+        order: order of the programs: None as launched, "reverse", or a seed to shuffle them.
+        bounds: raise OutOfBounds at an access outside every tensor of the launch.
+        races: raise Race where programs of a launch disturb one another.
+        values: False computes on zeros, without loads, stores, products and bfloat16 casts. It is
+            twice as quick and enough to follow the addresses of kernels that load no addresses.
+    """
+
+    def __init__(
+        self,
+        order: Literal["reverse"] | int | None = None,
+        bounds: bool = True,
+        races: bool = False,
+        values: bool = True,
+    ) -> None:
+        self.order, self.bounds, self.races, self.values = order, bounds, races, values
+        self.launches: list[LaunchRecord] = []
+        self._patches = ExitStack()
+        self._regions: list[_Region] = []
+        self._detector: _RaceDetector | None = None
+        self._patched: set[int] = set()
+        self._sequence: Integers = np.zeros(0, np.int64)
+        self._program = 0
+
+    def __enter__(self) -> Watch:
+        if not triton.knobs.runtime.interpret:
+            raise RuntimeError("Watch needs TRITON_INTERPRET=1 before triton is imported.")
+        self._replace(_BUILDER, "create_masked_load", self._load)
+        self._replace(_BUILDER, "create_masked_store", self._store)
+        self._replace(_BUILDER, "set_grid_idx", self._start_program)
+        for name in _ATOMICS:
+            self._replace(_BUILDER, name, _refuse_atomic)
+        self._replace(interpreter, "_patch_lang", self._patch_once)
+        self._replace(interpreter.GridExecutor, "_init_args_hst", self._start)
+        self._replace(interpreter.GridExecutor, "__call__", self._launch)
+        if not self.values:
+            self._replace(_BUILDER, "create_dot", lambda _, a, b, d, *options: d)
+            self._replace(interpreter, "_convert_float", _convert_to_zeros)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patches.close()
+
+    def _replace(self, owner: Any, name: str, function: Any) -> None:
+        """Replace a method; ours gets the one it replaces as its first argument."""
+        former = getattr(owner, name)
+        new = lambda *values, **named: function(former, *values, **named)  # noqa: E731
+        self._patches.enter_context(patch.object(owner, name, new))
+
+    def _launch(self, former: Any, executor: Any, *values: Any, **named: Any) -> None:
+        try:
+            former(executor, *values, **named)
+        except InterpreterError as error:
+            raise _origin(error) from None
+        for region in self._regions:
+            region.finish()
+        programs = math.prod(_BUILDER.grid_dim)
+        loads, stores = self._sum("load"), self._sum("store")
+        self.launches.append(LaunchRecord(executor.fn.__name__, programs, loads, stores))
+
+    def _start(self, former: Any, executor: Any, values: Any, named: dict[str, Any]) -> Any:
+        values, named = former(executor, values, named)
+        arguments = dict(zip(executor.arg_names, values, strict=False)) | named
+        tensors = [(n, t) for n, value in arguments.items() for t in _tensors(value)]
+        regions = [_Region(name, tensor) for name, tensor in tensors if tensor.numel()]
+        self._regions = sorted(regions, key=lambda region: region.end - region.start)
+        self._detector = _RaceDetector(regions) if self.races else None
+        self._patched.clear()
+        return values, named
+
+    def _patch_once(self, former: Any, function: Any) -> Any:
+        """Once a launch and module: at every call of tl.sum it takes a third of the time."""
+        if id(function.__globals__) in self._patched:
+            return interpreter._LangPatchScope()
+        self._patched.add(id(function.__globals__))
+        return former(function)
+
+    def _sum(self, kind: Kind) -> dict[str, Traffic]:
+        found: dict[str, Traffic] = {}
+        for region in self._regions:
+            part = region.traffic[kind]
+            if part.requested:
+                total = found.setdefault(region.name, Traffic())
+                total.requested += part.requested
+                total.by_program += part.by_program
+                total.by_launch += part.by_launch
+        return found
+
+    def _start_program(self, former: Any, x: int, y: int, z: int) -> None:
+        grid = _BUILDER.grid_dim
+        if (x, y, z) == (0, 0, 0):
+            self._sequence = np.arange(math.prod(grid))
+            if self.order == "reverse":
+                self._sequence = self._sequence[::-1]
+            elif self.order is not None:
+                self._sequence = np.random.default_rng(self.order).permutation(self._sequence)
+        number = int(self._sequence[(x * grid[1] + y) * grid[2] + z])
+        self._program = number + 1
+        former(*_coordinates(number))
+
+    def _load(self, former: Any, pointers: Any, mask: Any, other: Any, *options: Any) -> Any:
+        self._access("load", pointers, mask)
+        if self.values:
+            return former(pointers, mask, other, *options)
+        element = pointers.get_element_ty()
+        zeros = np.zeros(pointers.data.shape, interpreter._get_np_dtype(element))
+        return interpreter.TensorHandle(zeros, element)
+
+    def _store(self, former: Any, pointers: Any, value: Any, mask: Any, *options: Any) -> None:
+        self._access("store", pointers, mask)
+        if self.values:
+            former(pointers, value, mask, *options)
+
+    def _access(self, kind: Kind, pointers: Any, mask: Any) -> None:
+        wanted = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
+        addresses = pointers.data[wanted].view(np.int64)
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        for region, part in self._owners(kind, addresses, size):
+            region.count(kind, part, size, self._program)
+            race = self._detector and self._detector.check(kind, part, size, self._program)
+            if race:
+                address, other = race
+                whom = f"program {_coordinates(other - 1)}" if other > 0 else "several programs"
+                raise Race(
+                    f"{kind} by program {_BUILDER.grid_idx}, argument {region.name}, "
+                    f"byte {address - region.start}, {_line()}: used by {whom} too"
+                )
+
+    def _owners(
+        self, kind: Kind, addresses: Integers, size: int
+    ) -> Iterator[tuple[_Region, Integers]]:
+        """The addresses by the region they lie in; raises OutOfBounds for those in none."""
+        if not addresses.size:
+            return
+        low, high = int(addresses.min()), int(addresses.max())
+        for region in self._regions:
+            if region.start <= low and high + size <= region.end:
+                yield region, addresses
+                return
+        for region in self._regions:
+            inside = (addresses >= region.start) & (addresses + size <= region.end)
+            if inside.any():
+                yield region, addresses[inside]
+                addresses = addresses[~inside]
+        if self.bounds and addresses.size:
+            self._report(kind, addresses, size)
+
+    def _report(self, kind: Kind, addresses: Integers, size: int) -> None:
+        bad = int(addresses[0])
+        text = f"{kind} of {size} bytes by program {_BUILDER.grid_idx} at {_line()}: "
+        if not self._regions:
+            raise OutOfBounds(f"{text}no tensor was given")
+        near = min(self._regions, key=lambda r: max(r.start - bad, bad + size - r.end))
+        raise OutOfBounds(
+            f"{text}outside every tensor, nearest argument {near.name}, byte {bad - near.start} "
+            f"of {near.end - near.start} ({addresses.size} such elements)"
+        )
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    """Tensors of an argument: itself, those of a tuple, the base of a descriptor or a wrapper."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif hasattr(value, "untyped_storage"):
+        yield value
+    elif hasattr(value, "base"):
+        yield from _tensors(value.base)
+
+
+def _coordinates(number: int) -> tuple[int, int, int]:
+    _, y, z = _BUILDER.grid_dim
+    return number // (y * z), number // z % y, number % z
+
+
+def _line() -> str:
+    """File and line of the kernel that is running."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_KERNELS):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _origin(error: BaseException) -> BaseException:
+    """Our own error below those the interpreter wraps it in; any other stays as it is."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, (OutOfBounds, Race, NotImplementedError)):
+            return inner
+        inner = inner.__cause__
+    return error
+
+
+def _convert_to_zeros(_: Any, data: Any, source: Any, target: Any, *rounding: Any) -> Any:
+    return np.zeros(data.shape, f"u{target.primitive_bitwidth // 8}")
+
+
+def _refuse_atomic(former: Any, *_: Any) -> None:
+    raise NotImplementedError(f"{former.__name__} at {_line()}: Watch knows no atomics.")

@@ -1,0 +1,757 @@
+"""Triton kernels of the Encoding Layer, and the lists of launches that `encode` runs.
+
+Letters as in encode.py; KP is K rounded up to a power of two, a product needs 16 at least. X is
+channels last: X[b, n, c] with strides (sxb, sxn, 1). P is for partial sums, one slice a program.
+
+Fused, forward: a program owns a run of pixels of one image and keeps sum_i a_ik x_i for all K and C
+in registers, chunk by chunk. A tile of x is read once, goes to shared memory once, and feeds both
+products; the codewords stay in shared memory from the first tile to the last. Where KP x C is too
+much for the registers, two programs share the channels of the sum and both make the weights.
+
+Fused, backward: the same walk. Weights and their gradients are made again from the tile, the tile's
+dx is stored, and sum_i w_ik x_i stays in registers.
+
+Split: for more channels or codewords, and where a fused kernel does not fit. One kernel makes the
+weights (and dx) a tile at a time and stores the weights, B N KP entries; another sums over pixels.
+
+Logits are K x pixels, codewords first: products then have few rows, the same instructions serve all
+architectures, and the softmax runs along a warp's own registers.
+
+The last kernel of each direction adds the partial sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Config, Launch, architecture, choose, run_all
+
+# Entries of the K x C sum that one program can hold: 64 registers a thread in 8 warps.
+_FUSED_ENTRIES = 16384
+# Offsets within a tile of 64 pixels are 32-bit numbers.
+_MOST_STRIDE = 2**31 // 128
+# Channels beyond which `encode` runs PyTorch code.
+MAX_CHANNELS = 2048
+
+
+@triton.jit
+def _load_rows(base, rows, cols, in_rows, column, stride, C: tl.constexpr, EVEN: tl.constexpr):
+    """Rows x BC entries from `column` on; zeros outside."""
+    pointers = base + (rows[:, None] * stride + cols[None, :]) + column
+    if EVEN:
+        return tl.load(pointers, mask=in_rows[:, None], other=0.0)
+    return tl.load(pointers, mask=in_rows[:, None] & (cols + column < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(
+    base, rows, cols, in_rows, column, stride, value, C: tl.constexpr, EVEN: tl.constexpr
+):
+    pointers = base + (rows[:, None] * stride + cols[None, :]) + column
+    if EVEN:
+        tl.store(pointers, value, mask=in_rows[:, None])
+    else:
+        tl.store(pointers, value, mask=in_rows[:, None] & (cols + column < C)[None, :])
+
+
+@triton.jit
+def _column(part, j: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
+    """First channel of chunk j; a program's own chunks come first."""
+    if OWN == CHUNKS:
+        return j * BC
+    return (part * OWN + j) % CHUNKS * BC
+
+
+@triton.jit
+def _load_tile(
+    base, rows, cols, in_rows, part, stride,
+    C: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows as a tuple of chunks."""
+    chunks = ()
+    for j in tl.static_range(CHUNKS):
+        column = _column(part, j, OWN, CHUNKS, BC)
+        chunk = _load_rows(base, rows, cols, in_rows, column, stride, C, C == CHUNKS * BC)
+        chunks = chunks + (chunk,)
+    return chunks
+
+
+@triton.jit
+def _softmax(distance, scale, in_k, in_n):
+    """Weights K x pixels; 0 for codewords and pixels that are only padding."""
+    logits = tl.where(in_k[:, None], scale[:, None] * distance, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 0)[None, :])
+    return tl.where(in_n[None, :], weights / tl.sum(weights, 0)[None, :], 0.0)
+
+
+@triton.jit
+def _forward_kernel(
+    X, D, S, P, PM, sxb, sxn, N, splits,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    OWN: tl.constexpr, CHUNKS: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P[b, split, k, c] = sum of a x over the split's pixels, PM[b, split, k] = sum of a."""
+    EVEN: tl.constexpr = C == CHUNKS * BC
+    part = tl.program_id(0) % (CHUNKS // OWN)
+    split = tl.program_id(0) // (CHUNKS // OWN) % splits
+    b = (tl.program_id(0) // (CHUNKS // OWN) // splits).to(tl.int64)
+    rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
+    in_k = k < K
+    scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
+
+    codewords, sums = (), ()
+    d2 = tl.zeros((KP,), tl.float32)
+    for j in tl.static_range(CHUNKS):
+        column = _column(part, j, OWN, CHUNKS, BC)
+        # The norm is that of the codeword before rounding: rounding it would shift every distance
+        # by the same amount, and that does not average out as the error of the product does.
+        d = _load_rows(D, k, cols, in_k, column, C, C, EVEN).to(tl.float32)
+        d2 += tl.sum(d * d, 1)
+        codewords = codewords + (d.to(X.dtype.element_ty),)
+    for _ in tl.static_range(OWN):
+        sums = sums + (tl.zeros((KP, BC), tl.float32),)
+    mass = tl.zeros((KP, BN), tl.float32)
+
+    tiles = tl.cdiv(N, BN)
+    begin, end = split * tiles // splits, (split + 1) * tiles // splits
+    base, step = X + b * sxb, tl.cast(sxn, tl.int64) * BN
+    if PREFETCH:
+        first = base + begin * step
+        x = _load_tile(first, rows, cols, rows < N - begin * BN, part, sxn, C, BC, OWN, CHUNKS)
+    for t in range(begin, end):
+        in_n = rows < N - t * BN
+        if not PREFETCH:
+            tile = base + t * step
+            x = _load_tile(tile, rows, cols, in_n, part, sxn, C, BC, OWN, CHUNKS)
+        xd = tl.zeros((KP, BN), tl.float32)
+        x2 = tl.zeros((BN,), tl.float32)
+        for j in tl.static_range(CHUNKS):
+            xd = tl.dot(codewords[j], tl.trans(x[j]), xd, input_precision=PRECISION)
+            x2 += tl.sum(x[j].to(tl.float32) * x[j].to(tl.float32), 1)
+        if PREFETCH:
+            # The tile is in shared memory now: its registers take the next one while the softmax
+            # and the second product run.
+            after = base + (t + 1) * step
+            in_after = rows < tl.where(t + 1 < end, N - (t + 1) * BN, 0)
+            following = _load_tile(after, rows, cols, in_after, part, sxn, C, BC, OWN, CHUNKS)
+        a = _softmax(x2[None, :] - 2 * xd + d2[:, None], scale, in_k, in_n)
+        a = a.to(X.dtype.element_ty)
+        mass += a.to(tl.float32)
+        added = ()
+        for j in tl.static_range(OWN):
+            added = added + (tl.dot(a, x[j], sums[j], input_precision=PRECISION),)
+        sums = added
+        if PREFETCH:
+            x = following
+
+    slot = b * splits + split
+    if part == 0:
+        tl.store(PM + slot * K + k, tl.sum(mass, 1), mask=in_k)
+    for j in tl.static_range(OWN):
+        column = _column(part, j, OWN, CHUNKS, BC)
+        _store_rows(P + slot * K * C, k, cols, in_k, column, C, sums[j], C, EVEN)
+
+
+@triton.jit
+def _backward_kernel(
+    X, D, S, R, G, dX, P, PM, sxb, sxn, N, splits,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    CHUNKS: tl.constexpr, NEED_X: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dX; P[b, split, k, c] = sum of w x; PM[b, split, :, k] = sums of a, w and dl |x - d|^2."""
+    EVEN: tl.constexpr = C == CHUNKS * BC
+    split = tl.program_id(0) % splits
+    b = (tl.program_id(0) // splits).to(tl.int64)
+    rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
+    in_k = k < K
+    scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
+    factor = 2 * tl.load(R + k, mask=in_k, other=0.0).to(tl.float32)
+
+    codewords, grads, sums = (), (), ()
+    d2 = tl.zeros((KP,), tl.float32)
+    dg = tl.zeros((KP,), tl.float32)
+    for j in tl.static_range(CHUNKS):
+        d = _load_rows(D, k, cols, in_k, j * BC, C, C, EVEN).to(tl.float32)
+        g = _load_rows(G + b * K * C, k, cols, in_k, j * BC, C, C, EVEN)
+        d2 += tl.sum(d * d, 1)
+        dg += tl.sum(d * g, 1)
+        codewords = codewords + (d.to(X.dtype.element_ty),)
+        grads = grads + (g.to(X.dtype.element_ty),)
+        sums = sums + (tl.zeros((KP, BC), tl.float32),)
+    mass = tl.zeros((KP, BN), tl.float32)
+    moment = tl.zeros((KP, BN), tl.float32)
+    slope = tl.zeros((KP, BN), tl.float32)
+
+    step = tl.cast(sxn, tl.int64) * BN
+    tiles = tl.cdiv(N, BN)
+    for t in range(split * tiles // splits, (split + 1) * tiles // splits):
+        in_n = rows < N - t * BN
+        tile = X + b * sxb + t * step
+        x = _load_tile(tile, rows, cols, in_n, 0, sxn, C, BC, CHUNKS, CHUNKS)
+        xd = tl.zeros((KP, BN), tl.float32)
+        xg = tl.zeros((KP, BN), tl.float32)
+        x2 = tl.zeros((BN,), tl.float32)
+        for j in tl.static_range(CHUNKS):
+            xt = tl.trans(x[j])
+            xd = tl.dot(codewords[j], xt, xd, input_precision=PRECISION)
+            xg = tl.dot(grads[j], xt, xg, input_precision=PRECISION)
+            x2 += tl.sum(x[j].to(tl.float32) * x[j].to(tl.float32), 1)
+        distance = x2[None, :] - 2 * xd + d2[:, None]
+        a = _softmax(distance, scale, in_k, in_n)
+        da = xg - dg[:, None]
+        dl = a * (da - tl.sum(a * da, 0)[None, :])
+        mass += a
+        w = (factor[:, None] * dl).to(X.dtype.element_ty)
+        a = a.to(X.dtype.element_ty)
+        moment += w.to(tl.float32)
+        slope += dl * distance
+        # dx before the sums: the other order needs more registers than there are.
+        if NEED_X:
+            at, wt = tl.trans(a), tl.trans(-w)
+            total = tl.sum(w.to(tl.float32), 0)
+            for j in tl.static_range(CHUNKS):
+                dx = tl.dot(wt, codewords[j], input_precision=PRECISION)
+                dx = tl.dot(at, grads[j], dx, input_precision=PRECISION)
+                dx = (dx + total[:, None] * x[j].to(tl.float32)).to(X.dtype.element_ty)
+                out = dX + (b * N + t * BN) * C
+                _store_rows(out, rows, cols, in_n, j * BC, C, dx, C, EVEN)
+        added = ()
+        for j in tl.static_range(CHUNKS):
+            added = added + (tl.dot(w, x[j], sums[j], input_precision=PRECISION),)
+        sums = added
+
+    slot = b * splits + split
+    tl.store(PM + slot * 3 * K + k, tl.sum(mass, 1), mask=in_k)
+    tl.store(PM + slot * 3 * K + K + k, tl.sum(moment, 1), mask=in_k)
+    tl.store(PM + slot * 3 * K + 2 * K + k, tl.sum(slope, 1), mask=in_k)
+    for j in tl.static_range(CHUNKS):
+        _store_rows(P + slot * K * C, k, cols, in_k, j * BC, C, sums[j], C, EVEN)
+
+
+@triton.jit
+def _weights_kernel(
+    X, T, TQ, S, R, dX, PW, PM, sxb, sxn, N, tiles,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BACKWARD: tl.constexpr, NEED_X: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Split form: one tile a program. Forward: PW = a. Backward: PW = w, and dX.
+
+    Forward: T are the codewords. Backward: see _tables_kernel.
+    """
+    EVEN: tl.constexpr = C % BC == 0
+    t = tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
+    in_k, in_n = k < K, rows < N - t * BN
+    scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
+    tile = X + b * sxb + t * (tl.cast(sxn, tl.int64) * BN)
+    G = T + (b + 1) * K * C
+    xd = tl.zeros((KP, BN), tl.float32)
+    x2 = tl.zeros((BN,), tl.float32)
+    d2 = tl.zeros((KP,), tl.float32)
+    xg = tl.zeros((KP, BN), tl.float32)
+    for column in range(0, C, BC):
+        x = _load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
+        d = _load_rows(T, k, cols, in_k, column, C, C, EVEN)
+        xd = tl.dot(d.to(X.dtype.element_ty), tl.trans(x), xd, input_precision=PRECISION)
+        x2 += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        if BACKWARD:
+            g = _load_rows(G, k, cols, in_k, column, C, C, EVEN)
+            xg = tl.dot(g, tl.trans(x), xg, input_precision=PRECISION)
+        else:
+            d2 += tl.sum(d.to(tl.float32) * d.to(tl.float32), 1)
+    if BACKWARD:
+        d2 = tl.load(TQ + k, mask=in_k, other=0.0)
+    distance = x2[None, :] - 2 * xd + d2[:, None]
+    a = _softmax(distance, scale, in_k, in_n)
+    slot = tl.program_id(0).to(tl.int64)
+    if BACKWARD:
+        factor = 2 * tl.load(R + k, mask=in_k, other=0.0).to(tl.float32)
+        dg = tl.load(TQ + (b + 1) * K + k, mask=in_k, other=0.0)
+        da = xg - dg[:, None]
+        dl = a * (da - tl.sum(a * da, 0)[None, :])
+        tl.store(PM + slot * 3 * K + k, tl.sum(a, 1), mask=in_k)
+        w = (factor[:, None] * dl).to(X.dtype.element_ty)
+        a = a.to(X.dtype.element_ty)
+        tl.store(PM + slot * 3 * K + K + k, tl.sum(w.to(tl.float32), 1), mask=in_k)
+        tl.store(PM + slot * 3 * K + 2 * K + k, tl.sum(dl * distance, 1), mask=in_k)
+        if NEED_X:
+            at, wt = tl.trans(a), tl.trans(-w)
+            total = tl.sum(w.to(tl.float32), 0)
+            for column in range(0, C, BC):
+                x = _load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
+                d = _load_rows(T, k, cols, in_k, column, C, C, EVEN)
+                g = _load_rows(G, k, cols, in_k, column, C, C, EVEN)
+                dx = tl.dot(wt, d, input_precision=PRECISION)
+                dx = tl.dot(at, g, dx, input_precision=PRECISION)
+                dx = (dx + total[:, None] * x.to(tl.float32)).to(X.dtype.element_ty)
+                out = dX + (b * N + t * BN) * C
+                _store_rows(out, rows, cols, in_n, column, C, dx, C, EVEN)
+        weights = w
+    else:
+        weights = a.to(X.dtype.element_ty)
+        tl.store(PM + slot * K + k, tl.sum(weights.to(tl.float32), 1), mask=in_k)
+    stored = PW + (b * N + t * BN) * KP + (rows[:, None] * KP + k[None, :])
+    tl.store(stored, tl.trans(weights), mask=in_n[:, None])
+
+
+@triton.jit
+def _aggregate_kernel(
+    X, PW, P, sxb, sxn, N, splits,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Split form: P[b, split, k, c] = sum over the split's pixels of PW x, for BC channels."""
+    EVEN: tl.constexpr = C % BC == 0
+    CHUNKS: tl.constexpr = (C + BC - 1) // BC
+    column = tl.program_id(0) % CHUNKS * BC
+    split = tl.program_id(0) // CHUNKS % splits
+    b = (tl.program_id(0) // CHUNKS // splits).to(tl.int64)
+    rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
+    total = tl.zeros((KP, BC), tl.float32)
+    step = tl.cast(sxn, tl.int64) * BN
+    tiles = tl.cdiv(N, BN)
+    for t in range(split * tiles // splits, (split + 1) * tiles // splits):
+        in_n = rows < N - t * BN
+        tile = X + b * sxb + t * step
+        x = _load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
+        stored = PW + (b * N + t * BN) * KP + (rows[:, None] * KP + k[None, :])
+        w = tl.load(stored, mask=in_n[:, None], other=0.0)
+        total = tl.dot(tl.trans(w), x, total, input_precision=PRECISION)
+    out = P + (b * splits + split) * K * C
+    _store_rows(out, k, cols, k < K, column, C, total, C, EVEN)
+
+
+@triton.jit
+def _tables_kernel(D, G, T, TQ, C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr):
+    """T = codewords, then G, in X's dtype; TQ = |d|^2, then d.G; one row of C a program."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, CP)
+    d = tl.load(D + row % K * C + c, mask=c < C, other=0.0).to(tl.float32)
+    value = d
+    if row >= K:
+        value = tl.load(G + (row - K) * C + c, mask=c < C, other=0.0)
+    tl.store(T + row * C + c, value.to(T.dtype.element_ty), mask=c < C)
+    tl.store(TQ + row, tl.sum(value * d, 0))
+
+
+@triton.jit
+def _finish_forward_kernel(
+    P, PM, D, E, ESUM, EM2, splits, mass_splits,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, BS: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """E[b, k] = sum of partial sums - mass d_k, and its sum and M2 over the channels."""
+    b = (tl.program_id(0) // K).to(tl.int64)
+    k = tl.program_id(0) % K
+    c, s = tl.arange(0, CP), tl.arange(0, BS)
+    in_c = c < C
+    total = tl.zeros((CP,), tl.float32)
+    for begin in range(0, splits, BS):
+        slots = b * splits + begin + s
+        mask = (begin + s < splits)[:, None] & in_c[None, :]
+        total += tl.sum(tl.load(P + ((slots * K + k) * C)[:, None] + c[None, :], mask, 0.0), 0)
+    masses = tl.zeros((BS,), tl.float32)
+    for begin in range(0, mass_splits, BS):
+        slots = b * mass_splits + begin + s
+        masses += tl.load(PM + slots * K + k, mask=begin + s < mass_splits, other=0.0)
+    d = tl.load(D + k * C + c, mask=in_c, other=0.0).to(tl.float32)
+    code = total - tl.sum(masses, 0) * d
+    row = b * K + k
+    tl.store(E + row * C + c, code, mask=in_c)
+    if STATS:
+        code_sum = tl.sum(code, 0)
+        centred = tl.where(in_c, code - code_sum / C, 0.0)
+        tl.store(ESUM + row, code_sum)
+        tl.store(EM2 + row, tl.sum(centred * centred, 0))
+
+
+@triton.jit
+def _finish_backward_kernel(
+    P, PM, G, D, dD, dS, images, splits, mass_splits,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """dD_k = -sum_b mass_bk G_bk - sum of w x + (sum of w) d_k, and dS_k."""
+    k = (tl.program_id(0) // tl.cdiv(C, BC)).to(tl.int64)
+    column = tl.program_id(0) % tl.cdiv(C, BC) * BC
+    c, s = column + tl.arange(0, BC), tl.arange(0, BS)
+    in_c = c < C
+    total = tl.zeros((BC,), tl.float32)
+    for begin in range(0, images * splits, BS):
+        slots = (begin + s).to(tl.int64)
+        mask = (slots < images * splits)[:, None] & in_c[None, :]
+        total += tl.sum(tl.load(P + ((slots * K + k) * C)[:, None] + c[None, :], mask, 0.0), 0)
+    m = tl.arange(0, BM)
+    moment = tl.zeros((BM,), tl.float32)
+    slope = tl.zeros((BM,), tl.float32)
+    for begin in range(0, images * mass_splits, BM):
+        slots = (begin + m).to(tl.int64)
+        moment += tl.load(PM + (slots * 3 + 1) * K + k, slots < images * mass_splits, 0.0)
+        slope += tl.load(PM + (slots * 3 + 2) * K + k, slots < images * mass_splits, 0.0)
+    for first in range(0, images, BS):
+        b = (first + s).to(tl.int64)
+        mass = tl.zeros((BS,), tl.float32)
+        for begin in range(0, mass_splits, BS):
+            slots = b[:, None] * mass_splits + (begin + s)[None, :]
+            mask = (b < images)[:, None] & (begin + s < mass_splits)[None, :]
+            mass += tl.sum(tl.load(PM + slots * 3 * K + k, mask, 0.0), 1)
+        mask = (b < images)[:, None] & in_c[None, :]
+        g = tl.load(G + ((b * K + k) * C)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+        total += tl.sum(mass[:, None] * g, 0)
+    d = tl.load(D + k * C + c, mask=in_c, other=0.0).to(tl.float32)
+    gradient = tl.sum(moment, 0) * d - total
+    tl.store(dD + k * C + c, gradient.to(dD.dtype.element_ty), mask=in_c)
+    if column == 0:
+        tl.store(dS + k, tl.sum(slope, 0).to(dS.dtype.element_ty))
+
+
+def _padded(size: int) -> int:
+    """Entries of a product's dimension: a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _chunks(channels: int, config: Config, own: int = 1) -> int:
+    return triton.cdiv(triton.cdiv(channels, config.block_c), own) * own
+
+
+def _parts(channels: int, num: int) -> int:
+    """Programs that share the channels of one image's sum in the fused forward kernel."""
+    return triton.cdiv(_padded(num) * channels, _FUSED_ENTRIES)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def supports(dtype: torch.dtype, channels: int, num: int) -> bool:
+    """Whether there are kernels; 3xTF32 products hold each operand twice, so fewer codewords."""
+    return channels <= MAX_CHANNELS and num <= (64 if dtype == torch.float32 else 256)
+
+
+def _split_config(dtype: torch.dtype, channels: int, num: int) -> Config:
+    """Small tiles: K x BC and K x BN must fit the registers beside the operands."""
+    padded = _padded(num)
+    if dtype == torch.float32:
+        return Config(16, min(32, _padded(channels)), 8, fused=False)
+    block_n = 64 if padded <= 32 else 32 if padded <= 64 else 16
+    return Config(block_n, min(64 if padded <= 64 else 32, _padded(channels)), 8, fused=False)
+
+
+def forward_configs(arch: int, dtype: torch.dtype, channels: int, num: int) -> list[Config]:
+    """Configurations of the forward pass, the preferred one first, the conservative one last."""
+    split = _split_config(dtype, channels, num)
+    if dtype == torch.float32 or _parts(channels, num) > 2:
+        return [split]
+    if channels <= 128:
+        return [Config(32, min(64, _padded(channels)), 8), split]
+    return [Config(32 if _parts(channels, num) == 1 else 16, 64, 8), split]
+
+
+def backward_configs(arch: int, dtype: torch.dtype, channels: int, num: int) -> list[Config]:
+    """Configurations of the backward pass, the preferred one first, the conservative one last."""
+    split = _split_config(dtype, channels, num)
+    if dtype == torch.float32 or _parts(channels, num) > 1:
+        return [split]
+    if channels <= 128:
+        return [Config(32, min(64, _padded(channels)), 8), split]
+    if arch in (86, 89, 120):  # 99 KiB of shared memory: the codewords, G and a tile are too much
+        return [split]
+    return [Config(32, 64, 8), split]
+
+
+def _splits(programs: int, images: int, pixels: int, block: int) -> int:
+    """Programs along the pixels of an image: one for each multiprocessor, none without work."""
+    return max(1, min(programs // max(1, images), triton.cdiv(pixels, block)))
+
+
+def _common(x: Tensor, config: Config, num: int) -> dict[str, Any]:
+    return dict(
+        C=x.shape[1],
+        K=num,
+        KP=_padded(num),
+        BN=config.block_n,
+        BC=config.block_c,
+        PRECISION=_precision(x.dtype),
+    )
+
+
+def _walk(x: Tensor) -> dict[str, Any]:
+    return dict(X=x, sxb=x.stride(0), sxn=x.stride(2), N=x.shape[2])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x, B x C x N, or a copy of it, with the channels of a pixel side by side."""
+    if (x.stride(1) == 1 or x.shape[1] == 1) and x.stride(2) < _MOST_STRIDE:
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def forward_launches(
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    return_stats: bool,
+    *,
+    arch: int,
+    processors: int,
+    config: Optional[Config] = None,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """Launches of the forward pass and its outputs: E, and its sums and M2 or two empty tensors.
+
+    x is B x C x N and channels last; nothing runs here.
+    """
+    images, channels, pixels = x.shape
+    num = codewords.shape[0]
+    config = config or forward_configs(arch, x.dtype, channels, num)[0]
+    code = x.new_empty((images, num, channels), dtype=torch.float32)
+    stats = [
+        x.new_empty((images, num) if return_stats else (0,), dtype=torch.float32) for _ in "12"
+    ]
+    launches, partial, masses = (_fused_forward if config.fused else _split_forward)(
+        x, codewords, scale, config, processors
+    )
+    finish = Launch(
+        _finish_forward_kernel,
+        (images * num,),
+        dict(
+            P=partial, PM=masses, D=codewords, E=code, ESUM=stats[0], EM2=stats[1],
+            splits=partial.shape[1], mass_splits=masses.shape[1],
+        ),
+        dict(C=channels, K=num, CP=triton.next_power_of_2(channels), BS=8, STATS=return_stats),
+        num_warps=4,
+    )  # fmt: skip
+    return [*launches, finish], (code, stats[0], stats[1])
+
+
+def _fused_forward(
+    x: Tensor, codewords: Tensor, scale: Tensor, config: Config, processors: int
+) -> tuple[list[Launch], Tensor, Tensor]:
+    images, channels, pixels = x.shape
+    num = codewords.shape[0]
+    parts = _parts(channels, num)
+    chunks = _chunks(channels, config, parts)
+    splits = _splits(processors // parts, images, pixels, config.block_n)
+    partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
+    masses = x.new_empty((images, splits, num), dtype=torch.float32)
+    launch = Launch(
+        _forward_kernel,
+        (parts * splits * images,),
+        dict(_walk(x), D=codewords, S=scale, P=partial, PM=masses, splits=splits),
+        dict(_common(x, config, num), OWN=chunks // parts, CHUNKS=chunks, PREFETCH=channels > 128),
+        config.num_warps,
+    )
+    return [launch], partial, masses
+
+
+def _split_forward(
+    x: Tensor, codewords: Tensor, scale: Tensor, config: Config, processors: int
+) -> tuple[list[Launch], Tensor, Tensor]:
+    images, _, pixels = x.shape
+    num = codewords.shape[0]
+    tiles = triton.cdiv(pixels, config.block_n)
+    weights = x.new_empty((images, pixels, _padded(num)))
+    masses = x.new_empty((images, tiles, num), dtype=torch.float32)
+    launch = Launch(
+        _weights_kernel,
+        (images * tiles,),
+        dict(
+            _walk(x),
+            T=codewords,
+            TQ=masses,
+            S=scale,
+            R=scale,
+            dX=x,
+            PW=weights,
+            PM=masses,
+            tiles=tiles,
+        ),
+        dict(_common(x, config, num), BACKWARD=False, NEED_X=False),
+        config.num_warps,
+    )  # fmt: skip
+    aggregate, partial = _aggregate(x, weights, num, config, processors)
+    return [launch, aggregate], partial, masses
+
+
+def _aggregate(
+    x: Tensor, weights: Tensor, num: int, config: Config, processors: int
+) -> tuple[Launch, Tensor]:
+    images, channels, pixels = x.shape
+    block_n = 32 if x.dtype == torch.float32 or _padded(num) > 64 else 64
+    shape = Config(block_n, config.block_c, 8)
+    chunks = triton.cdiv(channels, shape.block_c)
+    splits = _splits(triton.cdiv(2 * processors, chunks), images, pixels, 4 * shape.block_n)
+    partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
+    launch = Launch(
+        _aggregate_kernel,
+        (images * splits * chunks,),
+        dict(_walk(x), PW=weights, P=partial, splits=splits),
+        _common(x, shape, num),
+        shape.num_warps,
+    )
+    return launch, partial
+
+
+def backward_launches(
+    grad: Tensor,
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    backward_scale: Optional[Tensor],
+    need_x: bool,
+    *,
+    arch: int,
+    processors: int,
+    config: Optional[Config] = None,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """Launches of the backward pass and its outputs: dx (empty unless needed), dcodewords, dscale.
+
+    grad is B x K x C in float32, contiguous; x as in the forward pass; dx is channels last.
+    """
+    images, channels, pixels = x.shape
+    num = codewords.shape[0]
+    config = config or backward_configs(arch, x.dtype, channels, num)[0]
+    grad_x = x.new_empty((images, pixels, channels) if need_x else (0,))
+    grad_codewords, grad_scale = torch.empty_like(codewords), torch.empty_like(scale)
+    factor = scale if backward_scale is None else backward_scale
+    launches, partial, masses = (_fused_backward if config.fused else _split_backward)(
+        grad, x, codewords, scale, factor, grad_x, config, processors
+    )
+    block_c = min(64, triton.next_power_of_2(channels))
+    finish = Launch(
+        _finish_backward_kernel,
+        (num * triton.cdiv(channels, block_c),),
+        dict(
+            P=partial, PM=masses, G=grad, D=codewords, dD=grad_codewords, dS=grad_scale,
+            images=images, splits=partial.shape[1], mass_splits=masses.shape[1],
+        ),
+        dict(C=channels, K=num, BC=block_c, BS=16, BM=256),
+        num_warps=4,
+    )  # fmt: skip
+    if need_x:
+        grad_x = grad_x.transpose(1, 2)
+    return [*launches, finish], (grad_x, grad_codewords, grad_scale)
+
+
+def _fused_backward(
+    grad: Tensor,
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    grad_x: Tensor,
+    config: Config,
+    processors: int,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    images, channels, pixels = x.shape
+    num = codewords.shape[0]
+    splits = _splits(processors, images, pixels, config.block_n)
+    partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
+    masses = x.new_empty((images, splits, 3, num), dtype=torch.float32)
+    launch = Launch(
+        _backward_kernel,
+        (images * splits,),
+        dict(
+            _walk(x), D=codewords, S=scale, R=factor, G=grad, dX=grad_x, P=partial, PM=masses,
+            splits=splits,
+        ),
+        dict(
+            _common(x, config, num), CHUNKS=_chunks(channels, config), NEED_X=grad_x.numel() > 0
+        ),
+        config.num_warps,
+    )  # fmt: skip
+    return [launch], partial, masses
+
+
+def _split_backward(
+    grad: Tensor,
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    grad_x: Tensor,
+    config: Config,
+    processors: int,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    images, channels, pixels = x.shape
+    num = codewords.shape[0]
+    tiles = triton.cdiv(pixels, config.block_n)
+    tables = x.new_empty(((1 + images) * num, channels))
+    squares = grad.new_empty((1 + images) * num)
+    weights = x.new_empty((images, pixels, _padded(num)))
+    masses = x.new_empty((images, tiles, 3, num), dtype=torch.float32)
+    make_tables = Launch(
+        _tables_kernel,
+        ((1 + images) * num,),
+        dict(D=codewords, G=grad, T=tables, TQ=squares),
+        dict(C=channels, K=num, CP=triton.next_power_of_2(channels)),
+        num_warps=4,
+    )
+    make_weights = Launch(
+        _weights_kernel,
+        (images * tiles,),
+        dict(
+            _walk(x), T=tables, TQ=squares, S=scale, R=factor, dX=grad_x, PW=weights, PM=masses,
+            tiles=tiles,
+        ),
+        dict(_common(x, config, num), BACKWARD=True, NEED_X=grad_x.numel() > 0),
+        config.num_warps,
+    )  # fmt: skip
+    aggregate, partial = _aggregate(x, weights, num, config, processors)
+    return [make_tables, make_weights, aggregate], partial, masses
+
+
+def forward(
+    x: Tensor, codewords: Tensor, scale: Tensor, return_stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E, and its sums and M2 over the channels (two empty tensors if not asked for)."""
+    arch, processors = architecture(x)
+    x, codewords, scale = channels_last(x), codewords.contiguous(), scale.contiguous()
+    channels, num = x.shape[1], codewords.shape[0]
+
+    def launches(config: Config) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+        return forward_launches(
+            x, codewords, scale, return_stats, arch=arch, processors=processors, config=config
+        )
+
+    configs = forward_configs(arch, x.dtype, channels, num)
+    key = ("encode forward", x.device, x.dtype, channels, num)
+    made, outputs = launches(choose(key, configs, lambda config: launches(config)[0]))
+    run_all(made, x.device)
+    return outputs
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    backward_scale: Optional[Tensor],
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (empty unless needed), codewords and scale."""
+    arch, processors = architecture(x)
+    given, x = x, channels_last(x)
+    grad, codewords, scale = grad.contiguous(), codewords.contiguous(), scale.contiguous()
+    factor = None if backward_scale is None else backward_scale.contiguous()
+    channels, num = x.shape[1], codewords.shape[0]
+
+    def launches(config: Config) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+        return backward_launches(
+            grad, x, codewords, scale, factor, need_x,
+            arch=arch, processors=processors, config=config,
+        )  # fmt: skip
+
+    configs = backward_configs(arch, x.dtype, channels, num)
+    key = ("encode backward", x.device, x.dtype, channels, num, need_x)
+    made, (grad_x, grad_codewords, grad_scale) = launches(
+        choose(key, configs, lambda config: launches(config)[0])
+    )
+    run_all(made, x.device)
+    if need_x:
+        out = torch.empty_like(given)
+        grad_x = grad_x if grad_x.stride() == out.stride() else out.copy_(grad_x)
+    return grad_x, grad_codewords, grad_scale

@@ -1,0 +1,165 @@
+"""Launches as data, and the choice between configurations on the user's machine.
+
+A launcher lists its kernel launches without running them, so that the same list can be run,
+compiled for an architecture that is not there, or counted byte by byte.
+
+Another Triton version may compile a kernel differently. The first time a configuration is used, it
+is compiled and looked at before it runs: where it spills registers or does not fit, the next one of
+the list takes its place, and one line in the log says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # no wheel for this platform
+    triton = None
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and warps of a kernel.
+
+    Attributes:
+        block_n: pixels of a tile.
+        block_c: channels that one product covers.
+        num_warps: warps of a program.
+        fused: one kernel that keeps its sums in registers, or separate kernels that store the
+            weights in between.
+    """
+
+    block_n: int
+    block_c: int
+    num_warps: int
+    fused: bool = True
+
+    def __str__(self) -> str:
+        kind = "fused" if self.fused else "split"
+        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: programs in each dimension.
+        arguments: run-time arguments by name.
+        constants: constexpr arguments by name.
+        num_warps, num_stages: compile options.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    def run(self) -> None:
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+    def obstacle(self) -> Optional[str]:
+        """Compile for the current device; why the result is not to be used, or None."""
+        try:
+            compiled = self.kernel.warmup(
+                **self.arguments,
+                **self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+                grid=self.grid,
+            )
+            _ = (
+                compiled.run
+            )  # loads the program, which is when the driver tells registers and spills
+        except triton.runtime.OutOfResources as error:
+            return f"{self.name} does not fit: {error}"
+        if compiled.n_spills:
+            return f"{self.name} spills {4 * compiled.n_spills} bytes a thread"
+        return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 at import)."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether an operator runs its Triton kernels on x: on CUDA, or anywhere when interpreting."""
+    if triton is None or x.dtype == torch.float64:
+        return False
+    return x.is_cuda or interpreting()
+
+
+def architecture(x: Tensor) -> tuple[int, int]:
+    """(compute capability such as 90, number of multiprocessors) of x's device."""
+    if not x.is_cuda:
+        return 90, 132  # an H100, for the interpreter
+    properties = torch.cuda.get_device_properties(x.device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+_chosen: dict[Any, Config] = {}
+
+
+def choose(
+    key: Any, configs: Sequence[Config], launches: Callable[[Config], Sequence[Launch]]
+) -> Config:
+    """The first configuration whose kernels compile without spilling; remembered under `key`.
+
+    The last one is taken without a look: it is the conservative one, and a slow result is better
+    than none.
+    """
+    if interpreting():
+        return configs[0]
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _first_good(configs, launches)
+    return found
+
+
+def _first_good(
+    configs: Sequence[Config], launches: Callable[[Config], Sequence[Launch]]
+) -> Config:
+    for config, following in zip(configs, configs[1:]):
+        obstacles = [o for launch in launches(config) if (o := launch.obstacle())]
+        if not obstacles:
+            return config
+        logger.warning(
+            "%s as compiled by Triton %s; using '%s' in place of '%s'",
+            obstacles[0],
+            triton.__version__,
+            following,
+            config,
+        )
+    return configs[-1]
+
+
+def run_all(launches: Sequence[Launch], device: torch.device) -> None:
+    """Run them in order on `device`, but those without programs: a GPU refuses an empty grid."""
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        for launch in launches:
+            if all(launch.grid):
+                launch.run()

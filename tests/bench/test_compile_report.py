@@ -1,0 +1,240 @@
+"""Every kernel, compiled for five architectures: no spills, matrix units, wide accesses.
+
+Compilation happens in processes of its own, so that it does not matter whether this one was
+started with TRITON_INTERPRET, and nothing needs a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import compile as compile_report
+from bench.resources import LIMITS, accesses, blocks_per_sm, widths
+
+ROOT = Path(__file__).parents[2]
+DTYPES = ("bfloat16", "float32")
+Row = dict[str, Any]
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def run_apart(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """A Python process at the root of the checkout, not interpreting kernels unless asked."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
+    path = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+@pytest.fixture(scope="session")
+def planted() -> dict[str, Any]:
+    run = run_apart("tests/bench/planted_kernels.py")
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Default configurations of encode at 512 channels and 32 codewords, as the command says."""
+    file = tmp_path_factory.mktemp("compile") / "rows.json"
+    chosen = ("--dtype", *DTYPES, "--shape", "512x32")
+    run = run_apart("-m", "bench", "compile", *chosen, "--json", str(file))
+    assert file.exists(), run.stderr
+    found = json.loads(file.read_text())
+    wrong = any(row["spill_bytes"] or not row["fits"] for row in found)
+    assert run.returncode == int(wrong), run.stdout
+    assert "not run" in run.stdout.splitlines()[0]
+    return found
+
+
+def select(rows: list[Row], direction: str, dtype: str, arch: int) -> list[Row]:
+    wanted = (direction, dtype, arch)
+    found = [row for row in rows if (row["direction"], row["dtype"], row["arch"]) == wanted]
+    assert found
+    assert all(row["default"] for row in found)
+    return found
+
+
+each_call = pytest.mark.parametrize(
+    ("direction", "dtype", "arch"),
+    [(v, t, a) for v in ("forward", "backward") for t in DTYPES for a in compile_report.ARCHS],
+)
+
+
+@needs_triton
+@pytest.mark.slow
+@each_call
+def test_defaults_fit_and_do_not_spill(rows, direction, dtype, arch) -> None:
+    wrong = {
+        row["config"]: row["note"] or f"{row['spill_bytes']} bytes spilled"
+        for row in select(rows, direction, dtype, arch)
+        if row["spill_bytes"] or not row["fits"]
+    }
+    assert not wrong, f"sm_{arch} {dtype}"
+
+
+@needs_triton
+@pytest.mark.slow
+@each_call
+def test_products_use_matrix_units(rows, direction, dtype, arch) -> None:
+    products = [row for row in select(rows, direction, dtype, arch) if row["dots"]]
+    assert products
+    without = [row["config"] for row in products if not row["mma"]]
+    assert not without, f"sm_{arch} {dtype}"
+
+
+@needs_triton
+@pytest.mark.slow
+@each_call
+def test_pixels_are_read_and_written_16_bytes_wide(rows, direction, dtype, arch) -> None:
+    narrow = {
+        (row["config"], name): counted
+        for row in select(rows, direction, dtype, arch)
+        for name, counted in row["accesses"].items()
+        if name in ("X", "dX") and min(map(int, counted)) < 16
+    }
+    assert not narrow, f"sm_{arch} {dtype}"
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, direction, dtype) -> None:
+    few = {
+        row["config"]: (row["blocks_per_sm"], row["num_warps"])
+        for row in select(rows, direction, dtype, 90)
+        if row["blocks_per_sm"] < (1 if row["num_warps"] >= 8 else 2)
+    }
+    assert not few, "blocks and warps a block"
+
+
+@needs_triton
+@pytest.mark.slow
+def test_a_planted_spill_is_reported(planted) -> None:
+    assert planted["reports"]["spill"]["spill_bytes"] > 0
+    assert compile_report.bad(planted["reports"]["spill"])
+
+
+@needs_triton
+@pytest.mark.slow
+def test_a_copy_is_wide_where_its_address_allows(planted) -> None:
+    found = planted["reports"]
+    for name in ("copy", "aligned view"):
+        assert not compile_report.bad(found[name])
+        assert found[name]["accesses"] == {"X": {"16": 2}, "Y": {"16": 2}}
+        assert found[name]["load_widths"] == {"LDG.16": 2}
+        assert found[name]["store_widths"] == {"STG.16": 2}
+        assert found[name]["mma"] == {} and found[name]["dots"] == 0
+    assert found["unaligned"]["accesses"] == {"X": {"4": 8}, "Y": {"16": 2}}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("nothing", "an empty program"),
+        ("refused", "does not compile: CompileTimeAssertionFailure: planted"),
+        ("too large", "does not fit a multiprocessor"),
+    ],
+)
+def test_what_cannot_be_launched_is_reported(planted, name: str, note: str) -> None:
+    assert not planted["reports"][name]["fits"]
+    assert planted["reports"][name]["note"].startswith(note)
+    assert compile_report.bad(planted["reports"][name])
+
+
+@needs_triton
+@pytest.mark.slow
+def test_sizes_are_specialised_as_in_a_launch(planted) -> None:
+    programs = planted["programs"]
+    assert programs["3600"] == programs["7200"]  # both multiples of 16
+    assert programs["3601"] == programs["3602"]
+    others = {programs[n] for n in ("1", "3600", "3601", str(1 << 40))}
+    assert len(others) == 4
+
+
+@needs_triton
+def test_an_interpreting_process_says_so() -> None:
+    run = run_apart("-m", "bench", "compile", "--arch", "90", TRITON_INTERPRET="1")
+    assert run.returncode == 2
+    assert run.stderr.splitlines() == [
+        "error: TRITON_INTERPRET is set, so Triton compiles nothing here; unset it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "blocks"),
+    [
+        (90, 4, 32, 0, 16),  # by warps
+        (80, 4, 255, 0, 2),  # by registers
+        (80, 8, 255, 0, 1),
+        (90, 8, 168, 64 << 10, 1),  # by registers: 168 * 256 threads is two thirds
+        (90, 4, 128, 64 << 10, 3),  # by shared memory
+        (120, 4, 128, 99 << 10, 1),
+        (120, 4, 128, (99 << 10) + 1, 0),
+        (80, 1, 16, 0, 32),  # by blocks
+        (90, 16, 255, 0, 0),  # 16 warps leave 128 registers a thread
+    ],
+)
+def test_blocks_per_sm(arch: int, warps: int, registers: int, shared: int, blocks: int) -> None:
+    assert blocks_per_sm(arch, warps, registers, shared) == blocks
+
+
+def test_tensor_memory_limits_blocks() -> None:
+    assert blocks_per_sm(100, 4, 64, 0, columns=256) == 2
+
+
+def test_widths_of_disassembled_accesses() -> None:
+    program = [
+        "LDG.E.128",
+        "LDG.E.128.CONSTANT",
+        "LDG.E.U16",
+        "LDG.E",
+        "LDGSTS.E.BYPASS.LTC128B.128",
+    ]
+    program += ["UTMALDG.2D", "LDS.128", "LDG.E.ENL2.256"]
+    assert widths(program, ("LDG", "LDGSTS", "UTMALDG")) == {
+        "LDG.16": 2,
+        "LDG.2": 1,
+        "LDG.4": 1,
+        "LDGSTS.16": 1,
+        "UTMALDG": 1,
+        "LDG.32": 1,
+    }
+
+
+def test_accesses_are_traced_to_their_argument() -> None:
+    ptx = """
+        ld.param.b64 %rd1, [kernel_param_0];
+        ld.param.b64 %rd2, [kernel_param_2];
+        mov.b64 %rd9, %rd1;
+    $L1:
+        @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd9 + 0 ];
+        cp.async.cg.shared.global [ %r9 + 0 ], [ %rd9 + 64 ], 0x10, %r8;
+        ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r7];
+        mad.wide.s32 %rd5, %r3, 2, %rd2;
+        ld.global.L1::evict_last.L2::cache_hint.b16 { %rs1 }, [ %rd5 + 0 ], %rd7;
+        @%p3 st.global.v2.b32 [ %rd5 + 8 ], { %r1, %r2 };
+        add.s64 %rd11, %rd9, 128;
+        mov.b64 %rd9, %rd11;
+    """
+    assert accesses(ptx, {0: "X", 2: "P"}) == {"X": {16: 2}, "P": {2: 1, 8: 1}}
+
+
+def test_limits_cover_what_is_reported() -> None:
+    assert compile_report.ARCHS == (80, 89, 90, 100, 120)
+    assert all(limits.shared_bytes > limits.shared_bytes_a_block for limits in LIMITS.values())

@@ -1,0 +1,50 @@
+"""The count of bytes, through its command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+KEYS = (
+    "op", "direction", "dtype", "shape", "programs", "requested_bytes", "memory_bytes",
+    "least_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def printed_and_rows(tmp_path_factory) -> tuple[str, list[dict]]:
+    file = tmp_path_factory.mktemp("traffic") / "rows.json"
+    command = [sys.executable, "-m", "bench", "traffic", "--quick", "--json", str(file)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, json.loads(file.read_text())
+
+
+def test_rows_have_exactly_the_documented_keys(printed_and_rows) -> None:
+    printed, rows = printed_and_rows
+    assert rows and all(tuple(row) == KEYS for row in rows)
+    assert {row["direction"] for row in rows} == {"forward", "backward"}
+    assert "memory / least" in printed and "encode backward" in printed
+
+
+def test_nothing_is_below_the_least_possible(printed_and_rows) -> None:
+    for row in printed_and_rows[1]:
+        assert 0 < row["least_bytes"] <= row["memory_bytes"]
+        assert row["least_bytes"] <= row["requested_bytes"]
+        assert row["programs"] > 1
+
+
+def test_the_least_reads_inputs_and_writes_outputs_once(printed_and_rows) -> None:
+    size = {"bfloat16": 2, "float32": 4}
+    for row in printed_and_rows[1]:
+        b, n, c, k = (row["shape"][letter] for letter in "BNCK")
+        x, code, codewords = b * n * c * size[row["dtype"]], 4 * b * k * c, 4 * k * c
+        least = {"forward": x + code + codewords, "backward": 2 * x + code + 2 * codewords}
+        assert row["least_bytes"] == least[row["direction"]]

@@ -1,0 +1,278 @@
+"""The Triton kernels of `encode`, in Triton's interpreter or on a GPU, against float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from bench.interpreter import Watch
+from encnet_triton.kernels import encode, encode_triton, launch, reference
+from encnet_triton.kernels.encode import _encode_backward, _encode_forward
+from encnet_triton.kernels.launch import Config
+
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
+
+DEVICE = "cpu" if launch.interpreting() else "cuda"
+HALF = (torch.bfloat16, torch.float16)
+FUSED, SPLIT = Config(16, 32, 4), Config(16, 32, 4, fused=False)
+
+# Shape B, N, C, K and what is awkward about it.
+CASES = {
+    "as the tiles": (2, 64, 64, 16),
+    "nothing fits a tile": (2, 37, 40, 5),
+    "one pixel": (3, 1, 24, 4),
+    "one codeword": (2, 21, 16, 1),
+    "one channel": (2, 18, 1, 3),
+    "three channels": (1, 33, 3, 32),
+    "one image, many tiles": (1, 300, 16, 8),
+    "two programs share the channels": (1, 20, 520, 33),
+    "many codewords": (1, 19, 24, 65),
+}
+
+
+@pytest.fixture(params=[None, "reverse", 3], ids=["in order", "reverse", "shuffled"])
+def watched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs in some order, every address checked, no two programs at one address."""
+    watch = Watch(order=request.param, races=True) if launch.interpreting() else None
+    if watch is None and request.param is not None:
+        pytest.skip("a GPU orders its programs itself")
+    with watch or contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(params=[FUSED, SPLIT, None], ids=["fused", "split", "default"])
+def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Config | None:
+    """The configuration that every launch takes; small tiles, so that there are several."""
+    if request.param is not None:
+        for name in ("forward_configs", "backward_configs"):
+            monkeypatch.setattr(encode_triton, name, lambda *_: [request.param])
+        monkeypatch.setattr(launch, "_chosen", {})
+    return request.param
+
+
+def example(case: str, dtype: torch.dtype) -> list[Tensor]:
+    """x, B x N x C, codewords, scale of soft assignments, and dE."""
+    images, pixels, channels, num = CASES[case]
+    generator = torch.Generator().manual_seed(len(case))
+    x = torch.randn(images, pixels, channels, generator=generator).to(dtype)
+    codewords = torch.randn(num, channels, generator=generator)
+    scale = -torch.rand(num, generator=generator) * 2 / channels
+    grad = torch.randn(images, num, channels, generator=generator)
+    return [t.to(DEVICE) for t in (x, codewords, scale, grad)]
+
+
+def products(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """The formula as matrix products in x.dtype; norms, softmax and sums in float32."""
+    xd = (x @ codewords.to(x.dtype).t()).float()
+    distance = x.float().square().sum(2, keepdim=True) - 2 * xd + codewords.square().sum(1)
+    weights = (scale * distance).softmax(2)
+    total = (weights.to(x.dtype).transpose(1, 2) @ x).float()
+    return total - weights.sum(1).unsqueeze(2) * codewords
+
+
+def run(
+    function: Callable[..., Any], *inputs: Tensor, grad: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """E and every gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    code = function(*leaves, **options)
+    code.backward(grad.to(code.dtype))
+    named = zip(("x", "codewords", "scale"), leaves, strict=True)
+    return {"E": code.detach()} | {n: t.grad for n, t in named if t.grad is not None}
+
+
+def check(
+    inputs: list[Tensor], assert_accurate: Callable[..., None], ours: dict[str, Tensor]
+) -> None:
+    *inputs, grad = inputs
+    plain = run(products, *inputs, grad=grad)
+    exact = run(reference.encode, *(t.cpu().double() for t in inputs), grad=grad.cpu())
+    for name, value in exact.items():
+        assert_accurate(name, ours[name].cpu(), plain[name].cpu(), value)
+
+
+@pytest.mark.usefixtures("config")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_at_most_twice_that_of_the_matrix_products(
+    case: str, dtype: torch.dtype, assert_accurate: Callable[..., None]
+) -> None:
+    *inputs, grad = example(case, dtype)
+    watch = Watch(races=True) if launch.interpreting() else contextlib.nullcontext()
+    with watch:
+        ours = run(encode, *inputs, grad=grad)
+    assert ours["x"].dtype == dtype
+    check([*inputs, grad], assert_accurate, ours)
+
+
+@pytest.mark.usefixtures("config", "watched")
+@pytest.mark.parametrize("case", ["nothing fits a tile", "two programs share the channels"])
+def test_programs_may_run_in_any_order(case: str, assert_accurate: Callable[..., None]) -> None:
+    *inputs, grad = example(case, torch.bfloat16)
+    check([*inputs, grad], assert_accurate, run(encode, *inputs, grad=grad))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "B x C x H x W": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "every other pixel": lambda x: x[:, :, ::2, ::2],
+    "half of the channels": lambda x: x[:, 8:],
+    "one image for all": lambda x: x[:1].expand(3, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_the_same(layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(2, 24, 6, 8, generator=generator).to(DEVICE))
+    codewords = torch.randn(4, x.shape[1], generator=generator).to(DEVICE)
+    scale = -torch.rand(4, generator=generator).to(DEVICE) / 8
+    grad = torch.randn(x.shape[0], 4, x.shape[1], generator=generator).to(DEVICE)
+    leaf = x.detach().requires_grad_()
+    code = encode(leaf, codewords, scale)
+    code.backward(grad)
+    rows = x.flatten(2).transpose(1, 2).contiguous().requires_grad_()
+    expected = encode(rows, codewords, scale)
+    expected.backward(grad)
+    assert torch.equal(code, expected)
+    assert leaf.grad is not None and rows.grad is not None
+    torch.testing.assert_close(leaf.grad.flatten(2), rows.grad.transpose(1, 2))
+
+
+def test_channels_last_is_not_copied() -> None:
+    x = torch.empty(2, 8, 5, 5, device=DEVICE).to(memory_format=torch.channels_last).flatten(2)
+    assert encode_triton.channels_last(x) is x
+    assert encode_triton.channels_last(x[:, :4]).data_ptr() == x.data_ptr()
+    contiguous = torch.empty(2, 8, 25, device=DEVICE)
+    assert encode_triton.channels_last(contiguous).stride() == (200, 1, 8)
+
+
+@pytest.mark.parametrize("case", ["nothing fits a tile", "two programs share the channels"])
+def test_statistics_are_those_of_the_code(case: str) -> None:
+    x, codewords, scale, _ = example(case, torch.float32)
+    code, total, m2 = encode(x, codewords, scale, return_stats=True)
+    torch.testing.assert_close(total, code.sum(2), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(m2, code.var(2, correction=0) * code.shape[2])
+
+
+@pytest.mark.usefixtures("config")
+def test_backward_scale_takes_the_place_of_scale(assert_accurate: Callable[..., None]) -> None:
+    x, codewords, scale, grad = example("nothing fits a tile", torch.float32)
+    other = scale * 3
+    ours = run(encode, x, codewords, scale, grad=grad, backward_scale=other)
+    exact = run(
+        reference.encode, *(t.cpu().double() for t in (x, codewords, scale)), grad=grad.cpu(),
+        backward_scale=other.cpu().double(),
+    )  # fmt: skip
+    assert "scale" not in ours
+    for name in ("E", "x", "codewords"):
+        torch.testing.assert_close(ours[name].cpu().double(), exact[name], rtol=1e-4, atol=1e-5)
+
+
+def test_scales_of_zero_and_above_have_finite_gradients() -> None:
+    x, codewords, _, grad = example("nothing fits a tile", torch.float32)
+    scale = torch.tensor([0.0, 0.01, -0.01, 0.02, 0.0], device=DEVICE)
+    ours = run(encode, x, codewords, scale, grad=grad)
+    exact = run(
+        reference.encode, *(t.cpu().double() for t in (x, codewords, scale)), grad=grad.cpu()
+    )
+    for name, value in exact.items():
+        torch.testing.assert_close(ours[name].cpu().double(), value, rtol=1e-4, atol=1e-4)
+
+
+def test_sharp_assignments_of_512_channels(assert_accurate: Callable[..., None]) -> None:
+    """At initialisation logits are hundreds and most weights underflow."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 70, 512, generator=generator).relu().bfloat16()
+    codewords = (torch.rand(32, 512, generator=generator) - 0.5) / 64
+    scale = -torch.rand(32, generator=generator)
+    grad = torch.randn(1, 32, 512, generator=generator)
+    *inputs, grad = (t.to(DEVICE) for t in (x, codewords, scale, grad))
+    check([*inputs, grad], assert_accurate, run(encode, *inputs, grad=grad))
+
+
+def test_no_images_or_no_pixels() -> None:
+    codewords, scale = torch.randn(3, 8, device=DEVICE), -torch.rand(3, device=DEVICE)
+    for shape in ((0, 5, 8), (2, 0, 8)):
+        x = torch.empty(shape, device=DEVICE)
+        ours = run(encode, x, codewords, scale, grad=torch.ones(shape[0], 3, 8, device=DEVICE))
+        assert torch.equal(ours["E"], torch.zeros(shape[0], 3, 8, device=DEVICE))
+        assert ours["x"].shape == shape
+        assert not ours["codewords"].any() and not ours["scale"].any()
+
+
+@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"], indirect=True)
+@pytest.mark.parametrize("far", ["images", "pixels"])
+def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
+    """Rows that lie 2^31 elements apart in memory that is mapped but for its ends never touched."""
+    torch.use_deterministic_algorithms(False)
+    shape = (2, 5, 16) if far == "images" else (1, 200, 16)
+    apart = (2**31 + 64, 16, 1) if far == "images" else (1, 2**24 - 16, 1)
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, apart, strict=True))
+    x = torch.empty(extent, dtype=torch.bfloat16, device=DEVICE).as_strided(shape, apart)
+    x.copy_(torch.randn(shape))
+    codewords, scale = torch.randn(3, 16, device=DEVICE), -torch.rand(3, device=DEVICE)
+    grad = torch.randn(shape[0], 3, 16, device=DEVICE)
+    near = run(encode, x.contiguous(), codewords, scale, grad=grad)
+    launched = {
+        "E": encode_triton.forward(x.transpose(1, 2), codewords, scale, False)[0],
+        "x": encode_triton.backward(grad, x.transpose(1, 2), codewords, scale, None, True)[0],
+    }
+    assert torch.equal(launched["E"], near["E"])
+    assert torch.equal(launched["x"].transpose(1, 2), near["x"])
+
+
+def test_too_many_codewords_take_the_pytorch_code() -> None:
+    x, codewords, scale = torch.randn(1, 9, 4), torch.randn(257, 4), -torch.rand(257)
+    inputs = [t.to(DEVICE) for t in (x, codewords, scale)]
+    assert not encode_triton.supports(torch.bfloat16, 4, 257)
+    expected = reference.encode(*(t.double() for t in inputs))
+    torch.testing.assert_close(encode(*inputs).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, codewords, scale, grad = example("nothing fits a tile", dtype)
+    leaves = [t.requires_grad_() for t in (x.transpose(1, 2), codewords, scale)]
+    torch.library.opcheck(_encode_forward._opoverload, (*leaves, None, True))
+    inputs = [t.detach() for t in (grad, *leaves)]
+    torch.library.opcheck(_encode_backward._opoverload, (*inputs, None, True, True))
+
+
+def test_compiles_in_one_graph() -> None:
+    *inputs, grad = example("nothing fits a tile", torch.bfloat16)
+    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager")
+    ours, eager = run(compiled, *inputs, grad=grad), run(encode, *inputs, grad=grad)
+    for name, value in eager.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_exports() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+            return encode(x, codewords, scale)
+
+    *inputs, _ = example("nothing fits a tile", torch.float32)
+    program = torch.export.export(Layer(), tuple(inputs))
+    assert torch.equal(program.module()(*inputs), encode(*inputs))
+
+
+def test_launches_within_the_budget() -> None:
+    """At most 2 forward and 4 backward, whatever the architecture and the shape's route."""
+    x = torch.empty(16, 3600, 512, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    codewords, scale = torch.empty(32, 512, device="meta"), torch.empty(32, device="meta")
+    grad = torch.empty(16, 32, 512, device="meta")
+    for arch in (80, 89, 90, 100, 120):
+        machine = {"arch": arch, "processors": 132}
+        forward, _ = encode_triton.forward_launches(x, codewords, scale, True, **machine)
+        backward, _ = encode_triton.backward_launches(
+            grad, x, codewords, scale, None, True, **machine
+        )
+        assert len(forward) <= 2 and len(backward) <= 4
