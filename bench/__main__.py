@@ -15,7 +15,7 @@ from rich.console import Console
 from bench import compile as compile_report
 from bench import context, gate, report, traffic
 from bench.cases import CASES, Case, compiled
-from bench.timing import Measurement, measure
+from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
 
 
@@ -55,7 +55,8 @@ def compare(name: str, device: torch.device, data: str | None, json_file: Path |
     if isinstance(results["ours"], str):
         print(f"error: {results['ours']}", file=sys.stderr)
         return 1
-    console.print(report.table(case, results))
+    bandwidth = copy_bandwidth(device) if device.type == "cuda" else 0.0
+    console.print(report.table(case, results, bandwidth))
     if json_file is not None:
         rows = {v: r if isinstance(r, str) else r.as_dict() for v, r in results.items()}
         document = {"machine": report.machine(device), "case": name, "results": rows}

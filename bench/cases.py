@@ -31,6 +31,7 @@ class Case:
         build: makes the call of a variant on a device.
         per_call: things done a call (images), for a rate; 0 for none.
         threads: CPU threads, None for all.
+        gpu_bytes: bytes a call must move at least, at the shape used on a GPU; 0 for none.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Case:
     build: Callable[[str, torch.device, str | None], Callable[[], object]]
     per_call: int = 0
     threads: int | None = None
+    gpu_bytes: int = 0
 
 
 def compiled(variant: str) -> bool:
@@ -145,6 +147,9 @@ CASES = {
         "Encoding layer, forward + backward (CPU: B2 C512 60x60 K32 fp32; GPU: B16 bf16)",
         ("ours", "materialising, eager", "materialising, compiled", "matrix products, compiled"),
         build_encode,
+        # bfloat16 x three times (forward reads it, backward reads it and writes dx), float32 E and
+        # its gradient, codewords once forward and twice backward.
+        gpu_bytes=3 * 2 * 16 * 3600 * 512 + 2 * 4 * 16 * 32 * 512 + 3 * 4 * 32 * 512,
     ),
     "upsample": Case(
         "upsample + cross-entropy, forward + backward (C150 60x60 -> 480x480; CPU: B4 fp32)",

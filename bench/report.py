@@ -30,14 +30,21 @@ def machine(device: torch.device) -> str:
     )
 
 
-def table(case: Case, results: Results) -> Table:
-    """Times, extra memory, and both as multiples of ours."""
+def table(case: Case, results: Results, bandwidth: float = 0.0) -> Table:
+    """Times, extra memory, and both as multiples of ours.
+
+    With `bandwidth`, bytes a second of the device's memory, also the rate at which the bytes that
+    must move at least were moved, and its share of that limit.
+    """
     made = Table(title=case.title, title_justify="left")
     made.add_column("", no_wrap=True)
     for column in ("median ms", "p20", "p80", "extra MiB", "time / ours", "memory / ours"):
         made.add_column(column, justify="right", no_wrap=True)
     if case.per_call:
         made.add_column("images/s", justify="right", no_wrap=True)
+    rates = bool(bandwidth and case.gpu_bytes)
+    for column in ("GB/s", "of the limit") if rates else ():
+        made.add_column(column, justify="right", no_wrap=True)
     ours = results["ours"]
     assert isinstance(ours, Measurement)
     for variant, result in results.items():
@@ -49,6 +56,9 @@ def table(case: Case, results: Results) -> Table:
         cells.append(f"{result.extra_mib / max(ours.extra_mib, 1.0):.1f}x")
         if case.per_call:
             cells.append(f"{1e3 * case.per_call / result.median:.1f}")
+        if rates:
+            rate = 1e3 * case.gpu_bytes / result.median
+            cells += [f"{rate / 1e9:.0f}", f"{rate / bandwidth:.0%}"]
         made.add_row(variant, *cells)
     reasons = sorted({r for r in results.values() if isinstance(r, str)})
     if reasons:

@@ -339,10 +339,24 @@ def _check_inputs(
         )
 
 
-def _moments(x: Tensor, group: Optional[ProcessGroup]) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(x: Tensor, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, M2 and count, float64, from the sum and M2 of every image and channel."""
+    total, m2 = (t.detach().double() for t in statistics)
+    count = total.new_full((1,), float(x.shape[0] * x.shape[2]))
+    mean = total.sum(0) / count.clamp(min=1.0)
+    apart = (total / max(x.shape[2], 1) - mean).square().sum(0)
+    return mean, m2.sum(0) + x.shape[2] * apart, count
+
+
+def _moments(
+    x: Tensor, group: Optional[ProcessGroup], statistics: Optional[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, M2 and count over the group, float64."""
     channels = x.shape[1]
-    mean, m2, count = _statistics(x.detach()).split([channels, channels, 1])
+    if statistics is None:
+        mean, m2, count = _statistics(x.detach()).split([channels, channels, 1])
+    else:
+        mean, m2, count = _merge(x, statistics)
     if group is None:
         return mean, m2, count
     total = mean * count
@@ -366,6 +380,7 @@ def batch_norm_act(
     residual: Optional[Tensor] = None,
     activation: Optional[str] = "relu",
     group: Optional[ProcessGroup] = None,
+    statistics: Optional[tuple[Tensor, Tensor]] = None,
 ) -> Tensor:
     """Batch normalisation, residual addition and activation (paper, appendix A, eq. 2).
 
@@ -384,6 +399,9 @@ def batch_norm_act(
         activation: "relu" or None.
         group: in training, the processes whose batches are normalised as one. Their shares may be
             unequal or empty, but each must call this, and its backward, as often as the others.
+        statistics: in training, the sum and M2 of x over the dimensions after the channels, each
+            B x C, as `encode` returns them with its codes: x is then not read for them. They count
+            as part of x in the backward pass.
 
     Returns:
         y with the shape, dtype and memory format of x.
@@ -400,6 +418,12 @@ def batch_norm_act(
         "running_var": running_var,
     }
     _check_inputs(x, per_channel, residual, activation)
+    for name, tensor in zip(("sum", "M2"), statistics or ()):
+        if tensor.shape != x.shape[:2] or tensor.device != x.device:
+            raise ValueError(
+                f"batch_norm_act: {name} of statistics must be B x C on x's device, "
+                f"{tuple(x.shape[:2])} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}."
+            )
     features = x.flatten(2) if x.dim() > 2 else x[:, :, None]
     added = residual
     if residual is not None:
@@ -413,7 +437,7 @@ def batch_norm_act(
                 f"{tuple(x.shape)}; the batch is too small."
             )
         with torch.no_grad():
-            mean, m2, count = _moments(features, group)
+            mean, m2, count = _moments(features, group, statistics)
             var = m2 / count
             _update_running(running_mean, running_var, mean, m2, count, momentum)
     elif running_mean is None or running_var is None:

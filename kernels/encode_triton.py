@@ -22,6 +22,8 @@ The last kernel of each direction adds the partial sums in a fixed order.
 
 from __future__ import annotations
 
+# Kernels grow tuples in unrolled loops, and mypy takes the empty one's type for good.
+# mypy: disable-error-code="assignment"
 from typing import Any, Optional
 
 import torch
@@ -436,7 +438,7 @@ def _split_config(dtype: torch.dtype, channels: int, num: int) -> Config:
     """Small tiles: K x BC and K x BN must fit the registers beside the operands."""
     padded = _padded(num)
     if dtype == torch.float32:
-        return Config(16, min(32, _padded(channels)), 8, fused=False)
+        return Config(16, min(32, _padded(channels)), 4, fused=False)
     block_n = 64 if padded <= 32 else 32 if padded <= 64 else 16
     return Config(block_n, min(64 if padded <= 64 else 32, _padded(channels)), 8, fused=False)
 
@@ -444,27 +446,39 @@ def _split_config(dtype: torch.dtype, channels: int, num: int) -> Config:
 def forward_configs(arch: int, dtype: torch.dtype, channels: int, num: int) -> list[Config]:
     """Configurations of the forward pass, the preferred one first, the conservative one last."""
     split = _split_config(dtype, channels, num)
-    if dtype == torch.float32 or _parts(channels, num) > 2:
+    if dtype == torch.float32 or _padded(num) > 64 or _parts(channels, num) > 2:
         return [split]
-    if channels <= 128:
-        return [Config(32, min(64, _padded(channels)), 8), split]
-    return [Config(32 if _parts(channels, num) == 1 else 16, 64, 8), split]
+    if channels <= 64:
+        return [Config(64, _padded(channels), 4), split]
+    if _padded(num) > 32 or _parts(channels, num) > 1:
+        return [Config(16, 64, 8), split]
+    half = Config(32, 64, 8)
+    return [half, split] if _little_shared(arch) and channels > 256 else [Config(64, 64, 8), half]
+
+
+def _little_shared(arch: int) -> bool:
+    """99 KiB of shared memory a block: not enough for a large tile of many channels."""
+    return arch in (86, 89, 120)
 
 
 def backward_configs(arch: int, dtype: torch.dtype, channels: int, num: int) -> list[Config]:
     """Configurations of the backward pass, the preferred one first, the conservative one last."""
     split = _split_config(dtype, channels, num)
-    if dtype == torch.float32 or _parts(channels, num) > 1:
+    if dtype == torch.float32 or _padded(num) > 32 or _parts(channels, num) > 1:
         return [split]
-    if channels <= 128:
-        return [Config(32, min(64, _padded(channels)), 8), split]
-    if arch in (86, 89, 120):  # 99 KiB of shared memory: the codewords, G and a tile are too much
+    if channels <= 64:
+        return [Config(32, _padded(channels), 2 if channels <= 16 else 4), split]
+    # As compiled for sm_90 and up, float16 takes a few registers more than there are.
+    if channels > 256 and dtype == torch.float16 and arch >= 90:
+        return [split]
+    if channels > 128 and _little_shared(arch):
         return [split]
     return [Config(32, 64, 8), split]
 
 
-def _splits(programs: int, images: int, pixels: int, block: int) -> int:
-    """Programs along the pixels of an image: one for each multiprocessor, none without work."""
+def _splits(processors: int, images: int, pixels: int, channels: int, block: int) -> int:
+    """Programs along an image's pixels: one a multiprocessor, more if small, none without work."""
+    programs = processors * (4 if channels <= 64 else 1)
     return max(1, min(programs // max(1, images), triton.cdiv(pixels, block)))
 
 
@@ -534,14 +548,19 @@ def _fused_forward(
     num = codewords.shape[0]
     parts = _parts(channels, num)
     chunks = _chunks(channels, config, parts)
-    splits = _splits(processors // parts, images, pixels, config.block_n)
+    splits = _splits(processors // parts, images, pixels, channels, config.block_n)
     partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
     masses = x.new_empty((images, splits, num), dtype=torch.float32)
     launch = Launch(
         _forward_kernel,
         (parts * splits * images,),
         dict(_walk(x), D=codewords, S=scale, P=partial, PM=masses, splits=splits),
-        dict(_common(x, config, num), OWN=chunks // parts, CHUNKS=chunks, PREFETCH=channels > 128),
+        dict(
+            _common(x, config, num),
+            OWN=chunks // parts,
+            CHUNKS=chunks,
+            PREFETCH=channels > 128 and config.block_n <= 32,
+        ),
         config.num_warps,
     )
     return [launch], partial, masses
@@ -583,7 +602,8 @@ def _aggregate(
     block_n = 32 if x.dtype == torch.float32 or _padded(num) > 64 else 64
     shape = Config(block_n, config.block_c, 8)
     chunks = triton.cdiv(channels, shape.block_c)
-    splits = _splits(triton.cdiv(2 * processors, chunks), images, pixels, 4 * shape.block_n)
+    programs = triton.cdiv(2 * processors, chunks)
+    splits = _splits(programs, images, pixels, channels, 4 * shape.block_n)
     partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
     launch = Launch(
         _aggregate_kernel,
@@ -648,7 +668,7 @@ def _fused_backward(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     images, channels, pixels = x.shape
     num = codewords.shape[0]
-    splits = _splits(processors, images, pixels, config.block_n)
+    splits = _splits(processors, images, pixels, channels, config.block_n)
     partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
     masses = x.new_empty((images, splits, 3, num), dtype=torch.float32)
     launch = Launch(

@@ -106,10 +106,12 @@ def interpreting() -> bool:
 
 
 def takes_triton(x: Tensor) -> bool:
-    """Whether an operator runs its Triton kernels on x: on CUDA, or anywhere when interpreting."""
+    """Whether an operator runs its Triton kernels on x: on sm_80 and up, or when interpreting."""
     if triton is None or x.dtype == torch.float64:
         return False
-    return x.is_cuda or interpreting()
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return interpreting()
 
 
 def architecture(x: Tensor) -> tuple[int, int]:

@@ -121,6 +121,9 @@ class ContextEncoding(nn.Module):
             x = self.project(x)
         if self.encoding is None or self.bn is None:
             return x.mean((2, 3))
-        encoded = self.encoding(x).to(self.bn.weight.dtype)
-        phi: Tensor = self.bn(encoded)
+        if self.bn.takes_statistics:
+            encoded, *statistics = self.encoding(x, return_stats=True)
+            phi: Tensor = self.bn(encoded.to(self.bn.weight.dtype), statistics=statistics)
+        else:
+            phi = self.bn(self.encoding(x).to(self.bn.weight.dtype))
         return phi.sum(1) if self.combine == "sum" else phi.mean(1)

@@ -14,6 +14,21 @@ def _at_least_fp32(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
+def _encode(
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    backward_scale: Tensor | None,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    encoded: Tensor | tuple[Tensor, Tensor, Tensor]
+    if return_stats:
+        encoded = encode(x, codewords, scale, backward_scale=backward_scale, return_stats=True)
+    else:
+        encoded = encode(x, codewords, scale, backward_scale=backward_scale)
+    return encoded
+
+
 class _Codebook(nn.Module):
     """K codewords of C channels, uniform in +-1/sqrt(K C)."""
 
@@ -45,7 +60,8 @@ class Encoding(_Codebook):
 
     Shapes:
         x: B x C x H x W (channels_last is the fast format) or B x N x C; fp32, bf16, fp16 or fp64.
-        output: B x K x C in fp32 (fp64 for fp64 input), under autocast too.
+        output: B x K x C in fp32 (fp64 for fp64 input), under autocast too; with ``return_stats``
+            also its sum and M2 over C, B x K each, for a batch norm over the codewords.
     """
 
     def __init__(self, channels: int, num_codewords: int) -> None:
@@ -57,9 +73,11 @@ class Encoding(_Codebook):
         super().reset_parameters()
         nn.init.uniform_(self.scale, -1.0, 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        encoded: Tensor = encode(x, _at_least_fp32(self.codewords), _at_least_fp32(self.scale))
-        return encoded
+    def forward(
+        self, x: Tensor, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        codewords, scale = _at_least_fp32(self.codewords), _at_least_fp32(self.scale)
+        return _encode(x, codewords, scale, None, return_stats)
 
 
 class ShakeEncoding(_Codebook):
@@ -74,12 +92,13 @@ class ShakeEncoding(_Codebook):
         super().__init__(channels, num_codewords)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         codewords = _at_least_fp32(self.codewords)
         scale = codewords.new_full((self.num_codewords,), -0.5)
         backward_scale = None
         if self.training:
             scale = -torch.rand_like(scale)
             backward_scale = -torch.rand_like(scale)
-        encoded: Tensor = encode(x, codewords, scale, backward_scale=backward_scale)
-        return encoded
+        return _encode(x, codewords, scale, backward_scale, return_stats)

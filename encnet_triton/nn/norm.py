@@ -40,12 +40,23 @@ class _BatchNormAct(_BatchNorm):
         self.impl: Impl = impl
         self.group: ProcessGroup | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether `forward` can use statistics of its input that are there already."""
+        return self.training and (self.group is not None or self.impl == "fused")
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Normalise over dimension 1 and return a tensor of x's shape and dtype.
 
         Args:
             x: B x num_features x ... .
             residual: added after the normalisation and before the activation; shape of ``x``.
+            statistics: sum and M2 of ``x`` per image and channel, where `takes_statistics`.
 
         Raises:
             ValueError: wrong number of dimensions or channels, or training on a single value per
@@ -69,6 +80,7 @@ class _BatchNormAct(_BatchNorm):
             residual=residual,
             activation=self.activation,
             group=self.group if self.training else None,
+            statistics=statistics if self.training else None,
         )
         return y
 

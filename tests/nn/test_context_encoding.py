@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,3 +138,32 @@ def test_half_precision_model_runs() -> None:
     y, se = module(features().bfloat16())
     assert y.dtype == torch.bfloat16
     assert se is not None and torch.isfinite(se).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_batch_norm_takes_the_statistics_of_the_encoding(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pass over E for them, and the same outputs, gradients and running statistics."""
+    from encnet_triton.kernels import batch_norm
+
+    torch.manual_seed(0)
+    module = ContextEncoding(12, 3, num_codewords=4).double()
+    other = copy.deepcopy(module)
+    assert module.bn is not None and other.bn is not None
+    module.bn.impl = "fused"
+    x = torch.randn(3, 12, 5, 6).double().contiguous(memory_format=memory_format)
+
+    def nothing(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("E was read once more")
+
+    monkeypatch.setattr(batch_norm, "_statistics", nothing)
+    results = []
+    for m in (module, other):
+        leaf = x.clone().requires_grad_()
+        y, se = m(leaf)
+        assert se is not None
+        (y.square().sum() + se.sum()).backward()
+        results.append([y, se, leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
