@@ -185,9 +185,9 @@ def _backward_kernel(
         codewords = codewords + (d.to(X.dtype.element_ty),)
         grads = grads + (g.to(X.dtype.element_ty),)
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
-    mass = tl.zeros((KP, BN), tl.float32)
-    moment = tl.zeros((KP, BN), tl.float32)
-    slope = tl.zeros((KP, BN), tl.float32)
+    mass = tl.zeros((KP,), tl.float32)
+    moment = tl.zeros((KP,), tl.float32)
+    slope = tl.zeros((KP,), tl.float32)
 
     step = tl.cast(sxn, tl.int64) * BN
     tiles = tl.cdiv(N, BN)
@@ -207,11 +207,11 @@ def _backward_kernel(
         a = _softmax(distance, scale, in_k, in_n)
         da = xg - dg[:, None]
         dl = a * (da - tl.sum(a * da, 0)[None, :])
-        mass += a
+        mass += tl.sum(a, 1)
         w = (factor[:, None] * dl).to(X.dtype.element_ty)
         a = a.to(X.dtype.element_ty)
-        moment += w.to(tl.float32)
-        slope += dl * distance
+        moment += tl.sum(w.to(tl.float32), 1)
+        slope += tl.sum(dl * distance, 1)
         # dx before the sums: the other order needs more registers than there are.
         if NEED_X:
             at, wt = tl.trans(a), tl.trans(-w)
@@ -228,9 +228,9 @@ def _backward_kernel(
         sums = added
 
     slot = b * splits + split
-    tl.store(PM + slot * 3 * K + k, tl.sum(mass, 1), mask=in_k)
-    tl.store(PM + slot * 3 * K + K + k, tl.sum(moment, 1), mask=in_k)
-    tl.store(PM + slot * 3 * K + 2 * K + k, tl.sum(slope, 1), mask=in_k)
+    tl.store(PM + slot * 3 * K + k, mass, mask=in_k)
+    tl.store(PM + slot * 3 * K + K + k, moment, mask=in_k)
+    tl.store(PM + slot * 3 * K + 2 * K + k, slope, mask=in_k)
     for j in tl.static_range(CHUNKS):
         _store_rows(P + slot * K * C, k, cols, in_k, j * BC, C, sums[j], C, EVEN)
 
@@ -453,7 +453,9 @@ def forward_configs(arch: int, dtype: torch.dtype, channels: int, num: int) -> l
     if _padded(num) > 32 or _parts(channels, num) > 1:
         return [Config(16, 64, 8), split]
     half = Config(32, 64, 8)
-    return [half, split] if _little_shared(arch) and channels > 256 else [Config(64, 64, 8), half]
+    if channels <= 128 or (_little_shared(arch) and channels > 256):
+        return [half, split]
+    return [Config(64, 64, 8), half, split]
 
 
 def _little_shared(arch: int) -> bool:
@@ -467,10 +469,7 @@ def backward_configs(arch: int, dtype: torch.dtype, channels: int, num: int) -> 
     if dtype == torch.float32 or _padded(num) > 32 or _parts(channels, num) > 1:
         return [split]
     if channels <= 64:
-        return [Config(32, _padded(channels), 2 if channels <= 16 else 4), split]
-    # As compiled for sm_90 and up, float16 takes a few registers more than there are.
-    if channels > 256 and dtype == torch.float16 and arch >= 90:
-        return [split]
+        return [Config(32, _padded(channels), 1 if channels <= 16 else 4), split]
     if channels > 128 and _little_shared(arch):
         return [split]
     return [Config(32, 64, 8), split]
