@@ -46,10 +46,10 @@ class Shape:
 
 SHAPES = (
     Shape(16, 3600, 512, 32),
-    Shape(16, 1800, 512, 64),
-    Shape(16, 1800, 1024, 32),
-    Shape(16, 1800, 1024, 64),
-    Shape(16, 1800, 512, 32, torch.float32),
+    Shape(16, 900, 512, 64),
+    Shape(16, 900, 1024, 32),
+    Shape(16, 900, 1024, 64),
+    Shape(16, 900, 512, 32, torch.float32),
 )
 QUICK = (Shape(2, 200, 64, 32), Shape(2, 200, 64, 32, torch.float32))
 
