@@ -9,7 +9,7 @@ codewords d K x C, scale K, E B x K x C. Gradients, with G = dE:
     dx_i  = sum_k a_ik G_k + sum_k w_ik (x_i - d_k)
     dd_k  = -sum_i a_ik G_k - sum_i w_ik (x_i - d_k)    dscale_k = sum_i dl_ik |x_i - d_k|^2
 
-On CUDA these are the kernels of encode_triton.py; what follows is for everything else.
+On CUDA these are the kernels of encode_kernels.py; what follows is for everything else.
 
 All of it runs as matrix products on tiles of pixels that stay in the cache. Forward: one for the
 logits, one for E. Backward: one with 2K rows for distances and da together, one of inner size 2K
