@@ -18,6 +18,7 @@ def _compare(
     truth: Callable[..., Tensor],
     inputs: list[Tensor],
     rest: list[Tensor],
+    tolerance: float = TOLERANCE,
 ) -> str | None:
     """None, or which result is off and by how much."""
     narrow = [t.clone().requires_grad_() for t in inputs]
@@ -32,8 +33,8 @@ def _compare(
     for name, a, b in results:
         assert a is not None and b is not None
         error = float((a.detach().cpu().double() - b.detach()).abs().max() / b.detach().abs().max())
-        if not error <= TOLERANCE:
-            return f"{name} is off by {error:.1e} of its largest value (allowed: {TOLERANCE:.0e})"
+        if not error <= tolerance:
+            return f"{name} is off by {error:.1e} of its largest value (allowed: {tolerance:.0e})"
     return None
 
 
@@ -42,7 +43,14 @@ def check_encode(device: torch.device) -> str | None:
     x = torch.randn(2, 40, 9, 7, device=device)
     codewords = torch.randn(5, 40, device=device) / 4
     scale = -torch.rand(5, device=device) / 8
-    return _compare(kernels.encode, reference.encode, [x, codewords, scale], [])
+    wrong = _compare(kernels.encode, reference.encode, [x, codewords, scale], [])
+    if wrong or device.type == "cpu":
+        return wrong
+    # A GPU is timed in bfloat16, by other kernels than float32; dx alone is rounded by 0.4 %.
+    x = torch.randn(2, 512, 9, 7, device=device).bfloat16()
+    codewords = torch.randn(32, 512, device=device)
+    scale = -torch.rand(32, device=device) / 256
+    return _compare(kernels.encode, reference.encode, [x, codewords, scale], [], tolerance=0.02)
 
 
 def check_upsample(device: torch.device) -> str | None:

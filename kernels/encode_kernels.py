@@ -4,8 +4,9 @@ Letters as in encode.py; KP is K rounded up to a power of two, a product needs 1
 channels last: X[b, n, c] with strides (sxb, sxn, 1). P is for partial sums, one slice a program.
 
 Fused, forward: a program owns a run of pixels of one image and keeps sum_i a_ik x_i for all K and C
-in registers, chunk by chunk. A tile of x is read once and feeds both products; the codewords stay in shared memory from the first tile to the last. Where KP x C is too
-much for the registers, two programs share the channels of the sum and both make the weights.
+in registers, chunk by chunk. A tile of x is read once and feeds both products; the codewords stay
+in shared memory from the first tile to the last. Where KP x C is too much for the registers, two
+programs share the channels of the sum and both make the weights.
 
 Fused, backward: the same walk. Weights and their gradients are made again from the tile, the tile's
 dx is stored, and sum_i w_ik x_i stays in registers.
