@@ -11,15 +11,16 @@ s = 1 / sqrt(var + eps):
 
 and dx = weight s g where the statistics are frozen.
 
-Statistics: every tile of x gives (mean, M2, count) about its own mean; they are merged in float64
-in a fixed order by Chan's formula, so that a mean much larger than the spread costs no digits.
-Synchronised (paper, appendix A, eq. 2): forward all-reduces the one float64 vector
-[sum x, sum x^2, count], backward the one vector [sum g, sum g u s]; ranks may hold unequal shares
-or none. The collectives stand between operators, where a compiler sees them.
+Statistics: every tile of x gives (mean, M2, count) about a mean of its own; they are merged in
+float64 in a fixed order, so that a mean much larger than the spread costs no digits. Synchronised
+(paper, appendix A, eq. 2): forward all-reduces the one float64 vector [sum x, sum x^2, count],
+backward the one vector [sum g, sum g u s]; ranks may hold unequal shares or none. The collectives
+stand between operators, where a compiler sees them.
 
-Least bytes: forward reads x twice and residual once and writes y once; backward reads dy, x, y (the
-mask is y > 0) and writes g, then reads g and x and writes dx. Saved: x, y (with ReLU only) and two
-values per channel.
+Least bytes, in tensors of x's size. Forward: x twice, residual, y. Backward without a residual: dy
+and x twice, dx (the ReLU's mask is made again from x). With one: the same and dresidual, and a mask
+of one bit a value, which forward writes and either pass reads. Frozen statistics: one pass. Saved:
+x, the mask if any, and two values a channel; the PyTorch code keeps y in place of the mask.
 """
 
 from __future__ import annotations
@@ -29,131 +30,15 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor
 
+from . import batch_norm_pytorch
 from ._namespace import add_op_namespace_prefix
-from ._tiles import Scratch, accumulation_dtype, tiles
+from ._tiles import accumulation_dtype
+from .launch import takes_triton
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _tile_statistics(tile: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Mean and M2 of one tile, float64."""
-    count = tile.shape[0] * tile.shape[2]
-    # About the mean of a sample that is at least 1/32 of the tile: its distance from the mean is
-    # at most sqrt(31) standard deviations whatever the data, so that M2 below cannot cancel badly.
-    sample = tile[:, :, : -(-tile.shape[2] // 32)]
-    about = sample.sum((0, 2), dtype=scratch.dtype) / (sample.shape[0] * sample.shape[2])
-    deviation = scratch.take("deviation", *tile.shape)
-    if tile.dtype == scratch.dtype:
-        torch.sub(tile, about[:, None], out=deviation)
-    else:  # an operation between two dtypes takes three times as long as a copy that converts
-        deviation.copy_(tile).sub_(about[:, None])
-    rest = deviation.sum((0, 2)).double() / count
-    squares = deviation.square_().sum((0, 2)).double()
-    return about.double() + rest, squares - count * rest.square()
-
-
-def _statistics_body(x: Tensor) -> Tensor:
-    channels = x.shape[1]
-    scratch = Scratch(x, accumulation_dtype(x))
-    counts, means, squares = [], [], []
-    for b, n in tiles(x):
-        mean, m2 = _tile_statistics(x[b, :, n], scratch)
-        counts.append((b.stop - b.start) * (n.stop - n.start))
-        means.append(mean)
-        squares.append(m2)
-    if not counts:
-        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
-    total = float(sum(counts))
-    share = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None]
-    of_tile = torch.stack(means)  # [tiles, C]
-    mean = (of_tile * share).sum(0) / total
-    m2 = torch.stack(squares).sum(0) + ((of_tile - mean).square() * share).sum(0)
-    return torch.cat([mean, m2, m2.new_full((1,), total)])
-
-
-def _in_accumulation_dtype(x: Tensor, *tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
-    dtype = accumulation_dtype(x)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
-def _normalise_body(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    residual: Optional[Tensor],
-    relu: bool,
-    eps: float,
-) -> Tensor:
-    weight, bias = _in_accumulation_dtype(x, weight, bias)
-    # B x C x 1 x N: only with four dimensions does torch see channels_last.
-    image = x.unsqueeze(2)
-    y = torch.batch_norm(image, weight, bias, mean, var, False, 0.0, eps, False).squeeze(2)
-    if y.stride() != torch.empty_like(x).stride():
-        y = torch.empty_like(x).copy_(y)
-    if residual is not None:
-        y.add_(residual)
-    return y.relu_() if relu else y
-
-
-def _backward_sums_body(
-    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor
-) -> tuple[Tensor, Tensor]:
-    masked = x.new_empty(0)
-    if y is not None:
-        masked = torch.empty_like(x)
-        grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=masked)
-    elif grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
-    if x.numel() == 0:
-        return x.new_zeros((2, x.shape[1]), dtype=torch.float64), masked
-    _, product, plain = torch.ops.aten.native_batch_norm_backward(
-        grad.unsqueeze(2),
-        x.unsqueeze(2),
-        torch.ones_like(mean),
-        mean,
-        inv_std,
-        mean,
-        inv_std,
-        True,
-        0.0,
-        [False, True, True],
-    )
-    return torch.stack([plain.double(), product.double()]), masked
-
-
-def _backward_input_body(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    weight: Optional[Tensor],
-    sums: Optional[Tensor],
-    count: Optional[Tensor],
-) -> Tensor:
-    dtype = accumulation_dtype(x)
-    factor = (inv_std if weight is None else inv_std * weight.to(dtype))[:, None]
-    out = torch.empty_like(x)
-    if sums is None or count is None:
-        return torch.mul(grad, factor, out=out)
-    share = (sums / count).to(dtype)[:, :, None]
-    constant, slope = -factor * share[0], -factor * share[1] * inv_std[:, None]
-    scratch = Scratch(out, dtype)
-    for b, n in tiles(x):
-        tile, part = x[b, :, n], grad[b, :, n]
-        if x.dtype == dtype:
-            target = torch.sub(tile, mean[:, None], out=out[b, :, n])
-        else:
-            target = scratch.take("out", *tile.shape).copy_(tile).sub_(mean[:, None])
-            part = scratch.take("part", *tile.shape).copy_(part)
-        torch.addcmul(constant, target, slope, out=target).addcmul_(part, factor)
-        if x.dtype != dtype:
-            out[b, :, n] = target
-    return out
 
 
 def _check_op(x: Tensor, others: dict[str, Optional[Tensor]]) -> None:
@@ -165,15 +50,97 @@ def _check_op(x: Tensor, others: dict[str, Optional[Tensor]]) -> None:
             )
 
 
+def _triton(x: Tensor) -> Any:
+    """The module that launches the Triton kernels, where x goes to them; else None."""
+    if not takes_triton(x) or x.numel() == 0:
+        return None
+    from . import batch_norm_triton
+
+    return batch_norm_triton
+
+
+def _empty_moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x)
+    mean, var = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+    return mean, var, x.new_empty(1, dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("batch_norm_moments"), mutates_args=("running_mean", "running_var")
+)
+def _moments(
+    x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of x [B, C, N]; moves the running statistics."""
+    if kernels := _triton(x):
+        running = kernels.Running(running_mean, running_var, momentum)
+        made: tuple[Tensor, Tensor, Tensor] = kernels.statistics(x, running)
+        return made
+    mean, m2, count = batch_norm_pytorch.statistics(x)
+    batch_norm_pytorch.move_running(running_mean, running_var, mean, m2, count, momentum)
+    dtype = accumulation_dtype(x)
+    return mean.to(dtype, copy=True), (m2 / count).to(dtype), count.clone()
+
+
+@_moments.register_fake
+def _moments_fake(
+    x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_moments(x, x.shape[1])
+
+
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_statistics"), mutates_args=())
 def _statistics(x: Tensor) -> Tensor:
-    """[mean, M2, count] of x [B, C, N]: 2 C + 1 float64 values."""
-    return _statistics_body(x)
+    """[sum x, sum x^2, count] of x [B, C, N]: 2 C + 1 float64 values."""
+    if kernels := _triton(x):
+        made: tuple[Tensor] = kernels.statistics(x, None)
+        return made[0]
+    return _pack(*batch_norm_pytorch.statistics(x))
 
 
 @_statistics.register_fake
 def _statistics_fake(x: Tensor) -> Tensor:
     return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("batch_norm_unpack"), mutates_args=("running_mean", "running_var")
+)
+def _unpack(
+    packed: Tensor,
+    x: Tensor,
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count from [sum x, sum x^2, count]; moves the running statistics.
+
+    x gives the dtype alone: it may be empty on this rank.
+    """
+    if takes_triton(x):
+        from . import batch_norm_triton as kernels
+
+        made = kernels.moments(packed, kernels.Running(running_mean, running_var, momentum))
+        return made
+    channels = packed.shape[0] // 2
+    total, squares, count = packed.split([channels, channels, 1])
+    count = count.clamp(min=1.0)
+    mean = total / count
+    m2 = (squares - mean * total).clamp(min=0.0)
+    batch_norm_pytorch.move_running(running_mean, running_var, mean, m2, count, momentum)
+    dtype = accumulation_dtype(x)
+    return mean.to(dtype, copy=True), (m2 / count).to(dtype), count
+
+
+@_unpack.register_fake
+def _unpack_fake(
+    packed: Tensor,
+    x: Tensor,
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_moments(x, packed.shape[0] // 2)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_normalise"), mutates_args=())
@@ -187,11 +154,23 @@ def _normalise(
     residual: Optional[Tensor],
     relu: bool,
     eps: float,
+    pack: bool,
     group_name: str,
-) -> Tensor:
-    """y of x [B, C, N]; `count` (None: frozen statistics) and `group_name` serve the backward."""
+) -> tuple[Tensor, Tensor]:
+    """y of x [B, C, N], and which values the ReLU let pass, a bit each, or empty.
+
+    `pack` asks for them; the PyTorch code makes none, for it keeps y. `count` (None: frozen
+    statistics) and `group_name` serve the backward pass.
+    """
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
-    return _normalise_body(x, mean, var, weight, bias, residual, relu, eps)
+    if kernels := _triton(x):
+        affine = kernels.Affine(mean, var, weight, bias, eps)
+        made: tuple[Tensor, Tensor] = kernels.normalise(
+            x, affine, residual, relu, pack, fold=count is None
+        )
+        return made
+    y = batch_norm_pytorch.normalise(x, mean, var, weight, bias, residual, relu, eps)
+    return y, x.new_empty(0, dtype=torch.uint8)
 
 
 @_normalise.register_fake
@@ -205,53 +184,159 @@ def _normalise_fake(
     residual: Optional[Tensor],
     relu: bool,
     eps: float,
+    pack: bool,
     group_name: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
-    return torch.empty_like(x)
+    kernels = _triton(x) if pack else None
+    size = kernels.mask_bytes(x) if kernels else 0
+    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_sums"), mutates_args=())
 def _backward_sums(
-    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[sum g, sum g u s] of this process, 2 x C in float64, and g (empty without y: it is dy)."""
-    return _backward_sums_body(grad, x, y, mean, inv_std)
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[sum g, sum g u s] of this process, 2 x C in float64; dweight, dbias; g (or empty).
+
+    `kept` is the mask as `_normalise` packed it, or y, or None where g is made again from x.
+    """
+    if kernels := _triton(x):
+        affine = kernels.Affine(mean, var, weight, bias, eps)
+        sums, grad_weight, grad_bias, _, masked = kernels.backward_sums(
+            grad, x, kept, affine, relu, frozen=False, need_residual=False
+        )
+        return sums, grad_weight, grad_bias, masked
+    sums, masked = batch_norm_pytorch.backward_sums(grad, x, kept, mean, (var + eps).rsqrt())
+    return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
 
 
 @_backward_sums.register_fake
 def _backward_sums_fake(
-    grad: Tensor, x: Tensor, y: Optional[Tensor], mean: Tensor, inv_std: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
-    return sums, x.new_empty(0) if y is None else torch.empty_like(x)
+    masked = x.new_empty(0) if kept is None or _triton(x) else torch.empty_like(x)
+    return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
+
+
+def _parameter_gradients(
+    x: Tensor, sums: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """dweight and dbias, empty where there is no parameter."""
+    grad_weight = x.new_empty(0) if weight is None else sums[1].to(weight.dtype, copy=True)
+    grad_bias = x.new_empty(0) if bias is None else sums[0].to(bias.dtype, copy=True)
+    return grad_weight, grad_bias
 
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_input"), mutates_args=())
 def _backward_input(
     grad: Tensor,
     x: Tensor,
+    kept: Optional[Tensor],
     mean: Tensor,
-    inv_std: Tensor,
+    var: Tensor,
     weight: Optional[Tensor],
-    sums: Optional[Tensor],
-    count: Optional[Tensor],
-) -> Tensor:
-    """dx from g and the sums over all processes; `sums`, `count` are None if x was frozen."""
-    return _backward_input_body(grad, x, mean, inv_std, weight, sums, count)
+    bias: Optional[Tensor],
+    sums: Tensor,
+    count: Tensor,
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx from the sums over all processes; the residual's gradient, if needed, or empty.
+
+    `grad` is dL/dy with `kept` as in `_backward_sums`, or g with `relu` False.
+    """
+    if kernels := _triton(x):
+        affine = kernels.Affine(mean, var, weight, bias, eps)
+        made: tuple[Tensor, Tensor] = kernels.backward_input(
+            grad, x, kept, affine, sums, count, relu, need_residual
+        )
+        return made
+    inv_std = (var + eps).rsqrt()
+    grad_x = batch_norm_pytorch.backward_input(grad, x, mean, inv_std, weight, sums, count)
+    return grad_x, x.new_empty(0)
 
 
 @_backward_input.register_fake
 def _backward_input_fake(
     grad: Tensor,
     x: Tensor,
+    kept: Optional[Tensor],
     mean: Tensor,
-    inv_std: Tensor,
+    var: Tensor,
     weight: Optional[Tensor],
-    sums: Optional[Tensor],
-    count: Optional[Tensor],
-) -> Tensor:
-    return torch.empty_like(x)
+    bias: Optional[Tensor],
+    sums: Tensor,
+    count: Tensor,
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x) if need_residual else x.new_empty(0)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_frozen"), mutates_args=())
+def _backward_frozen(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and the residual's gradient (or empty) with frozen statistics."""
+    if kernels := _triton(x):
+        affine = kernels.Affine(mean, var, weight, bias, eps)
+        _, grad_weight, grad_bias, grad_x, grad_residual = kernels.backward_sums(
+            grad, x, kept, affine, relu, frozen=True, need_residual=need_residual
+        )
+        return grad_x, grad_weight, grad_bias, grad_residual
+    inv_std = (var + eps).rsqrt()
+    sums, masked = batch_norm_pytorch.backward_sums(grad, x, kept, mean, inv_std)
+    grad = grad if kept is None else masked
+    grad_x = batch_norm_pytorch.backward_input(grad, x, mean, inv_std, weight, None, None)
+    return (grad_x, *_parameter_gradients(x, sums, weight, bias), masked)
+
+
+@_backward_frozen.register_fake
+def _backward_frozen_fake(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    written = need_residual if _triton(x) else kept is not None
+    grad_residual = torch.empty_like(x) if written else x.new_empty(0)
+    return torch.empty_like(x), *_parameter_gradients(x, sums, weight, bias), grad_residual
 
 
 def _all_reduce(packed: Tensor, group_name: str) -> Tensor:
@@ -259,32 +344,52 @@ def _all_reduce(packed: Tensor, group_name: str) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(reduced)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mean, var, count, weight, bias, _, relu, ctx.eps, ctx.group_name = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, mean, var, count, weight, output if relu else None)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, mean, var, count, weight, bias, _, ctx.relu, ctx.eps, pack, ctx.group_name = inputs
+    y, mask = output
+    ctx.mark_non_differentiable(mask)
+    kept = None
+    if ctx.relu and not _triton(x):
+        kept = y
+    elif pack:
+        kept = mask
+    ctx.save_for_backward(x, mean, var, count, weight, bias, kept)
 
 
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-    x, mean, var, count, weight, y = ctx.saved_tensors
+def _autograd_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional[Tensor], ...]:
+    x, mean, var, count, weight, bias, kept = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
-    inv_std = (var + ctx.eps).rsqrt()
-    sums, masked = _backward_sums(grad, x, y, mean, inv_std)
-    grad = grad if y is None else masked
-    grad_x = None
-    if need_x:
-        total = None if count is None else sums
-        if total is not None and ctx.group_name:
-            total = _all_reduce(total, ctx.group_name)
-        grad_x = _backward_input(grad, x, mean, inv_std, weight, total, count)
+    # Without a ReLU the residual's gradient is dy itself.
+    write_residual = need_residual and ctx.relu
+    call = (x, kept, mean, var, weight, bias)
+    grad_x = grad_residual = None
+    if count is None:
+        grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
+            grad, *call, ctx.relu, ctx.eps, write_residual
+        )
+    else:
+        sums, grad_weight, grad_bias, masked = _backward_sums(grad, *call, ctx.relu, ctx.eps)
+        if need_x or write_residual:
+            if ctx.group_name:
+                sums = _all_reduce(sums, ctx.group_name)
+            if kept is not None and not _triton(x):  # the PyTorch code has made g
+                grad_x, _ = _backward_input(
+                    masked, x, None, *call[2:], sums, count, False, ctx.eps, False
+                )
+                grad_residual = masked
+            else:
+                grad_x, grad_residual = _backward_input(
+                    grad, *call, sums, count, ctx.relu, ctx.eps, write_residual
+                )
     return (
-        grad_x,
+        grad_x if need_x else None,
         None,
         None,
         None,
-        sums[1].to(weight.dtype) if need_weight else None,
-        sums[0].to(ctx.bias_dtype) if need_bias else None,
-        grad if need_residual else None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+        (grad_residual if write_residual else grad) if need_residual else None,
+        None,
         None,
         None,
         None,
@@ -339,32 +444,40 @@ def _check_inputs(
         )
 
 
-def _merge(x: Tensor, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, M2 and count, float64, from the sum and M2 of every image and channel."""
-    total, m2 = (t.detach().double() for t in statistics)
-    count = total.new_full((1,), float(x.shape[0] * x.shape[2]))
-    mean = total.sum(0) / count.clamp(min=1.0)
-    apart = (total / max(x.shape[2], 1) - mean).square().sum(0)
-    return mean, m2.sum(0) + x.shape[2] * apart, count
-
-
-def _moments(
-    x: Tensor, group: Optional[ProcessGroup], statistics: Optional[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, M2 and count over the group, float64."""
-    channels = x.shape[1]
-    if statistics is None:
-        mean, m2, count = _statistics(x.detach()).split([channels, channels, 1])
-    else:
-        mean, m2, count = _merge(x, statistics)
-    if group is None:
-        return mean, m2, count
+def _pack(mean: Tensor, m2: Tensor, count: Tensor) -> Tensor:
+    """[sum x, sum x^2, count] in float64; from it the variance loses no digits that x has."""
     total = mean * count
-    packed = torch.cat([total, m2 + mean * total, count])
-    total, squares, count = _all_reduce(packed, group.group_name).split([channels, channels, 1])
-    count = count.clamp(min=1.0)
-    mean = total / count
-    return mean, (squares - mean * total).clamp(min=0.0), count
+    return torch.cat([total, m2 + mean * total, count])
+
+
+def _pack_images(x: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
+    """The same from the sum and M2 of every image and channel."""
+    total, m2 = (t.detach().double() for t in statistics)
+    squares = m2 + total.square() / max(x.shape[2], 1)
+    count = total.new_full((1,), float(x.shape[0] * x.shape[2]))
+    return torch.cat([total.sum(0), squares.sum(0), count])
+
+
+def _batch_moments(
+    x: Tensor,
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    momentum: float,
+    group: Optional[ProcessGroup],
+    statistics: Optional[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count over the group; moves the running statistics."""
+    if running_mean is None and running_var is None:
+        momentum = 0.0
+    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"batch_norm_act: momentum must be a number, got {momentum!r}.")
+    momentum = float(momentum)
+    if group is None and statistics is None:
+        return _moments(x, running_mean, running_var, momentum)
+    packed = _statistics(x) if statistics is None else _pack_images(x, statistics)
+    if group is not None:
+        packed = _all_reduce(packed, group.group_name)
+    return _unpack(packed, x, running_mean, running_var, momentum)
 
 
 def batch_norm_act(
@@ -424,11 +537,7 @@ def batch_norm_act(
                 f"batch_norm_act: {name} of statistics must be B x C on x's device, "
                 f"{tuple(x.shape[:2])} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}."
             )
-    features = x.flatten(2) if x.dim() > 2 else x[:, :, None]
-    added = residual
-    if residual is not None:
-        added = residual.flatten(2) if x.dim() > 2 else residual[:, :, None]
-    dtype = accumulation_dtype(x)
+    features, added = _as_planes(x), None if residual is None else _as_planes(residual)
     count = None
     if training:
         if group is None and x.numel() // x.shape[1] < 2:
@@ -437,44 +546,36 @@ def batch_norm_act(
                 f"{tuple(x.shape)}; the batch is too small."
             )
         with torch.no_grad():
-            mean, m2, count = _moments(features, group, statistics)
-            var = m2 / count
-            _update_running(running_mean, running_var, mean, m2, count, momentum)
+            mean, var, count = _batch_moments(
+                features.detach(), running_mean, running_var, momentum, group, statistics
+            )
     elif running_mean is None or running_var is None:
         raise ValueError(
             "batch_norm_act: running_mean and running_var are needed when training is False."
         )
     else:
-        mean, var = running_mean, running_var
-    y = _normalise(
+        mean, var = (t.to(accumulation_dtype(x)) for t in (running_mean, running_var))
+    relu = activation == "relu"
+    y, _ = _normalise(
         features,
-        mean.to(dtype),
-        var.to(dtype),
+        mean,
+        var,
         count,
         weight,
         bias,
         added,
-        activation == "relu",
+        relu,
         eps,
+        relu and residual is not None and _needs_gradient(x, weight, bias, residual),
         "" if group is None else group.group_name,
     )
     return y.view(x.shape)
 
 
-def _update_running(
-    running_mean: Optional[Tensor],
-    running_var: Optional[Tensor],
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
-    momentum: float,
-) -> None:
-    if running_mean is None and running_var is None:
-        return
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"batch_norm_act: momentum must be a number, got {momentum!r}.")
-    if running_mean is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    if running_var is not None:
-        unbiased = m2 / (count - 1).clamp(min=1.0)
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+def _as_planes(x: Tensor) -> Tensor:
+    """B x C x N."""
+    return x.flatten(2) if x.dim() > 2 else x[:, :, None]
+
+
+def _needs_gradient(*tensors: Optional[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -9,120 +9,33 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encnet_triton.kernels import _tiles, batch_norm_act, reference
 from encnet_triton.kernels.batch_norm import (
+    _backward_frozen,
     _backward_input,
     _backward_sums,
+    _moments,
     _normalise,
     _statistics,
+    _unpack,
+)
+from tests.support.batch_norm import (
+    LAYOUTS,
+    OPTIONS,
+    as_dtype,
+    compare,
+    example,
+    gradient_of,
+    run,
+    torch_formula,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
-    "contiguous": ((3, 6, 5, 7), lambda x: x),
-    "channels_last": ((3, 6, 5, 7), lambda x: x.to(memory_format=torch.channels_last)),
-    "BxC": ((9, 6), lambda x: x),
-    "BxKxC": ((4, 6, 11), lambda x: x),
-    "five dimensions": ((2, 6, 3, 4, 2), lambda x: x),
-    "one channel": ((2, 1, 4, 4), lambda x: x),
-    "one image": ((1, 6, 4, 5), lambda x: x),
-    "two values": ((2, 3, 1, 1), lambda x: x),
-    "strided pixels": ((3, 6, 8, 9), lambda x: x[:, :, ::2, ::3]),
-    "strided channels": ((3, 12, 4, 5), lambda x: x[:, ::2]),
-    "spatial transpose": ((3, 6, 4, 5), lambda x: x.transpose(2, 3)),
-}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "relu": {},
-    "relu, residual": {"residual": True},
-    "linear": {"activation": None},
-    "linear, residual": {"activation": None, "residual": True},
-    "no weight": {"weight": False},
-    "no bias": {"bias": False},
-}
-
-
-def example(
-    layout: str = "contiguous",
-    dtype: torch.dtype = torch.float64,
-    *,
-    residual: bool = False,
-    weight: bool = True,
-    bias: bool = True,
-    running: bool = True,
-) -> dict[str, Tensor | None]:
-    """Tensors of a call; parameters are float32 unless x is float64."""
-    shape, view = LAYOUTS[layout]
-    generator = torch.Generator().manual_seed(len(layout))
-
-    def draw(*size: int) -> Tensor:
-        values = torch.randn(size, generator=generator)
-        return values.double() if dtype == torch.float64 else values
-
-    x = view((draw(*shape) * 2 + 1).to(dtype))
-    channels = x.shape[1]
-    return {
-        "x": x,
-        "weight": draw(channels) + 0.5 if weight else None,
-        "bias": draw(channels) if bias else None,
-        "running_mean": draw(channels) if running else None,
-        "running_var": draw(channels).square() + 0.5 if running else None,
-        "residual": view(draw(*shape).to(dtype)) if residual else None,
-    }
-
-
-def torch_formula(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None = None,
-    activation: str | None = "relu",
-) -> Tensor:
-    """What frameworks write today."""
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    y = y if residual is None else y + residual
-    return y if activation is None else y.relu()
-
-
-def run(
-    function: Callable[..., Tensor], tensors: dict[str, Tensor | None], **options: Any
-) -> dict[str, Tensor]:
-    """y, gradients and running statistics afterwards; arguments stay as they were."""
-    leaves = {n: None if t is None else t.detach() for n, t in tensors.items()}
-    for name in ("running_mean", "running_var"):
-        leaves[name] = None if leaves[name] is None else leaves[name].clone()
-    differentiable = [n for n in ("x", "weight", "bias", "residual") if leaves[n] is not None]
-    for name in differentiable:
-        leaves[name].requires_grad_()
-    y = function(**leaves, **({"momentum": 0.2, "eps": 1e-3} | options))
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-    y.backward(grad)
-    result = {"y": y.detach()} | {f"d{n}": leaves[n].grad for n in differentiable}
-    return result | {n: t for n, t in leaves.items() if n.startswith("running") and t is not None}
-
-
-def as_dtype(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
-    return {n: None if t is None else t.to(dtype) for n, t in tensors.items()}
-
-
-def compare(ours: dict[str, Tensor], exact: dict[str, Tensor], **tolerance: float) -> None:
-    assert ours.keys() == exact.keys()
-    for name, value in exact.items():
-        torch.testing.assert_close(
-            ours[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
@@ -249,8 +162,7 @@ def test_only_the_gradients_that_are_needed() -> None:
         leaves = {n: t.clone() for n, t in tensors.items()}
         leaves[needed].requires_grad_()
         y = batch_norm_act(**leaves, training=True, momentum=0.2, eps=1e-3)
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        y.backward(grad)
+        y.backward(gradient_of(y))
         torch.testing.assert_close(leaves[needed].grad, every[f"d{needed}"])
 
 
@@ -272,14 +184,24 @@ def test_opcheck(layout: str, frozen: bool, full: bool) -> None:
     count = None if frozen else torch.tensor([105.0], dtype=torch.float64)
     optional = [tensors["weight"], tensors["bias"], tensors["residual"].flatten(2)]
     optional = [t.requires_grad_() if full else None for t in optional]
-    torch.library.opcheck(_statistics, (x,))
-    inputs = (x.clone().requires_grad_(), mean, var, count, *optional, full, 1e-5, "")
+    weight, bias, residual = optional
+    inputs = (x.clone().requires_grad_(), mean, var, count, *optional, full, 1e-5, full, "")
     torch.library.opcheck(_normalise, inputs)
-    y = x.relu() if full else None
-    torch.library.opcheck(_backward_sums, (torch.randn_like(x), x, y, mean, var))
-    sums = None if frozen else torch.randn(2, 6, dtype=torch.float64)
-    weight = tensors["weight"].detach() if full else None
-    torch.library.opcheck(_backward_input, (x.relu(), x, mean, var, weight, sums, count))
+    y, mask = _normalise(*inputs)
+    kept = (mask if mask.numel() else y).detach() if full else None
+    call = (torch.randn_like(x), x, kept, mean, var)
+    parameters = [None if t is None else t.detach() for t in (weight, bias)]
+    if frozen:
+        torch.library.opcheck(_backward_frozen, (*call, *parameters, full, 1e-5, full))
+        return
+    running = (mean.clone(), var.clone()) if full else (None, None)
+    torch.library.opcheck(_moments, (x, *running, 0.1))
+    torch.library.opcheck(_statistics, (x,))
+    torch.library.opcheck(_unpack, (_statistics(x), x, *running, 0.1))
+    torch.library.opcheck(_backward_sums, (*call, *parameters, full, 1e-5))
+    sums = torch.randn(2, 6, dtype=torch.float64)
+    call = (torch.randn_like(x), x, mask if mask.numel() else None, mean, var, *parameters)
+    torch.library.opcheck(_backward_input, (*call, sums, count, full, 1e-5, bool(mask.numel())))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])

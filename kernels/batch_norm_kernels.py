@@ -1,0 +1,369 @@
+"""Triton kernels of batch normalisation; batch_norm_triton.py launches them.
+
+Letters as in batch_norm.py. x is dense, in one of two layouts. Channels last (LAST): B N rows of C
+values, and a program owns BQ channels of a run of rows. Otherwise: B C planes of N values, and a
+program owns one channel in a run of images and pixels. Either way it walks `per` tiles of BP x BQ
+values, the inner dimension contiguous in memory, and holds what belongs to its channels as a
+vector of BQ (LAST) or 1.
+
+P is for partial sums, one slice for each run of tiles; a last small kernel adds them in a fixed
+order in float64.
+
+Mask of a ReLU behind a residual: one bit a value, packed along the inner dimension, each row or
+plane beginning at a byte of its own. Without a residual the backward pass makes it again from x.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _split(C, BQ: tl.constexpr, LAST: tl.constexpr):
+    """Which run of tiles, and which channels: a vector of BQ or 1."""
+    if LAST:
+        blocks = tl.cdiv(C, BQ)
+        split = tl.program_id(0) // blocks
+        channels = tl.program_id(0) % blocks * BQ + tl.arange(0, BQ)
+    else:
+        split = tl.program_id(0) // C
+        channels = tl.program_id(0) % C + tl.arange(0, 1)
+    return split, channels
+
+
+@triton.jit
+def _tile(
+    t, B, C, N, BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, DENSITY: tl.constexpr
+):
+    """Offsets of tile t in x, and which of them are inside; with DENSITY 8, bytes of the mask."""
+    p, q = tl.arange(0, BP)[:, None], tl.arange(0, BQ // DENSITY)[None, :]
+    if LAST:
+        width = tl.cdiv(C, DENSITY)
+        first = tl.cast(t, tl.int64) * BP
+        column = tl.program_id(0) % tl.cdiv(C, BQ) * (BQ // DENSITY) + q
+        offsets = first * width + (p * width + column)
+        inside = (p < tl.cast(N, tl.int64) * B - first) & (column < width)
+    else:
+        width = tl.cdiv(N, DENSITY)
+        across = tl.cdiv(N, BQ)
+        image, column = t // across * BP, t % across * (BQ // DENSITY)
+        plane = tl.cast(image, tl.int64) * C + tl.program_id(0) % C
+        offsets = plane * width + column + (p * (C * width) + q)
+        inside = (p < B - image) & (q < width - column)
+    return offsets, inside
+
+
+@triton.jit
+def _count(t, B, N, BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr):
+    """How many values a channel has in tile t."""
+    if LAST:
+        rows = tl.cast(N, tl.int64) * B - tl.cast(t, tl.int64) * BP
+        count = tl.minimum(rows, BP).to(tl.int32)
+    else:
+        across = tl.cdiv(N, BQ)
+        count = tl.minimum(B - t // across * BP, BP) * tl.minimum(N - t % across * BQ, BQ)
+    return count
+
+
+@triton.jit
+def _sum(tile, LAST: tl.constexpr):
+    """Sums over the values of each channel."""
+    total = tl.sum(tile, 0) if LAST else tl.sum(tl.sum(tile, 1)[None, :], 1)
+    return total
+
+
+@triton.jit
+def _load(base, channels, in_c, default: tl.constexpr):
+    return tl.load(base + channels, mask=in_c, other=default).to(tl.float32)
+
+
+@triton.jit
+def _coefficients(
+    Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr
+):
+    """mean, 1 / standard deviation, weight over standard deviation, bias; each broadcast over p."""
+    mean = _load(Mean, channels, in_c, 0.0)
+    inv_std = 1 / tl.sqrt_rn(_load(Var, channels, in_c, 1.0) + eps)
+    factor = inv_std
+    if WEIGHT:
+        factor = inv_std * _load(Weight, channels, in_c, 0.0)
+    bias = tl.zeros_like(mean)
+    if BIAS:
+        bias = _load(Bias, channels, in_c, 0.0)
+    return mean[None, :], inv_std[None, :], factor[None, :], bias[None, :]
+
+
+@triton.jit
+def _affine(x, mean, factor, bias, FOLD: tl.constexpr):
+    """The normalised value; folded it is one multiply-add, as precise as mean is small."""
+    y = x * factor + (bias - mean * factor) if FOLD else (x - mean) * factor + bias
+    return y
+
+
+@triton.jit
+def _pack(values, BP: tl.constexpr, BQ: tl.constexpr):
+    """Bits of BP x BQ conditions: BP x BQ/8 bytes."""
+    bits = tl.reshape(values.to(tl.int32), [BP, BQ // 8, 8])
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def _unpack(packed, BP: tl.constexpr, BQ: tl.constexpr):
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, [BP, BQ]) != 0
+
+
+@triton.jit
+def statistics_kernel(
+    X, P, PN, B, C, N, per, tiles,
+    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """P[split] = mean and M2, 2 x C; PN[split] = number of values a channel has in the run.
+
+    Sums are taken about the mean of the run's first tile. It is at least 1/32 of the run, so its
+    distance from the run's mean is at most sqrt(31) standard deviations whatever the data.
+    """
+    split, channels = _split(C, BQ, LAST)
+    begin = split * per
+    end = tl.minimum(begin + per, tiles)
+    offsets, inside = _tile(begin, B, C, N, BP, BQ, LAST, 1)
+    count = _count(begin, B, N, BP, BQ, LAST)
+    x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
+    about = (_sum(x, LAST) / count)[None, :]
+    deviation = tl.where(inside, x - about, 0.0)
+    total, squares = deviation, deviation * deviation
+    for t in range(begin + 1, end):
+        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
+        deviation = tl.where(inside, x - about, 0.0)
+        total += deviation
+        squares += deviation * deviation
+        count += _count(t, B, N, BP, BQ, LAST)
+    rest = (_sum(total, LAST) / count)[None, :]
+    m2 = _sum(squares, LAST)[None, :] - rest * rest * count
+    slot = P + tl.cast(split, tl.int64) * 2 * C + channels[None, :]
+    in_c = (channels < C)[None, :]
+    tl.store(slot, about + rest, mask=in_c)
+    tl.store(slot + C, tl.maximum(m2, 0.0), mask=in_c)
+    if tl.program_id(0) == split * (tl.cdiv(C, BQ) if LAST else C):
+        tl.store(PN + split, count)
+
+
+@triton.jit
+def normalise_kernel(
+    X, R, Y, Bits, Mean, Var, Weight, Bias, eps, B, C, N, per, tiles,
+    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
+    FOLD: tl.constexpr,
+):  # fmt: skip
+    """Y = act(normalised X + R), and the packed mask of the activation."""
+    split, channels = _split(C, BQ, LAST)
+    mean, inv_std, factor, bias = _coefficients(
+        Mean, Var, Weight, Bias, channels, channels < C, eps, WEIGHT, BIAS
+    )
+    begin = split * per
+    end = tl.minimum(begin + per, tiles)
+    # Backwards: what the pass before this one read last is still in the L2.
+    for i in range(begin, end):
+        t = begin + end - 1 - i
+        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
+        y = _affine(x, mean, factor, bias, FOLD)
+        if RESIDUAL:
+            y += tl.load(R + offsets, mask=inside, other=0.0).to(tl.float32)
+        if PACK:
+            at, exists = _tile(t, B, C, N, BP, BQ, LAST, 8)
+            tl.store(Bits + at, _pack((y > 0) & inside, BP, BQ), mask=exists)
+        if RELU:
+            y = tl.where(y < 0, 0.0, y)  # NaN stays
+        tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _masked(
+    grad, x, Bits, t, mean, factor, bias, B, C, N,
+    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
+    PACKED: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """The gradient where the activation let it pass."""
+    if PACKED:
+        at, exists = _tile(t, B, C, N, BP, BQ, LAST, 8)
+        bits = _unpack(tl.load(Bits + at, mask=exists, other=0), BP, BQ)
+        grad = tl.where(bits, grad, 0.0)
+    elif RELU:
+        grad = tl.where(_affine(x, mean, factor, bias, FOLD) > 0, grad, 0.0)
+    return grad
+
+
+@triton.jit
+def backward_sums_kernel(
+    dY, X, Bits, Mean, Var, Weight, Bias, eps, P, dX, dR, B, C, N, per, tiles,
+    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, RELU: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """P[split] = sum g and sum g u, 2 x C; frozen statistics: dX, and dR, in the same pass."""
+    split, channels = _split(C, BQ, LAST)
+    in_c = channels < C
+    mean, inv_std, factor, bias = _coefficients(
+        Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT, BIAS
+    )
+    begin = split * per
+    end = tl.minimum(begin + per, tiles)
+    total = tl.zeros((BP, BQ), tl.float32)
+    product = tl.zeros((BP, BQ), tl.float32)
+    for t in range(begin, end):
+        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dY + offsets, mask=inside, other=0.0).to(tl.float32)
+        grad = _masked(
+            grad, x, Bits, t, mean, factor, bias, B, C, N,
+            BP, BQ, LAST, RELU, PACKED, FROZEN,
+        )  # fmt: skip
+        total += grad
+        product += grad * (x - mean)
+        if FROZEN:
+            tl.store(dX + offsets, (grad * factor).to(dX.dtype.element_ty), mask=inside)
+            if RESIDUAL:
+                tl.store(dR + offsets, grad.to(dR.dtype.element_ty), mask=inside)
+    slot = P + tl.cast(split, tl.int64) * 2 * C + channels
+    tl.store(slot, _sum(total, LAST), mask=in_c)
+    tl.store(slot + C, _sum(product, LAST), mask=in_c)
+
+
+@triton.jit
+def backward_input_kernel(
+    dY, X, Bits, Mean, Var, Weight, Bias, eps, Sums, Count, dX, dR, B, C, N, per, tiles,
+    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, RELU: tl.constexpr, PACKED: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """dX from the sums over all processes, and dR."""
+    split, channels = _split(C, BQ, LAST)
+    in_c = channels < C
+    mean, inv_std, factor, bias = _coefficients(
+        Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT, BIAS
+    )
+    count = tl.load(Count)
+    constant = (tl.load(Sums + channels, mask=in_c, other=0.0) / count).to(tl.float32)[None, :]
+    slope = (tl.load(Sums + C + channels, mask=in_c, other=0.0) / count).to(tl.float32)[None, :]
+    slope = slope * inv_std
+    begin = split * per
+    end = tl.minimum(begin + per, tiles)
+    for i in range(begin, end):
+        t = begin + end - 1 - i
+        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dY + offsets, mask=inside, other=0.0).to(tl.float32)
+        grad = _masked(
+            grad, x, Bits, t, mean, factor, bias, B, C, N,
+            BP, BQ, LAST, RELU, PACKED, False,
+        )  # fmt: skip
+        if RESIDUAL:
+            tl.store(dR + offsets, grad.to(dR.dtype.element_ty), mask=inside)
+        dx = factor * (grad - constant - (x - mean) * slope)
+        tl.store(dX + offsets, dx.to(dX.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write_moments(
+    Mean, Var, Count, RunningMean, RunningVar, momentum, total, squares, count, channels, in_c,
+    MEAN: tl.constexpr, VAR: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance from sum x and sum x^2, float64; moves the running statistics."""
+    count = tl.maximum(count, 1.0)
+    mean = total / count
+    m2 = tl.maximum(squares - mean * total, 0.0)
+    tl.store(Mean + channels, mean.to(tl.float32), mask=in_c)
+    tl.store(Var + channels, (m2 / count).to(tl.float32), mask=in_c)
+    if MEAN:
+        at = RunningMean + channels
+        old = tl.load(at, mask=in_c, other=0.0).to(tl.float64)
+        tl.store(at, (old + momentum * (mean - old)).to(RunningMean.dtype.element_ty), mask=in_c)
+    if VAR:
+        at = RunningVar + channels
+        old = tl.load(at, mask=in_c, other=0.0).to(tl.float64)
+        new = m2 / tl.maximum(count - 1, 1.0)
+        tl.store(at, (old + momentum * (new - old)).to(RunningVar.dtype.element_ty), mask=in_c)
+    if tl.program_id(0) == 0:
+        tl.store(Count, count)
+
+
+@triton.jit
+def finish_statistics_kernel(
+    P, PN, Packed, Mean, Var, Count, RunningMean, RunningVar, momentum, C, splits,
+    BC: tl.constexpr, BS: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """Packed = sum x, sum x^2, count: 2 C + 1 values in float64 (paper, appendix A, eq. 2).
+
+    For a process ALONE what moments_kernel makes of them.
+    """
+    channels, s = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BS)
+    in_c = channels < C
+    total = tl.zeros((BC,), tl.float64)
+    squares = tl.zeros((BC,), tl.float64)
+    counts = tl.zeros((BS,), tl.float64)
+    for begin in range(0, splits, BS):
+        slots = begin + s
+        n = tl.load(PN + slots, mask=slots < splits, other=0).to(tl.float64)
+        at = P + (slots.to(tl.int64) * 2 * C)[:, None] + channels[None, :]
+        mask = (slots < splits)[:, None] & in_c[None, :]
+        mean = tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        m2 = tl.load(at + C, mask=mask, other=0.0).to(tl.float64)
+        total += tl.sum(mean * n[:, None], 0)
+        squares += tl.sum(m2 + mean * mean * n[:, None], 0)
+        counts += n
+    count = tl.sum(counts, 0)
+    if ALONE:
+        _write_moments(
+            Mean, Var, Count, RunningMean, RunningVar, momentum, total, squares, count,
+            channels, in_c, MEAN, VAR,
+        )  # fmt: skip
+    else:
+        tl.store(Packed + channels, total, mask=in_c)
+        tl.store(Packed + C + channels, squares, mask=in_c)
+        if tl.program_id(0) == 0:
+            tl.store(Packed + 2 * C, count)
+
+
+@triton.jit
+def moments_kernel(
+    Packed, Mean, Var, Count, RunningMean, RunningVar, momentum, C,
+    BC: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance over all processes, from the sums over all processes."""
+    channels = tl.program_id(0) * BC + tl.arange(0, BC)
+    in_c = channels < C
+    total = tl.load(Packed + channels, mask=in_c, other=0.0)
+    squares = tl.load(Packed + C + channels, mask=in_c, other=0.0)
+    _write_moments(
+        Mean, Var, Count, RunningMean, RunningVar, momentum, total, squares,
+        tl.load(Packed + 2 * C), channels, in_c, MEAN, VAR,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_backward_kernel(
+    P, Var, eps, Sums, dWeight, dBias, C, splits,
+    BC: tl.constexpr, BS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Sums = sum g and sum g u s of this process in float64; the parameters' gradients."""
+    channels, s = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BS)
+    in_c = channels < C
+    total = tl.zeros((BC,), tl.float64)
+    product = tl.zeros((BC,), tl.float64)
+    for begin in range(0, splits, BS):
+        slots = begin + s
+        at = P + (slots.to(tl.int64) * 2 * C)[:, None] + channels[None, :]
+        mask = (slots < splits)[:, None] & in_c[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float64), 0)
+        product += tl.sum(tl.load(at + C, mask=mask, other=0.0).to(tl.float64), 0)
+    product = product / tl.sqrt_rn(
+        tl.load(Var + channels, mask=in_c, other=1.0).to(tl.float32) + eps
+    )
+    tl.store(Sums + channels, total, mask=in_c)
+    tl.store(Sums + C + channels, product, mask=in_c)
+    if WEIGHT:
+        tl.store(dWeight + channels, product.to(dWeight.dtype.element_ty), mask=in_c)
+    if BIAS:
+        tl.store(dBias + channels, total.to(dBias.dtype.element_ty), mask=in_c)

@@ -1,0 +1,402 @@
+"""Which kernels `batch_norm_act` launches on a GPU; the kernels are in batch_norm_kernels.py.
+
+Letters as in batch_norm.py. x is B x C x N and dense, contiguous or with the channels innermost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Optional
+
+import torch
+import triton
+from torch import Tensor
+
+from . import batch_norm_kernels as kernels
+from .launch import Config, Launch, architecture, choose, run_all
+
+# Values of a tile: 16 a thread, two loads of 16 bytes in half precision.
+_TILE = 2048
+# Channels of a tile: 128 bytes of a row in half precision, four sectors.
+_CHANNELS = 64
+# Tiles of one run of the statistics, which are taken about the mean of its first tile.
+_MOST_TILES = 32
+# Programs a multiprocessor: as many of these small ones are resident at once.
+_PROGRAMS = 8
+_CHANNELS_OF_FINISH, _RUNS_OF_FINISH = 16, 64
+
+
+def _channels_last(x: Tensor) -> bool:
+    if x.shape[2] == 1:
+        return True
+    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a contiguous copy of it where the kernels cannot read it as it lies."""
+    return x if x.transpose(1, 2).is_contiguous() else x.contiguous()
+
+
+def configs(x: Tensor) -> list[Config]:
+    """Tiles for x, the preferred one first, the conservative one last."""
+    images, channels, pixels = x.shape
+    made = []
+    for values in (_TILE, _TILE // 4):
+        if _channels_last(x):
+            inner = min(_CHANNELS, max(8, triton.next_power_of_2(channels)))
+            made.append(Config(values // inner, inner, 4))
+        else:
+            inner = min(values, max(8, triton.next_power_of_2(pixels)))
+            outer = min(values // inner, triton.next_power_of_2(images))
+            made.append(Config(outer, inner, 4))
+    return made
+
+
+def mask_bytes(x: Tensor) -> int:
+    """Bytes of the packed mask of x."""
+    images, channels, pixels = x.shape
+    if _channels_last(x):
+        return images * pixels * -(-channels // 8)
+    return images * channels * -(-pixels // 8)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the programs of a kernel share x: runs of tiles, `per` tiles each, for some channels."""
+
+    splits: int
+    grid: tuple[int, ...]
+    arguments: dict[str, int]
+    constants: dict[str, Any]
+    num_warps: int
+
+    @classmethod
+    def over(cls, x: Tensor, processors: int, config: Config) -> Walk:
+        images, channels, pixels = x.shape
+        last = _channels_last(x)
+        if last:
+            blocks = triton.cdiv(channels, config.block_c)
+            tiles = triton.cdiv(images * pixels, config.block_n)
+        else:
+            blocks = channels
+            tiles = triton.cdiv(images, config.block_n) * triton.cdiv(pixels, config.block_c)
+        per = min(_MOST_TILES, triton.cdiv(tiles * blocks, _PROGRAMS * processors))
+        splits = triton.cdiv(tiles, per)
+        sizes = {"B": images, "C": channels, "N": pixels, "per": per, "tiles": tiles}
+        constants = {"BP": config.block_n, "BQ": config.block_c, "LAST": last}
+        return cls(splits, (blocks * splits,), sizes, constants, config.num_warps)
+
+    def launch(self, kernel: Any, arguments: dict[str, Any], **constants: Any) -> Launch:
+        """The launch of a kernel that walks x this way."""
+        return Launch(
+            kernel,
+            self.grid,
+            arguments | self.arguments,
+            self.constants | constants,
+            self.num_warps,
+        )
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What normalises a channel: mean, var, weight and bias, each C, and eps."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Optional[Tensor]
+    bias: Optional[Tensor]
+    eps: float
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "Mean": self.mean,
+            "Var": self.var,
+            "Weight": self.mean if self.weight is None else self.weight,
+            "Bias": self.mean if self.bias is None else self.bias,
+            "eps": self.eps,
+        }
+
+    def constants(self) -> dict[str, bool]:
+        return {"WEIGHT": self.weight is not None, "BIAS": self.bias is not None}
+
+
+@dataclass(frozen=True)
+class Running:
+    """The running statistics to move, or None, and by how much."""
+
+    mean: Optional[Tensor]
+    var: Optional[Tensor]
+    momentum: float
+
+
+def _finish_grid(channels: int) -> tuple[int, ...]:
+    return (triton.cdiv(channels, _CHANNELS_OF_FINISH),)
+
+
+def _moments_arguments(
+    mean: Tensor, var: Tensor, count: Tensor, running: Running
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    arguments = {
+        "Mean": mean,
+        "Var": var,
+        "Count": count,
+        "RunningMean": mean if running.mean is None else running.mean,
+        "RunningVar": var if running.var is None else running.var,
+        "momentum": running.momentum,
+        "C": mean.shape[0],
+    }
+    constants = {
+        "BC": _CHANNELS_OF_FINISH,
+        "MEAN": running.mean is not None,
+        "VAR": running.var is not None,
+    }
+    return arguments, constants
+
+
+def _new_moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance in float32, and the count in float64; not initialised."""
+    mean, var = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    return mean, var, x.new_empty(1, dtype=torch.float64)
+
+
+def statistics_launches(
+    x: Tensor, running: Optional[Running], processors: int, config: Config
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """Launches and outputs of the statistics of this process's x.
+
+    Without `running`, [sum x, sum x^2, count] to be summed over the processes of a group; with it
+    mean, var and count, and the running statistics are moved.
+    """
+    walk = Walk.over(x, processors, config)
+    channels = x.shape[1]
+    sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
+    counts = x.new_empty(walk.splits, dtype=torch.int32)
+    mean, var, count = _new_moments(x, channels)
+    packed = x.new_empty(2 * channels + 1, dtype=torch.float64)
+    arguments, constants = _moments_arguments(mean, var, count, running or Running(None, None, 0.0))
+    finish = Launch(
+        kernels.finish_statistics_kernel,
+        _finish_grid(channels),
+        dict(arguments, P=sums_of_runs, PN=counts, Packed=packed, splits=walk.splits),
+        dict(constants, BS=_RUNS_OF_FINISH, ALONE=running is not None),
+        num_warps=4,
+    )
+    first = walk.launch(kernels.statistics_kernel, {"X": x, "P": sums_of_runs, "PN": counts})
+    return [first, finish], (packed,) if running is None else (mean, var, count)
+
+
+def moments_launches(
+    packed: Tensor, running: Running
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """The launch that makes mean, var and count of the sums over all processes."""
+    channels = packed.shape[0] // 2
+    made = _new_moments(packed, channels)
+    arguments, constants = _moments_arguments(*made, running)
+    launch = Launch(
+        kernels.moments_kernel,
+        _finish_grid(channels),
+        dict(arguments, Packed=packed),
+        constants,
+        num_warps=1,
+    )
+    return [launch], made
+
+
+def normalise_launches(
+    x: Tensor,
+    affine: Affine,
+    residual: Optional[Tensor],
+    relu: bool,
+    pack: bool,
+    fold: bool,
+    processors: int,
+    config: Config,
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The launch that writes y, and the packed mask (else empty); residual lies as x does."""
+    walk = Walk.over(x, processors, config)
+    y = torch.empty_like(x)
+    mask = x.new_empty(mask_bytes(x) if pack else 0, dtype=torch.uint8)
+    arguments = {"X": x, "R": x if residual is None else residual, "Y": y}
+    launch = walk.launch(
+        kernels.normalise_kernel,
+        arguments | {"Bits": mask if pack else y} | affine.arguments(),
+        **affine.constants(),
+        RESIDUAL=residual is not None,
+        RELU=relu,
+        PACK=pack,
+        FOLD=fold,
+    )
+    return [launch], (y, mask)
+
+
+def _gradient_arguments(
+    grad: Tensor, x: Tensor, mask: Optional[Tensor], affine: Affine
+) -> dict[str, Any]:
+    return {"dY": grad, "X": x, "Bits": x if mask is None else mask} | affine.arguments()
+
+
+def sums_launches(
+    grad: Tensor,
+    x: Tensor,
+    mask: Optional[Tensor],
+    affine: Affine,
+    relu: bool,
+    frozen: bool,
+    need_residual: bool,
+    processors: int,
+    config: Config,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Launches that sum g and g u s over this process, and what they write.
+
+    Outputs: sums, 2 x C in float64, the gradients of weight and bias, and for frozen statistics
+    dx and, where needed, that of the residual; empty where there is none. grad lies as x does.
+    """
+    walk = Walk.over(x, processors, config)
+    channels = x.shape[1]
+    sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
+    sums = x.new_empty((2, channels), dtype=torch.float64)
+    grad_x = torch.empty_like(x) if frozen else x.new_empty(0)
+    grad_residual = torch.empty_like(x) if frozen and need_residual else x.new_empty(0)
+    parameters = [
+        x.new_empty(0) if t is None else torch.empty_like(t) for t in (affine.weight, affine.bias)
+    ]
+    first = walk.launch(
+        kernels.backward_sums_kernel,
+        _gradient_arguments(grad, x, mask, affine)
+        | {"P": sums_of_runs, "dX": grad_x, "dR": grad_residual},
+        **affine.constants(),
+        RELU=relu,
+        PACKED=mask is not None,
+        FROZEN=frozen,
+        RESIDUAL=frozen and need_residual,
+    )
+    finish = Launch(
+        kernels.finish_backward_kernel,
+        _finish_grid(channels),
+        {
+            "P": sums_of_runs,
+            "Var": affine.var,
+            "eps": affine.eps,
+            "Sums": sums,
+            "dWeight": parameters[0],
+            "dBias": parameters[1],
+            "C": channels,
+            "splits": walk.splits,
+        },
+        dict(affine.constants(), BC=_CHANNELS_OF_FINISH, BS=_RUNS_OF_FINISH),
+        num_warps=4,
+    )
+    return [first, finish], (sums, parameters[0], parameters[1], grad_x, grad_residual)
+
+
+def input_launches(
+    grad: Tensor,
+    x: Tensor,
+    mask: Optional[Tensor],
+    affine: Affine,
+    sums: Tensor,
+    count: Tensor,
+    relu: bool,
+    need_residual: bool,
+    processors: int,
+    config: Config,
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The launch that writes dx and, where needed, the residual's gradient (else empty)."""
+    walk = Walk.over(x, processors, config)
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
+    launch = walk.launch(
+        kernels.backward_input_kernel,
+        _gradient_arguments(grad, x, mask, affine)
+        | {"Sums": sums, "Count": count, "dX": grad_x, "dR": grad_residual},
+        **affine.constants(),
+        RELU=relu,
+        PACKED=mask is not None,
+        RESIDUAL=need_residual,
+    )
+    return [launch], (grad_x, grad_residual)
+
+
+def _run(name: str, x: Tensor, launches: Any, *options: object) -> Any:
+    """Choose a tile for x, run `launches(processors, tile)` and return its outputs."""
+    _, processors = architecture(x)
+    sizes = x.shape[1] % 16 == 0, x.shape[2] % 16 == 0  # what Triton specialises on
+    candidates = configs(x)
+    key = (f"batch_norm {name}", x.device, x.dtype, candidates[0], sizes, options)
+    config = choose(key, candidates, lambda config: launches(processors, config)[0])
+    made, outputs = launches(processors, config)
+    run_all(made, x.device)
+    return outputs
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor, or a copy of it, as a new tensor like x would lie in memory."""
+    if tensor.numel() == 0 or tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x).copy_(tensor)
+
+
+def statistics(x: Tensor, running: Optional[Running]) -> tuple[Tensor, ...]:
+    """See `statistics_launches`."""
+    x = dense(x)
+    build = partial(statistics_launches, x, running)
+    kinds = running and (running.mean is not None, running.var is not None)
+    outputs: tuple[Tensor, ...] = _run("statistics", x, build, kinds)
+    return outputs
+
+
+def moments(packed: Tensor, running: Running) -> tuple[Tensor, Tensor, Tensor]:
+    """See `moments_launches`."""
+    launches, outputs = moments_launches(packed, running)
+    run_all(launches, packed.device)
+    return outputs
+
+
+def normalise(
+    x: Tensor, affine: Affine, residual: Optional[Tensor], relu: bool, pack: bool, fold: bool
+) -> tuple[Tensor, Tensor]:
+    """See `normalise_launches`."""
+    given, x = x, dense(x)
+    residual = None if residual is None else _like(residual, x)
+    build = partial(normalise_launches, x, affine, residual, relu, pack, fold)
+    options = (residual is None, relu, pack, fold, *affine.constants().values())
+    y, mask = _run("normalise", x, build, options)
+    return _like(y, given), mask
+
+
+def backward_sums(
+    grad: Tensor,
+    x: Tensor,
+    mask: Optional[Tensor],
+    affine: Affine,
+    relu: bool,
+    frozen: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `sums_launches`."""
+    given, x = x, dense(x)
+    build = partial(sums_launches, _like(grad, x), x, mask, affine, relu, frozen, need_residual)
+    options = (mask is None, relu, frozen, need_residual, *affine.constants().values())
+    sums, grad_weight, grad_bias, grad_x, grad_residual = _run("sums", x, build, options)
+    return sums, grad_weight, grad_bias, _like(grad_x, given), _like(grad_residual, given)
+
+
+def backward_input(
+    grad: Tensor,
+    x: Tensor,
+    mask: Optional[Tensor],
+    affine: Affine,
+    sums: Tensor,
+    count: Tensor,
+    relu: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `input_launches`."""
+    given, x = x, dense(x)
+    build = partial(
+        input_launches, _like(grad, x), x, mask, affine, sums, count, relu, need_residual
+    )
+    options = (mask is None, relu, need_residual, *affine.constants().values())
+    grad_x, grad_residual = _run("input", x, build, options)
+    return _like(grad_x, given), _like(grad_residual, given)

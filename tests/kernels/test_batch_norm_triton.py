@@ -1,0 +1,296 @@
+"""The Triton kernels of `batch_norm_act`, in Triton's interpreter or on a GPU, against float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from bench.interpreter import Watch
+from encnet_triton.kernels import batch_norm_act, batch_norm_triton, encode, launch, reference
+from encnet_triton.kernels.batch_norm import (
+    _backward_frozen,
+    _backward_input,
+    _backward_sums,
+    _moments,
+    _normalise,
+    _statistics,
+    _unpack,
+)
+from tests.support.batch_norm import (
+    LAYOUTS,
+    OPTIONS,
+    as_dtype,
+    compare,
+    example,
+    run,
+    torch_formula,
+)
+
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
+
+DEVICE = "cpu" if launch.interpreting() else "cuda"
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+
+
+@pytest.fixture(params=[None, "reverse", 3], ids=["in order", "reverse", "shuffled"])
+def watched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs in some order, every address checked, no two programs at one address."""
+    watch = Watch(order=request.param, races=True) if launch.interpreting() else None
+    if watch is None and request.param is not None:
+        pytest.skip("a GPU orders its programs itself")
+    with watch or contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(params=[None, (64, 8)], ids=["", "small tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of every launch as they are, or so small that a program walks several."""
+    if request.param is not None:
+        values, channels = request.param
+        monkeypatch.setattr(batch_norm_triton, "_TILE", values)
+        monkeypatch.setattr(batch_norm_triton, "_CHANNELS", channels)
+        monkeypatch.setattr(batch_norm_triton, "architecture", lambda _: (90, 1))
+        monkeypatch.setattr(launch, "_chosen", {})
+
+
+def check(
+    tensors: dict[str, Tensor | None], assert_accurate: Callable[..., None], **call: Any
+) -> dict[str, Tensor]:
+    """Every result is at most twice as far from float64 as torch's own."""
+    ours = run(batch_norm_act, tensors, **call)
+    plain = run(torch_formula, tensors, **call)
+    exact = run(reference.batch_norm_act, as_dtype(tensors, torch.float64), **call)
+    assert ours.keys() == exact.keys()
+    for name, value in exact.items():
+        assert_accurate(name, ours[name], plain[name], value)
+    return ours
+
+
+@pytest.mark.usefixtures("tiles")
+@DTYPES
+@TRAINING
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_error_is_at_most_twice_that_of_torch(
+    layout: str, training: bool, dtype: torch.dtype, assert_accurate: Callable[..., None]
+) -> None:
+    tensors = example(layout, dtype, residual=True, device=DEVICE)
+    with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
+        ours = check(tensors, assert_accurate, training=training)
+    assert ours["y"].dtype == ours["dx"].dtype == ours["dresidual"].dtype == dtype
+    assert ours["dweight"].dtype == ours["running_var"].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("tiles")
+@TRAINING
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option(
+    options: dict[str, Any], layout: str, training: bool, assert_accurate: Callable[..., None]
+) -> None:
+    options = dict(options)
+    call = {"training": training, "activation": options.pop("activation", "relu")}
+    check(example(layout, torch.float32, device=DEVICE, **options), assert_accurate, **call)
+
+
+@pytest.mark.usefixtures("tiles", "watched")
+@TRAINING
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_programs_may_run_in_any_order(
+    layout: str, training: bool, assert_accurate: Callable[..., None]
+) -> None:
+    tensors = example(layout, torch.float32, residual=True, device=DEVICE)
+    check(tensors, assert_accurate, training=training)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_parameters_may_have_the_dtype_of_x(
+    layout: str, assert_accurate: Callable[..., None]
+) -> None:
+    tensors = as_dtype(
+        example(layout, torch.bfloat16, residual=True, device=DEVICE), torch.bfloat16
+    )
+    ours = check(tensors, assert_accurate, training=True)
+    assert ours["dweight"].dtype == ours["running_mean"].dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "one channel", "two values"])
+def test_the_mask_is_one_bit_a_value(layout: str) -> None:
+    tensors = example(layout, torch.float32, residual=True, device=DEVICE)
+    x = tensors["x"].flatten(2)
+    residual = tensors["residual"].flatten(2)
+    mean, var = tensors["running_mean"], tensors["running_var"]
+    y, mask = _normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "")
+    assert mask.numel() == batch_norm_triton.mask_bytes(x)
+    rows = y.transpose(1, 2) if batch_norm_triton._channels_last(x) else y
+    rows = rows.reshape(-1, rows.shape[2])
+    bits = mask.view(len(rows), -1, 1) >> torch.arange(8, device=DEVICE) & 1
+    assert torch.equal(bits.flatten(1)[:, : rows.shape[1]] == 1, rows > 0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_no_mask_without_a_gradient_to_come(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = batch_norm_triton.normalise
+
+    def normalise(*arguments: Any, **named: Any) -> Any:
+        asked.append(arguments[4])
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(batch_norm_triton, "normalise", normalise)
+    tensors = example(layout, torch.float32, residual=True, device=DEVICE)
+    with torch.no_grad():
+        batch_norm_act(**tensors, training=True, momentum=0.1, eps=1e-5)
+    tensors["x"].requires_grad_()
+    batch_norm_act(**tensors, training=True, momentum=0.1, eps=1e-5)
+    assert asked == [False, True]
+
+
+def test_without_a_residual_neither_mask_nor_output_is_saved() -> None:
+    tensors = example("channels_last", torch.bfloat16, device=DEVICE)
+    x = tensors["x"].requires_grad_()
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch_norm_act(**tensors, training=True, momentum=0.1, eps=1e-5)
+    assert [n for n in saved if n > 6] == [x.numel()]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("jump", [False, True], ids=["uniform", "first rows zero"])
+def test_a_mean_far_above_the_spread_keeps_the_variance(jump: bool, layout: str) -> None:
+    """Mean 1e4, standard deviation 1 in fp32: E[x^2] - E[x]^2 has no correct digit left."""
+    x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 1e4
+    if jump:
+        x[:, :, :4] = 0.0
+    x = LAYOUTS[layout][1](x).to(DEVICE)
+    mean, var = torch.zeros(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    y = batch_norm_act(
+        x, None, None, mean, var, training=True, momentum=1.0, eps=0.0, activation=None
+    )
+    exact = x.double()
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3)), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-7, atol=0.0)
+    assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e4])
+def test_a_constant_channel_has_variance_zero(value: float) -> None:
+    x = torch.full((2, 4, 5, 7), value, device=DEVICE)
+    var = torch.ones(4, device=DEVICE)
+    y = batch_norm_act(
+        x, None, None, None, var, training=True, momentum=1.0, eps=1e-5, activation=None
+    )
+    assert (var >= 0).all() and (var <= 1e-7 * value**2).all()
+    assert torch.isfinite(y).all()
+
+
+def test_nan_is_not_hidden_by_the_relu() -> None:
+    x = torch.randn(2, 4, 3, 3, device=DEVICE)
+    x[1, 2, 0, 0] = float("nan")
+    y = batch_norm_act(x, None, None, None, None, training=True, momentum=0.1, eps=1e-5)
+    assert y[:, 2].isnan().all() and not y[:, [0, 1, 3]].isnan().any()
+
+
+def test_statistics_that_encode_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B x K x C over the codewords: E is not read for its statistics."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 16, 30, generator=generator).transpose(1, 2).to(DEVICE)
+    codewords = torch.randn(5, 16, generator=generator).to(DEVICE)
+    code, *statistics = encode(x, codewords, -torch.ones(5, device=DEVICE) / 8, return_stats=True)
+    call = {"training": True, "momentum": 0.1, "eps": 1e-5}
+    running = [torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)]
+    others = [t.clone() for t in running]
+    expected = batch_norm_act(code, None, None, *others, **call)
+    monkeypatch.setattr(batch_norm_triton, "statistics", None)
+    ours = batch_norm_act(code, None, None, *running, statistics=tuple(statistics), **call)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(running, others)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 6, 0, 4)])
+def test_empty_batch_in_evaluation(shape: tuple[int, ...]) -> None:
+    tensors = example("contiguous", torch.float32, device=DEVICE)
+    tensors["x"] = torch.empty(shape, device=DEVICE)
+    result = run(batch_norm_act, tensors, training=False)
+    assert result["y"].shape == result["dx"].shape == shape
+    assert (result["dweight"] == 0).all()
+
+
+def test_an_empty_share_of_a_group_has_sums_of_zero() -> None:
+    x = torch.empty(0, 6, 20, device=DEVICE)
+    assert torch.equal(_statistics(x), torch.zeros(13, dtype=torch.float64, device=DEVICE))
+    packed = torch.tensor([6.0, 0.0, 20.0, 36.0, 2.0], dtype=torch.float64, device=DEVICE)
+    mean, var, count = _unpack(packed, x[:, :2], None, None, 0.1)
+    assert mean.tolist() == [3.0, 0.0] and var.tolist() == [1.0, 18.0] and count.tolist() == [2.0]
+
+
+@TRAINING
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided pixels"])
+def test_compiles_in_one_graph(layout: str, training: bool) -> None:
+    tensors = example(layout, torch.bfloat16, residual=True, device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
+    ours = run(compiled, tensors, training=training)
+    for name, value in run(batch_norm_act, tensors, training=training).items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "spatial transpose"])
+def test_opcheck(layout: str) -> None:
+    tensors = example(layout, torch.float32, residual=True, device=DEVICE)
+    x, residual = (tensors[n].flatten(2) for n in ("x", "residual"))
+    mean, var, weight, bias = (
+        tensors[n] for n in ("running_mean", "running_var", "weight", "bias")
+    )
+    running = mean.clone(), var.clone()
+    torch.library.opcheck(_moments, (x, *running, 0.1))
+    torch.library.opcheck(_statistics, (x,))
+    torch.library.opcheck(_unpack, (_statistics(x), x, *running, 0.1))
+    count = torch.tensor([105.0], dtype=torch.float64, device=DEVICE)
+    for frozen in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (weight, bias, residual)]
+        call = (mean, var, None if frozen else count, *leaves, True, 1e-5, True, "")
+        torch.library.opcheck(_normalise, (x.clone().requires_grad_(), *call))
+    _, mask = _normalise(x, mean, var, None, weight, bias, residual, True, 1e-5, True, "")
+    backward = (torch.randn_like(x), x, mask, mean, var, weight, bias)
+    torch.library.opcheck(_backward_sums, (*backward, True, 1e-5))
+    torch.library.opcheck(_backward_frozen, (*backward, True, 1e-5, True))
+    sums = torch.randn(2, x.shape[1], dtype=torch.float64, device=DEVICE)
+    torch.library.opcheck(_backward_input, (*backward, sums, count, True, 1e-5, True))
+
+
+def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three forward and three backward; in evaluation one, frozen two backward."""
+    names: list[str] = []
+    original = launch.run_all
+
+    def run_all(launches: Any, device: torch.device) -> None:
+        names.extend(one.kernel.__name__ for one in launches)
+        original(launches, device)
+
+    monkeypatch.setattr(batch_norm_triton, "run_all", run_all)
+    tensors = example("channels_last", torch.float32, residual=True, device=DEVICE)
+    compare(run(batch_norm_act, tensors, training=True), run(torch_formula, tensors, training=True),
+            rtol=1e-3, atol=1e-4)  # fmt: skip
+    assert names == [
+        "statistics_kernel", "finish_statistics_kernel", "normalise_kernel",
+        "backward_sums_kernel", "finish_backward_kernel", "backward_input_kernel",
+    ]  # fmt: skip
+    names.clear()
+    run(batch_norm_act, tensors, training=False)
+    assert names == ["normalise_kernel", "backward_sums_kernel", "finish_backward_kernel"]

@@ -1,0 +1,116 @@
+"""Calls of `batch_norm_act` and what they give, for its tests on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "contiguous": ((3, 6, 5, 7), lambda x: x),
+    "channels_last": ((3, 6, 5, 7), lambda x: x.to(memory_format=torch.channels_last)),
+    "BxC": ((9, 6), lambda x: x),
+    "BxKxC": ((4, 6, 11), lambda x: x),
+    "five dimensions": ((2, 6, 3, 4, 2), lambda x: x),
+    "one channel": ((2, 1, 4, 4), lambda x: x),
+    "one image": ((1, 6, 4, 5), lambda x: x),
+    "two values": ((2, 3, 1, 1), lambda x: x),
+    "strided pixels": ((3, 6, 8, 9), lambda x: x[:, :, ::2, ::3]),
+    "strided channels": ((3, 12, 4, 5), lambda x: x[:, ::2]),
+    "spatial transpose": ((3, 6, 4, 5), lambda x: x.transpose(2, 3)),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "relu, residual": {"residual": True},
+    "linear": {"activation": None},
+    "linear, residual": {"activation": None, "residual": True},
+    "no weight": {"weight": False},
+    "no bias": {"bias": False},
+}
+
+
+def example(
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float64,
+    *,
+    residual: bool = False,
+    weight: bool = True,
+    bias: bool = True,
+    running: bool = True,
+    device: str = "cpu",
+) -> dict[str, Tensor | None]:
+    """Tensors of a call; parameters are float32 unless x is float64."""
+    shape, view = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(len(layout))
+
+    def draw(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator)
+        return values.double() if dtype == torch.float64 else values
+
+    x = view((draw(*shape) * 2 + 1).to(dtype))
+    channels = x.shape[1]
+    tensors = {
+        "x": x,
+        "weight": draw(channels) + 0.5 if weight else None,
+        "bias": draw(channels) if bias else None,
+        "running_mean": draw(channels) if running else None,
+        "running_var": draw(channels).square() + 0.5 if running else None,
+        "residual": view(draw(*shape).to(dtype)) if residual else None,
+    }
+    return {name: None if t is None else t.to(device) for name, t in tensors.items()}
+
+
+def torch_formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """What frameworks write today."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return y if activation is None else y.relu()
+
+
+def gradient_of(y: Tensor) -> Tensor:
+    """dL/dy, the same for every dtype: it has three bits after the leading one."""
+    values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return values.to(torch.float8_e4m3fn).to(y)
+
+
+def run(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor | None], **options: Any
+) -> dict[str, Tensor]:
+    """y, gradients and running statistics afterwards; arguments stay as they were."""
+    leaves = {n: None if t is None else t.detach() for n, t in tensors.items()}
+    for name in ("running_mean", "running_var"):
+        leaves[name] = None if leaves[name] is None else leaves[name].clone()
+    differentiable = [n for n in ("x", "weight", "bias", "residual") if leaves[n] is not None]
+    for name in differentiable:
+        leaves[name].requires_grad_()
+    y = function(**leaves, **({"momentum": 0.2, "eps": 1e-3} | options))
+    y.backward(gradient_of(y))
+    result = {"y": y.detach()} | {f"d{n}": leaves[n].grad for n in differentiable}
+    return result | {n: t for n, t in leaves.items() if n.startswith("running") and t is not None}
+
+
+def as_dtype(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
+    return {n: None if t is None else t.to(dtype) for n, t in tensors.items()}
+
+
+def compare(ours: dict[str, Tensor], exact: dict[str, Tensor], **tolerance: float) -> None:
+    assert ours.keys() == exact.keys()
+    for name, value in exact.items():
+        torch.testing.assert_close(
+            ours[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
