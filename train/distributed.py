@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# A first step may compile for many minutes on one rank while the others wait.
+TIMEOUT = timedelta(minutes=30)
 
 
 class WorldError(RuntimeError):
@@ -64,13 +69,48 @@ def start(device: str) -> World:
     elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if size > 1:
-        # A first step may compile for many minutes on one rank while the others wait.
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            timeout=timedelta(minutes=30),
+            store=fresh_store(),
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
             device_id=place if cuda else None,
         )
     return World(rank, size, local_rank, local_size, place)
+
+
+def fresh_store() -> dist.Store:
+    """A key-value store of the processes that start now, empty whatever was there before.
+
+    The store that torchrun offers outlives its processes: in a group that it starts again, gloo and
+    NCCL would find the addresses of the group that died, and wait for it. The number of restarts
+    would not tell the two apart, since every agent counts its own. So rank 0 draws a name for this
+    start, and hands it to whoever asks now.
+
+    Raises:
+        WorldError: some ranks did not appear in time.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    own = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/has/{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing = set(range(1, size))
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in missing:
+            # What stands here may have been asked by a process that is gone: answer until the
+            # one that lives says that it has the name.
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"{own}/has/{other}"])}
+        if time.monotonic() > deadline:
+            raise WorldError(f"ranks {sorted(missing)} did not appear within {TIMEOUT}")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def stop() -> None:

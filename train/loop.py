@@ -20,7 +20,13 @@ from encnet_triton.nn import BatchNormAct1d, BatchNormAct2d, LossTerms
 from encnet_triton.train import checkpoint, optim, validate
 from encnet_triton.train.checkpoint import Progress
 from encnet_triton.train.config import Config
-from encnet_triton.train.distributed import World, all_reduce_sum, check_same_weights, gather
+from encnet_triton.train.distributed import (
+    World,
+    WorldError,
+    all_reduce_sum,
+    check_same_weights,
+    gather,
+)
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
 from encnet_triton.train.setup import Parts, compile_obstacle
@@ -66,9 +72,21 @@ class Trainer:
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
     def restore(self) -> bool:
-        """Load ``last.safetensors`` if it is there; returns whether it was."""
+        """Load ``last.safetensors`` if it is there; returns whether it was.
+
+        Raises:
+            WorldError: some ranks see the file and others do not.
+        """
         path = self.folder / checkpoint.LAST
-        if not path.exists():
+        found = gather(path.exists())
+        blind = [rank for rank, there in enumerate(found) if not there]
+        if blind:
+            if any(found):
+                raise WorldError(
+                    f"ranks {blind} do not see {path}, which other ranks do; "
+                    "the folder of runs must be one that all hosts share (--runs)"
+                )
+            self.log.rewind(0)  # of a run that ended before its first checkpoint
             return False
         self.progress = checkpoint.load(
             path, self.world, self.model, self.parts.optimizer, self.config

@@ -1,0 +1,97 @@
+"""A process that dies does not end a run: torchrun starts the group again, the trainer goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from encnet_triton.train import loop
+from encnet_triton.train.__main__ import main
+from tests.train.launch import assert_same_state, start, torchrun
+
+
+def process_of_rank(agent: int, rank: int) -> int | None:
+    """The child of a torchrun agent that is a given rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (folder / "environ").read_bytes().split(b"\0") if parent == agent else []
+        except OSError:
+            continue  # it ended, or belongs to somebody else
+        if f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    return None
+
+
+def recorded_steps(run: str) -> list[int]:
+    lines = Path("runs", run, "metrics.jsonl").read_text().splitlines()
+    return [r["step"] for r in map(json.loads, lines) if r["kind"] == "train"]
+
+
+def kill_after_a_checkpoint(agent: int, checkpoint: Path) -> None:
+    """SIGKILL, which no handler sees, to rank 1 as soon as there is something to go on from."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        worker = process_of_rank(agent, 1) if checkpoint.exists() else None
+        if worker is not None:
+            os.kill(worker, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{checkpoint} was not written within two minutes")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_killed_rank_costs_the_steps_since_the_checkpoint(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command, started again by torchrun, ends with the weights of a quiet run."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--recipe", str(recipe), "--resume", "--epochs", "20", "--save-every", "3",
+                 "--val-every", "0", "--pictures", "0"]  # fmt: skip
+    quiet = start([*torchrun(), *arguments, "--name", "quiet"], Path("quiet.log"))
+    assert quiet.wait(120) == 0, Path("quiet.log").read_text()
+
+    log = Path("killed.log")
+    agent = start([*torchrun("--max-restarts", "1"), *arguments, "--name", "killed"], log)
+    try:
+        kill_after_a_checkpoint(agent.pid, Path("runs/killed/last.safetensors"))
+        assert agent.wait(120) == 0, log.read_text()
+    finally:
+        agent.terminate()  # it ends its processes too
+        agent.wait(60)
+    resumed = re.search(r"resumed runs/killed/last.safetensors at step (\d+)", log.read_text())
+    assert resumed is not None and 0 < int(resumed[1]) < 40, log.read_text()
+    assert_same_state("killed", "quiet")
+    assert recorded_steps("killed") == list(range(1, 41))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--recipe", str(recipe), "--stop-at", "2", "--resume"]
+    assert main(arguments) == 0
+    Path("runs/tiny/last.safetensors").unlink()
+    assert main(arguments) == 0
+    assert recorded_steps("tiny") == [1, 2]
+
+
+def test_ranks_that_do_not_share_the_folder_are_named(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The rest would go on from the checkpoint, and they from the start."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--recipe", str(recipe), "--stop-at", "1", "--resume"]
+    assert main(arguments) == 0
+    monkeypatch.setattr(loop, "gather", lambda found: [found, True, False])
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "ranks [2] do not see runs/tiny/last.safetensors" in said
