@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from encnet_triton.checkpoint import read
 from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
 from tests.train.launch import assert_same_state, start, torchrun
@@ -71,6 +72,26 @@ def test_a_killed_rank_costs_the_steps_since_the_checkpoint(
     assert resumed is not None and 0 < int(resumed[1]) < 40, log.read_text()
     assert_same_state("killed", "quiet")
     assert recorded_steps("killed") == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_on_all_ranks(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a scheduler sends before the time limit reaches the processes, which agree to stop."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--recipe", str(recipe), "--epochs", "100000", "--val-every", "0"]
+    log = Path("agent.log")
+    agent = start([*torchrun(), *arguments], log)
+    deadline = time.monotonic() + 120
+    metrics = Path("runs/tiny/metrics.jsonl")
+    while time.monotonic() < deadline and not (metrics.exists() and len(recorded_steps("tiny"))):
+        time.sleep(0.05)
+    agent.terminate()
+    agent.wait(60)
+    assert "go on with --resume" in log.read_text()
+    step = read(Path("runs/tiny/last.safetensors"))[1]["progress"]["step"]
+    assert step == recorded_steps("tiny")[-1]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(
