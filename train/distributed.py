@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 import time
 import uuid
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # A first step may compile for many minutes on one rank while the others wait.
 TIMEOUT = timedelta(minutes=30)
@@ -135,14 +138,61 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
+def digests(model: nn.Module) -> dict[str, bytes]:
+    """A hash of every parameter and buffer, by name: of its values, whatever their layout."""
+    return {
+        name: hashlib.blake2b(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest_size=16
+        ).digest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def check_same_weights(model: nn.Module) -> None:
-    """Make sure that all ranks start from the same parameters and buffers.
+    """Make sure that all ranks start from the same parameters and buffers, bit for bit.
+
+    DDP sends rank 0's weights to the others without a word, which would hide that they had been
+    built from another seed or read from another file.
 
     Raises:
-        WorldError: names the ranks whose weights differ from rank 0's.
+        WorldError: names the ranks and the first tensor that differ from rank 0's.
     """
-    sums = [float(t.double().abs().sum()) for t in model.state_dict().values()]
-    everyone = gather(sums)
-    wrong = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
-    if wrong:
-        raise WorldError(f"ranks {wrong} hold other weights than rank 0 at the start of the run")
+    own, *others = gather(digests(model))
+    different = {
+        rank: next(name for name in own | other if own.get(name) != other.get(name))
+        for rank, other in enumerate(others, 1)
+        if other != own
+    }
+    if different:
+        raise WorldError(
+            f"ranks {list(different)} hold other weights than rank 0 at the start of the run; "
+            f"the first that differs is {next(iter(different.values()))}"
+        )
+
+
+def data_parallel(
+    model: nn.Module, device: torch.device, *, sync_buffers: bool, accumulation: int
+) -> DistributedDataParallel:
+    """Wrap a model so that its backward pass averages the gradients over all processes.
+
+    Args:
+        model: on ``device``, the same on every rank.
+        device: of this process.
+        sync_buffers: copy rank 0's buffers to the others before every forward pass; not needed
+            where the batch normalisation is synchronised.
+        accumulation: backward passes of one step, all but the last in ``no_sync()``.
+    """
+    # In torch 2.13 `forward_sync_buffers` takes the place of `broadcast_buffers`, which warns.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    buffers: dict[str, Any] = {name: sync_buffers}
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Every step uses every parameter once. But torch's static graph counts the backward passes
+        # in no_sync() too: it fails an internal assertion in the first step (torch 2.13, pull
+        # request 187732).
+        static_graph=accumulation == 1,
+        **buffers,
+    )

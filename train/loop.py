@@ -25,6 +25,7 @@ from encnet_triton.train.distributed import (
     WorldError,
     all_reduce_sum,
     check_same_weights,
+    data_parallel,
     gather,
 )
 from encnet_triton.train.log import Log
@@ -132,11 +133,11 @@ class Trainer:
                 self.log.say(obstacle)
         if self.world.size == 1:
             return model
-        return DistributedDataParallel(
+        return data_parallel(
             model,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=not self.config.run.sync_bn,
-            gradient_as_bucket_view=True,
+            self.device,
+            sync_buffers=not self.config.run.sync_bn,
+            accumulation=self.config.optim.accumulation,
         )
 
     def _epoch(self, last: int) -> None:

@@ -1,24 +1,27 @@
 """Run by test_ddp.py, alone and under torchrun: gradients of one step in float64 or float32.
 
 Writes every gradient of an EncNet with its SE losses, batch 8 over all processes, dropout 0,
-synchronised batch normalisation, ignored areas of another size in every image.
+synchronised batch normalisation, ignored areas of another size in every image. With accumulation
+the batch is cut into micro-batches; the statistics are then frozen, which would differ by
+micro-batch, and the third of three equal steps is written.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_sync_group
 from encnet_triton.train import distributed
 
 
-def main(dtype: torch.dtype, output: str) -> None:
+def main(dtype: torch.dtype, output: str, accumulation: int, frozen: bool) -> None:
     world = distributed.start("cpu")
     torch.manual_seed(0)
     options = dict(backbone="demo", head_channels=32, num_codewords=4, dropout=0.0)
@@ -27,15 +30,26 @@ def main(dtype: torch.dtype, output: str) -> None:
     labels = torch.randint(0, 5, (8, 40, 40))
     for index, label in enumerate(labels):
         label[:, : 5 * index] = 255
+    for module in model.modules():
+        if frozen and isinstance(module, _BatchNorm):
+            module.eval()
     loss = SegmentationLoss(5)
     pixels = loss.pixels_in(labels) / world.size  # the trainer all-reduces its own share
     network: torch.nn.Module = model
     if world.size > 1:
         set_sync_group(model, dist.group.WORLD)
-        network = DistributedDataParallel(model)
-    share = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
-    terms = loss(network(images[share]), labels[share], pixels=pixels, images=8 / world.size)
-    terms.total.backward()
+        network = distributed.data_parallel(
+            model, world.device, sync_buffers=False, accumulation=accumulation
+        )
+    own = range(8)[world.rank * 8 // world.size : (world.rank + 1) * 8 // world.size]
+    micro = torch.tensor(own).chunk(accumulation)
+    for _ in range(3 if frozen else 1):
+        model.zero_grad()
+        for number, share in enumerate(micro, 1):
+            waits = world.size > 1 and number < len(micro)
+            with network.no_sync() if waits else nullcontext():
+                out = network(images[share])
+                loss(out, labels[share], pixels=pixels, images=8 / world.size).total.backward()
     if world.main:
         gradients = {name: p.grad.contiguous() for name, p in model.named_parameters()}
         save_file(gradients, output)
@@ -43,4 +57,4 @@ def main(dtype: torch.dtype, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1]), sys.argv[2])
+    main(getattr(torch, sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "frozen")

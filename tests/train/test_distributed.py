@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from encnet_triton.train import distributed
 
@@ -41,3 +44,31 @@ def test_a_rank_that_never_appears_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.1))
     with pytest.raises(distributed.WorldError, match=r"ranks \[1\] did not appear within 0:00:00"):
         distributed.fresh_store()
+
+
+def start_with(other: nn.Module, patch: pytest.MonkeyPatch) -> nn.Module:
+    """A model whose check sees ``other`` on rank 1."""
+    theirs = distributed.digests(other)
+    patch.setattr(distributed, "gather", lambda own: [own, theirs])
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def test_the_same_weights_in_another_layout_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = start_with(nn.Linear(1, 1), monkeypatch)
+    model.add_module("conv", nn.Conv2d(3, 4, 3))
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    start_with(other, monkeypatch)
+    distributed.check_same_weights(model)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_mean"])
+def test_weights_that_differ_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two elements exchanged: no sum over the tensor would tell."""
+    model = start_with(nn.Linear(1, 1), monkeypatch)
+    model[1].running_mean.copy_(torch.arange(4))
+    other = copy.deepcopy(model)
+    tensor = other.state_dict()[name]
+    tensor[[0, 1]] = tensor[[1, 0]]
+    start_with(other, monkeypatch)
+    with pytest.raises(distributed.WorldError, match=rf"ranks \[1\] .* differs is {name}$"):
+        distributed.check_same_weights(model)
