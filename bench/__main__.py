@@ -85,7 +85,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
     parser.add_argument(
         "--shape", type=compile_report.parse_shape, nargs="+", metavar="CxK",
-        help="compile: channels x codewords, for example 512x32",
+        help="compile: channels x codewords of encode, for example 512x32",
+    )  # fmt: skip
+    parser.add_argument(
+        "--op", nargs="+", choices=compile_report.OPS, default=compile_report.OPS,
+        help="compile: operators",
     )  # fmt: skip
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_known_args(arguments)
@@ -102,11 +106,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:<10}{case.title}")
         print(f"{'context':<10}FCN, EncNet, EncNet+SE on the embedded data set, several seeds each")
         print(f"{'compile':<10}registers, spills, memory and instructions of every kernel; no GPU")
-        print(f"{'traffic':<10}bytes the Triton kernels of encode move, counted without a GPU")
+        print(f"{'traffic':<10}bytes the Triton kernels move, counted without a GPU")
         return 0
     if options.case == "compile":
         return compile_report.run(
-            list(options.arch), list(options.dtype), options.shape, options.all, options.json
+            list(options.arch),
+            list(options.dtype),
+            list(options.op),
+            options.shape,
+            options.all,
+            options.json,
         )
     if options.case == "traffic":
         return traffic.run(options.quick, options.json)

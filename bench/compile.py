@@ -1,14 +1,12 @@
 """``python -m bench compile``: what every kernel takes of a GPU, on machines without one.
 
-The launches are made on meta tensors as the operators make them, at 16 images of 60 x 60 pixels,
-channels last; nothing runs.
+The launches are made on meta tensors as the operators make them; nothing runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -18,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,43 +25,31 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.calls import (
+    BATCH_NORM_SHAPES,
+    ENCODE_SHAPES,
+    MORE_BATCH_NORM_SHAPES,
+    MORE_ENCODE_SHAPES,
+    Call,
+    batch_norm_calls,
+    encode_calls,
+)
 from bench.resources import LIMITS, Report, compiler_versions, identity, report, require_compiler
 
 if TYPE_CHECKING:
-    from encnet_triton.kernels.launch import Config, Launch
+    from encnet_triton.kernels.launch import Launch
 
-IMAGES, PIXELS = 16, 3600
 ARCHS = tuple(LIMITS)
 DTYPES = ("bfloat16", "float16", "float32")
-SHAPES = ((512, 32), (1024, 32), (512, 64), (1024, 64))  # channels, codewords
-MORE_SHAPES = ((2048, 256), (16, 32), (64, 16), (100, 7))  # large, small and awkward ones
-_DIRECTIONS = ("forward", "backward")
+OPS = ("encode", "batch_norm_act")
 _MOST_WORKERS = 16  # each holds torch and Triton in memory
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One call of an operator; `config` counts in what the launcher may choose, 0 its default."""
-
-    direction: str
-    dtype: str
-    arch: int
-    channels: int
-    codewords: int
-    config: int = 0
-
-    op = "encode"
-
-    @property
-    def shape(self) -> str:
-        return f"C{self.channels} K{self.codewords}"
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One kernel of a call, by its place in the list of launches."""
 
-    spec: Spec
+    call: Call
     place: int
     label: str
     default: bool
@@ -72,41 +58,7 @@ class Kernel:
 Row = dict[str, Any]
 
 
-def _operator(spec: Spec) -> Any:
-    """The module that launches it; imported here, for it imports Triton."""
-    return importlib.import_module(f"encnet_triton.kernels.{spec.op}_triton")
-
-
-def configs(spec: Spec) -> list[Config]:
-    """What the launcher of this call may choose from, the default first."""
-    choose = getattr(_operator(spec), f"{spec.direction}_configs")
-    dtype = getattr(torch, spec.dtype)
-    return list(choose(spec.arch, dtype, spec.channels, spec.codewords))
-
-
-def launches(spec: Spec) -> list[Launch]:
-    """The launches of one call; forward, those with statistics come after those without."""
-    operator = _operator(spec)
-    empty = partial(torch.empty, device="meta")
-    x = empty(IMAGES, PIXELS, spec.channels, dtype=getattr(torch, spec.dtype)).transpose(1, 2)
-    codewords, scale = empty(spec.codewords, spec.channels), empty(spec.codewords)
-    machine = {"arch": spec.arch, "processors": LIMITS[spec.arch].processors}
-    config = configs(spec)[spec.config]
-    made: list[Launch] = []
-    if spec.direction == "forward":
-        for return_stats in (False, True):
-            made += operator.forward_launches(
-                x, codewords, scale, return_stats, **machine, config=config
-            )[0]
-        return made
-    grad = empty(IMAGES, spec.codewords, spec.channels)
-    made += operator.backward_launches(
-        grad, x, codewords, scale, None, True, **machine, config=config
-    )[0]
-    return made
-
-
-def kernels(specs: Iterable[Spec]) -> dict[Kernel, str]:
+def kernels(calls: Iterable[Call]) -> dict[Kernel, str]:
     """Every kernel of these calls with what identifies its program.
 
     A program that several configurations of a call share is listed once, as a default if it is one
@@ -114,19 +66,19 @@ def kernels(specs: Iterable[Spec]) -> dict[Kernel, str]:
     """
     found: dict[Kernel, str] = {}
     seen: set[tuple[object, ...]] = set()
-    for spec in sorted(specs, key=lambda spec: spec.config):
+    for call in sorted(calls, key=lambda call: call.config):
         names: Counter[str] = Counter()
-        for place, launch in enumerate(launches(spec)):
-            program = identity(launch, spec.arch)
-            key = (spec.direction, spec.dtype, spec.arch, spec.shape, program)
+        for place, launch in enumerate(call.launches()):
+            program = identity(launch, call.arch)
+            key = (call.direction, call.dtype, call.arch, call.shape, program)
             if key in seen:
                 continue
             seen.add(key)
             name = launch.kernel.__name__
             names[name] += 1
             variant = f" #{names[name]}" if names[name] > 1 else ""
-            label = f"{name}{variant} {spec.shape} {configs(spec)[spec.config]}"
-            found[Kernel(spec, place, label, default=spec.config == 0)] = program
+            label = f"{name}{variant} {call.shape} {call.configs()[call.config]}"
+            found[Kernel(call, place, label, default=call.config == 0)] = program
     return found
 
 
@@ -138,32 +90,14 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(channels), int(codewords)
 
 
-def _supported(dtype: str, channels: int, codewords: int) -> bool:
-    operator = importlib.import_module("encnet_triton.kernels.encode_triton")
-    return bool(operator.supports(getattr(torch, dtype), channels, codewords))
-
-
-def calls(
-    archs: list[int], dtypes: list[str], shapes: list[tuple[int, int]], every_config: bool
-) -> Iterator[Spec]:
-    """The calls to report, with the default configuration alone or with every one."""
-    for direction in _DIRECTIONS:
-        for channels, codewords in shapes:
-            for dtype in dtypes:
-                for arch in archs if _supported(dtype, channels, codewords) else ():
-                    spec = Spec(direction, dtype, arch, channels, codewords)
-                    for config in range(len(configs(spec)) if every_config else 1):
-                        yield Spec(direction, dtype, arch, channels, codewords, config)
-
-
 @cache
-def _launches_once(spec: Spec) -> list[Launch]:
-    return launches(spec)
+def _launches_once(call: Call) -> list[Launch]:
+    return call.launches()
 
 
 def _compile(kernel: Kernel) -> Report:
     """What a worker process does."""
-    return report(_launches_once(kernel.spec)[kernel.place], kernel.spec.arch)
+    return report(_launches_once(kernel.call)[kernel.place], kernel.call.arch)
 
 
 def _start_worker() -> None:
@@ -200,18 +134,18 @@ def _result(future: Future[Report], kernel: Kernel) -> Report:
         with _pool(1) as pool:
             return pool.submit(_compile, kernel).result()
     except BrokenProcessPool:
-        launch = _launches_once(kernel.spec)[kernel.place]
-        name, arch = launch.kernel.__name__, kernel.spec.arch
+        launch = _launches_once(kernel.call)[kernel.place]
+        name, arch = launch.kernel.__name__, kernel.call.arch
         return Report(name, arch, launch.num_warps, note="does not compile: the compiler crashed")
 
 
 def _row(kernel: Kernel, made: Report) -> Row:
-    spec = kernel.spec
+    call = kernel.call
     return {
-        "op": spec.op,
-        "direction": spec.direction,
-        "dtype": spec.dtype,
-        "shape": spec.shape,
+        "op": call.op,
+        "direction": call.direction,
+        "dtype": call.dtype,
+        "shape": call.shape,
         "config": kernel.label,
         "default": kernel.default,
         **asdict(made),
@@ -250,9 +184,25 @@ def _cell(row: Row) -> str:
     return f"[red]{figures if row['registers'] else 'fails'}{'' if row['fits'] else ' !'}[/red]"
 
 
+def _calls(
+    archs: list[int],
+    dtypes: list[str],
+    ops: list[str],
+    shapes: list[tuple[int, int]] | None,
+    everything: bool,
+) -> Iterator[Call]:
+    if "encode" in ops:
+        of_encode = shapes or [*ENCODE_SHAPES, *(MORE_ENCODE_SHAPES if everything else ())]
+        yield from encode_calls(archs, dtypes, of_encode, everything)
+    if "batch_norm_act" in ops:
+        sizes = [*BATCH_NORM_SHAPES, *(MORE_BATCH_NORM_SHAPES if everything else ())]
+        yield from batch_norm_calls(archs, dtypes, sizes, everything)
+
+
 def run(
     archs: list[int],
     dtypes: list[str],
+    ops: list[str],
     shapes: list[tuple[int, int]] | None,
     everything: bool,
     json_file: Path | None,
@@ -264,12 +214,11 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console() if sys.stdout.isatty() else Console(width=180)
-    shapes = shapes or [*SHAPES, *(MORE_SHAPES if everything else ())]
     console.print(
         f"{compiler_versions(archs)}; compiled for {', '.join(f'sm_{a}' for a in archs)}, not run",
         highlight=False,
     )
-    rows = reports(kernels(calls(archs, dtypes, shapes, everything)))
+    rows = reports(kernels(_calls(archs, dtypes, ops, shapes, everything)))
     console.print(table(rows, archs), highlight=False)
     for row in rows:
         if row["note"]:

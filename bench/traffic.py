@@ -1,9 +1,9 @@
 """Bytes that the Triton kernels move: ``python -m bench traffic [--quick] [--json FILE]``.
 
 Counted in Triton's interpreter, so no GPU is needed and nothing is timed. The caches are modelled
-in the simplest way: within a program a sector of 32 bytes of X, dX or a partial sum (an argument
-whose name begins with X, dX or P) comes from memory once; everything else (parameters, G, E,
-tables) is small, and comes once a launch. Loads and stores count separately.
+in the simplest way: within a program a sector of 32 bytes of a large tensor (features, gradients,
+partial sums) comes from memory once; everything else (parameters, tables) is small, and comes once
+a launch. Loads and stores count separately.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.calls import DIRECTIONS, VARIANTS, BatchNormShape, Variant, batch_norm_launches
+
 if TYPE_CHECKING:
     from bench.interpreter import LaunchRecord
+    from encnet_triton.kernels.launch import Launch
 
-H100 = {"arch": 90, "processors": 132}
-STREAMED = ("X", "dX", "P")
+PROCESSORS = 132  # of an H100
+# Arguments that come from memory once a program: their name, or how it begins.
+STREAMED = {
+    "encode": ("X", "dX", "P"),
+    "batch_norm_act": ("X", "R", "Y", "dY", "dX", "dR", "Bits", "P"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,32 +47,33 @@ class Shape:
     N: int
     C: int
     K: int
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self) -> str:
-        return f"B{self.B} N{self.N} C{self.C} K{self.K}"
-
-
-SHAPES = (
-    Shape(16, 3600, 512, 32),
-    Shape(16, 900, 512, 64),
-    Shape(16, 900, 1024, 32),
-    Shape(16, 900, 1024, 64),
-    Shape(16, 900, 512, 32, torch.float32),
-)
-QUICK = (Shape(2, 200, 64, 32), Shape(2, 200, 64, 32, torch.float32))
 
 
 @dataclass(frozen=True)
-class Row:
-    """One direction of an operator; sums over its launches, ``programs`` too.
+class Case:
+    """One direction of an operator, its launches not made yet.
 
-    ``least_bytes`` reads inputs and writes outputs once: forward x, E and the codewords; backward
-    x, dx, G, the codewords and their gradient.
+    ``least_bytes`` reads inputs and writes outputs once a pass: `encode` forward x, E and the
+    codewords; backward x, dx, G, the codewords and their gradient. `batch_norm_act`: see
+    `_least_of_batch_norm`.
     """
 
     op: str
     direction: str
+    variant: str
+    dtype: torch.dtype
+    shape: dict[str, int]
+    least_bytes: int
+    launches: Callable[[], list[Launch]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a case moves; sums over its launches, ``programs`` too."""
+
+    op: str
+    direction: str
+    variant: str
     dtype: str
     shape: dict[str, int]
     programs: int
@@ -72,57 +82,136 @@ class Row:
     least_bytes: int
 
 
-def _launches(shape: Shape, direction: str) -> list[Any]:
+def _encode_launches(shape: Shape, dtype: torch.dtype, direction: str) -> list[Launch]:
     # Not at the top: it imports triton, which not every system has.
     encode: Any = importlib.import_module("encnet_triton.kernels.encode_triton")
-    x = torch.empty(shape.B, shape.N, shape.C, dtype=shape.dtype).transpose(1, 2)
+    machine = {"arch": 90, "processors": PROCESSORS}
+    x = torch.empty(shape.B, shape.N, shape.C, dtype=dtype).transpose(1, 2)
     codewords, scale = torch.empty(shape.K, shape.C), torch.empty(shape.K)
     if direction == "forward":
-        made, _ = encode.forward_launches(x, codewords, scale, False, **H100)
+        made, _ = encode.forward_launches(x, codewords, scale, False, **machine)
     else:
         grad = torch.empty(shape.B, shape.K, shape.C)
-        made, _ = encode.backward_launches(grad, x, codewords, scale, None, True, **H100)
+        made, _ = encode.backward_launches(grad, x, codewords, scale, None, True, **machine)
     return list(made)
 
 
-def _memory_bytes(launch: LaunchRecord) -> int:
+def _least_of_encode(shape: Shape, dtype: torch.dtype, direction: str) -> int:
+    x = shape.B * shape.N * shape.C * dtype.itemsize
+    code, codewords = 4 * shape.B * shape.K * shape.C, 4 * shape.K * shape.C
+    return x + code + codewords if direction == "forward" else 2 * x + code + 2 * codewords
+
+
+def encode_cases(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Both directions."""
+    for direction in DIRECTIONS:
+        yield Case(
+            "encode",
+            direction,
+            "",
+            dtype,
+            asdict(shape),
+            _least_of_encode(shape, dtype, direction),
+            partial(_encode_launches, shape, dtype, direction),
+        )
+
+
+def _least_of_batch_norm(
+    size: BatchNormShape, variant: Variant, direction: str, dtype: torch.dtype
+) -> int:
+    """Tensors of x's size: x twice, residual, y; dy and x twice, dx, dresidual; a mask of bits.
+
+    Frozen statistics need x, and dy and x, once.
+    """
+    whole = size.B * size.C * size.N * dtype.itemsize
+    rows, width = (size.B * size.N, size.C) if size.channels_last else (size.B * size.C, size.N)
+    packed = rows * -(-width // 8) if variant.residual and variant.relu else 0
+    if direction == "forward":
+        keeps = 0 if variant.frozen else packed
+        return whole * (2 + (not variant.frozen) + variant.residual) + keeps
+    passes = 1 if variant.frozen else 2
+    reads = 2 if not variant.frozen or variant.relu or variant.residual else 1
+    return whole * (reads * passes + 1 + bool(packed)) + packed * passes
+
+
+def _batch_norm_launches(
+    size: BatchNormShape, variant: Variant, dtype: torch.dtype, direction: str
+) -> list[Launch]:
+    return batch_norm_launches(size.empty(dtype, "cpu"), variant, direction, PROCESSORS)
+
+
+def batch_norm_cases(
+    size: BatchNormShape, variant: Variant, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Case]:
+    """Both directions of one layer."""
+    for direction in DIRECTIONS:
+        yield Case(
+            "batch_norm_act",
+            direction,
+            f"{variant}, {'channels last' if size.channels_last else 'contiguous'}",
+            dtype,
+            {"B": size.B, "C": size.C, "N": size.N},
+            _least_of_batch_norm(size, variant, direction, dtype),
+            partial(_batch_norm_launches, size, variant, dtype, direction),
+        )
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """What the table lists."""
+    if quick:
+        yield from encode_cases(Shape(2, 200, 64, 32))
+        yield from encode_cases(Shape(2, 200, 64, 32), torch.float32)
+        for variant in VARIANTS:
+            yield from batch_norm_cases(BatchNormShape(2, 64, 900), variant)
+        yield from batch_norm_cases(BatchNormShape(2, 16, 900, channels_last=False), Variant())
+        return
+    for shape in (
+        Shape(16, 3600, 512, 32),
+        Shape(16, 900, 512, 64),
+        Shape(16, 900, 1024, 32),
+        Shape(16, 900, 1024, 64),
+    ):
+        yield from encode_cases(shape)
+    yield from encode_cases(Shape(16, 900, 512, 32), torch.float32)
+    for channels_last in (True, False):
+        for variant in VARIANTS[:2]:
+            yield from batch_norm_cases(BatchNormShape(4, 256, 14400, channels_last), variant)
+
+
+def _memory_bytes(launch: LaunchRecord, streamed: tuple[str, ...]) -> int:
     return sum(
-        traffic.by_program if name.startswith(STREAMED) else traffic.by_launch
+        traffic.by_program if name.startswith(streamed) else traffic.by_launch
         for accesses in (launch.loads, launch.stores)
         for name, traffic in accesses.items()
     )
 
 
-def _least_bytes(shape: Shape, direction: str) -> int:
-    x = shape.B * shape.N * shape.C * shape.dtype.itemsize
-    code, codewords = 4 * shape.B * shape.K * shape.C, 4 * shape.K * shape.C
-    return x + code + codewords if direction == "forward" else 2 * x + code + 2 * codewords
-
-
-def count(shape: Shape, direction: str) -> Row:
-    """Run the launches of one direction of encode in the interpreter, without their values."""
+def count(case: Case) -> Row:
+    """Run the launches of one case in the interpreter, without their values."""
     from bench.interpreter import Watch
 
-    with Watch(values=False) as watch:
-        for launch in _launches(shape, direction):
+    # Loads give zeros, and a count of zero is divided by.
+    with np.errstate(invalid="ignore", divide="ignore"), Watch(values=False) as watch:
+        for launch in case.launches():
             launch.run()
     accesses = [t for w in watch.launches for a in (w.loads, w.stores) for t in a.values()]
     return Row(
-        op="encode",
-        direction=direction,
-        dtype=str(shape.dtype).removeprefix("torch."),
-        shape={"B": shape.B, "N": shape.N, "C": shape.C, "K": shape.K},
+        op=case.op,
+        direction=case.direction,
+        variant=case.variant,
+        dtype=str(case.dtype).removeprefix("torch."),
+        shape=case.shape,
         programs=sum(launch.programs for launch in watch.launches),
         requested_bytes=sum(traffic.requested for traffic in accesses),
-        memory_bytes=sum(map(_memory_bytes, watch.launches)),
-        least_bytes=_least_bytes(shape, direction),
+        memory_bytes=sum(_memory_bytes(w, STREAMED[case.op]) for w in watch.launches),
+        least_bytes=case.least_bytes,
     )
 
 
 def table(rows: Sequence[Row]) -> Table:
     """Megabytes (10^6 bytes), and memory as a multiple of the least possible."""
-    made = Table(title="Bytes moved by encode, counted in the interpreter", title_justify="left")
-    for column in ("", "dtype", "shape"):
+    made = Table(title="Bytes moved, counted in the interpreter", title_justify="left")
+    for column in ("", "variant", "dtype", "shape"):
         made.add_column(column, no_wrap=True)
     for column in ("programs", "requested MB", "memory MB", "least MB", "memory / least"):
         made.add_column(column, justify="right", no_wrap=True)
@@ -131,7 +220,7 @@ def table(rows: Sequence[Row]) -> Table:
         bytes_ = (row.requested_bytes, row.memory_bytes, row.least_bytes)
         cells = [str(row.programs), *(f"{b / 1e6:.1f}" for b in bytes_)]
         ratio = f"{row.memory_bytes / row.least_bytes:.2f}x"
-        made.add_row(f"{row.op} {row.direction}", row.dtype, name, *cells, ratio)
+        made.add_row(f"{row.op} {row.direction}", row.variant, row.dtype, name, *cells, ratio)
     return made
 
 
@@ -149,9 +238,8 @@ def run(quick: bool, json_file: Path | None) -> int:
         return 1
     if os.environ.get("TRITON_INTERPRET") != "1":
         return _run_interpreted(quick, json_file)
-    shapes = QUICK if quick else SHAPES
-    rows = [count(shape, direction) for shape in shapes for direction in ("forward", "backward")]
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    rows = [count(case) for case in cases(quick)]
+    console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(table(rows))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

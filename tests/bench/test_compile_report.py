@@ -6,36 +6,16 @@ started with TRITON_INTERPRET, and nothing needs a GPU.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import compile as compile_report
 from bench.resources import LIMITS, accesses, blocks_per_sm, widths
+from tests.support.compiled import Row, compiled, needs_triton, run_apart, select
 
-ROOT = Path(__file__).parents[2]
 DTYPES = ("bfloat16", "float32")
-Row = dict[str, Any]
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
-
-
-def run_apart(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    """A Python process at the root of the checkout, not interpreting kernels unless asked."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
-    path = (str(ROOT), os.environ.get("PYTHONPATH", ""))
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
 
 
 @pytest.fixture(scope="session")
@@ -49,22 +29,7 @@ def planted() -> dict[str, Any]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """Default configurations of encode at 512 channels and 32 codewords, as the command says."""
     file = tmp_path_factory.mktemp("compile") / "rows.json"
-    chosen = ("--dtype", *DTYPES, "--shape", "512x32")
-    run = run_apart("-m", "bench", "compile", *chosen, "--json", str(file))
-    assert file.exists(), run.stderr
-    found = json.loads(file.read_text())
-    wrong = any(row["spill_bytes"] or not row["fits"] for row in found)
-    assert run.returncode == int(wrong), run.stdout
-    assert "not run" in run.stdout.splitlines()[0]
-    return found
-
-
-def select(rows: list[Row], direction: str, dtype: str, arch: int) -> list[Row]:
-    wanted = (direction, dtype, arch)
-    found = [row for row in rows if (row["direction"], row["dtype"], row["arch"]) == wanted]
-    assert found
-    assert all(row["default"] for row in found)
-    return found
+    return compiled(file, "--op", "encode", "--dtype", *DTYPES, "--shape", "512x32")
 
 
 each_call = pytest.mark.parametrize(

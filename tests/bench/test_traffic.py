@@ -11,10 +11,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench import traffic
+from bench.calls import VARIANTS, BatchNormShape
+
 ROOT = Path(__file__).parents[2]
 KEYS = (
-    "op", "direction", "dtype", "shape", "programs", "requested_bytes", "memory_bytes",
-    "least_bytes",
+    "op", "direction", "variant", "dtype", "shape", "programs", "requested_bytes",
+    "memory_bytes", "least_bytes",
 )  # fmt: skip
 
 
@@ -44,7 +47,31 @@ def test_nothing_is_below_the_least_possible(printed_and_rows) -> None:
 def test_the_least_reads_inputs_and_writes_outputs_once(printed_and_rows) -> None:
     size = {"bfloat16": 2, "float32": 4}
     for row in printed_and_rows[1]:
+        if row["op"] != "encode":
+            continue
         b, n, c, k = (row["shape"][letter] for letter in "BNCK")
         x, code, codewords = b * n * c * size[row["dtype"]], 4 * b * k * c, 4 * k * c
         least = {"forward": x + code + codewords, "backward": 2 * x + code + 2 * codewords}
         assert row["least_bytes"] == least[row["direction"]]
+
+
+def test_the_least_of_batch_norm_is_that_of_the_design() -> None:
+    """In tensors of the layer's size; a mask of one bit a value is 1/16 of one in bfloat16."""
+    whole = 2 * 16 * 256 * 14400
+    shape = BatchNormShape(16, 256, 14400)
+    least = {
+        (case.direction, case.variant.split(",")[0]): case.least_bytes / whole
+        for variant in VARIANTS
+        for case in traffic.batch_norm_cases(shape, variant)
+    }
+    assert least["forward", "relu"] == 3 and least["backward", "relu"] == 5
+    assert least["forward", "residual + relu"] == 4 + 1 / 16
+    assert least["backward", "residual + relu"] == 6 + 2 / 16
+    assert least["forward", "frozen + relu"] == 2 and least["backward", "frozen + relu"] == 3
+
+
+def test_batch_norm_reads_each_tensor_once_a_pass(printed_and_rows) -> None:
+    rows = [row for row in printed_and_rows[1] if row["op"] == "batch_norm_act"]
+    assert len(rows) > 10
+    for row in rows:  # at this small size the partial sums are up to a tenth
+        assert row["memory_bytes"] <= 1.12 * row["least_bytes"]

@@ -1,0 +1,237 @@
+"""Calls of the operators as the reports make them: lists of launches that nothing runs.
+
+Launches are made on meta tensors or, for the interpreter, on memory that is never written.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bench.resources import LIMITS
+
+if TYPE_CHECKING:
+    from encnet_triton.kernels.launch import Config, Launch
+
+DIRECTIONS = ("forward", "backward")
+IMAGES, PIXELS = 16, 3600
+ENCODE_SHAPES = ((512, 32), (1024, 32), (512, 64), (1024, 64))  # channels, codewords
+MORE_ENCODE_SHAPES = ((2048, 256), (16, 32), (64, 16), (100, 7))  # large, small and awkward ones
+
+
+def _module(name: str) -> Any:
+    # Not at the top: it imports triton, which not every system has.
+    return importlib.import_module(f"encnet_triton.kernels.{name}")
+
+
+@dataclass(frozen=True)
+class EncodeCall:
+    """`encode` on 16 images of 60 x 60 pixels, channels last; `config` counts in `configs`."""
+
+    direction: str
+    dtype: str
+    arch: int
+    channels: int
+    codewords: int
+    config: int = 0
+
+    op = "encode"
+
+    @property
+    def shape(self) -> str:
+        return f"C{self.channels} K{self.codewords}"
+
+    def configs(self) -> list[Config]:
+        """What the launcher may choose from, the default first."""
+        choose = getattr(_module("encode_triton"), f"{self.direction}_configs")
+        return list(choose(self.arch, getattr(torch, self.dtype), self.channels, self.codewords))
+
+    def launches(self) -> list[Launch]:
+        """Forward, those with statistics come after those without."""
+        operator = _module("encode_triton")
+        dtype = getattr(torch, self.dtype)
+        x = _meta(IMAGES, PIXELS, self.channels, dtype=dtype).transpose(1, 2)
+        codewords, scale = _meta(self.codewords, self.channels), _meta(self.codewords)
+        machine = {"arch": self.arch, "processors": LIMITS[self.arch].processors}
+        config = self.configs()[self.config]
+        made: list[Launch] = []
+        if self.direction == "forward":
+            for return_stats in (False, True):
+                made += operator.forward_launches(
+                    x, codewords, scale, return_stats, **machine, config=config
+                )[0]
+            return made
+        grad = _meta(IMAGES, self.codewords, self.channels)
+        made += operator.backward_launches(
+            grad, x, codewords, scale, None, True, **machine, config=config
+        )[0]
+        return made
+
+
+def encode_calls(
+    archs: list[int], dtypes: list[str], shapes: list[tuple[int, int]], every_config: bool
+) -> Iterator[EncodeCall]:
+    """With the default configuration alone or with every one."""
+    supports = _module("encode_triton").supports
+    for direction in DIRECTIONS:
+        for channels, codewords in shapes:
+            for dtype in dtypes:
+                for arch in archs if supports(getattr(torch, dtype), channels, codewords) else ():
+                    call = EncodeCall(direction, dtype, arch, channels, codewords)
+                    for config in range(len(call.configs()) if every_config else 1):
+                        yield EncodeCall(direction, dtype, arch, channels, codewords, config)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a layer does beside normalising; `frozen` is evaluation, with gradients backward."""
+
+    relu: bool = True
+    residual: bool = False
+    frozen: bool = False
+    synchronised: bool = False
+
+    def __str__(self) -> str:
+        parts = ["frozen"] if self.frozen else []
+        parts += ["synchronised"] if self.synchronised else []
+        parts += ["residual"] if self.residual else []
+        parts += ["relu"] if self.relu else []
+        return " + ".join(parts) or "linear"
+
+
+VARIANTS = (
+    Variant(),
+    Variant(residual=True),
+    Variant(relu=False),
+    Variant(frozen=True),
+    Variant(frozen=True, residual=True),
+    Variant(synchronised=True),
+)
+
+
+@dataclass(frozen=True)
+class BatchNormShape:
+    """x of a batch norm; N pixels, in one of the two layouts that the kernels read."""
+
+    B: int
+    C: int
+    N: int
+    channels_last: bool = True
+
+    def __str__(self) -> str:
+        layout = "channels last" if self.channels_last else "contiguous"
+        return f"B{self.B} C{self.C} N{self.N} {layout}"
+
+    def empty(self, dtype: torch.dtype, device: str) -> Tensor:
+        if self.channels_last:
+            return torch.empty(self.B, self.N, self.C, dtype=dtype, device=device).transpose(1, 2)
+        return torch.empty(self.B, self.C, self.N, dtype=dtype, device=device)
+
+
+# A stage of ResNet-50 in both layouts, and the codewords' B x K x C.
+BATCH_NORM_SHAPES = (
+    BatchNormShape(16, 256, 14400),
+    BatchNormShape(16, 256, 14400, channels_last=False),
+    BatchNormShape(16, 32, 512, channels_last=False),
+)
+# Where sizes are no multiple of the tiles or of 16 bytes.
+MORE_BATCH_NORM_SHAPES = (
+    BatchNormShape(16, 100, 900),
+    BatchNormShape(16, 2048, 3481, channels_last=False),
+)
+
+
+@dataclass(frozen=True)
+class BatchNormCall:
+    """`batch_norm_act`: the launches of every variant, which share most of their kernels."""
+
+    direction: str
+    dtype: str
+    arch: int
+    size: BatchNormShape
+    config: int = 0
+
+    op = "batch_norm_act"
+
+    @property
+    def shape(self) -> str:
+        return str(self.size)
+
+    def _x(self) -> Tensor:
+        return self.size.empty(getattr(torch, self.dtype), "meta")
+
+    def configs(self) -> list[Config]:
+        return list(_module("batch_norm_triton").configs(self._x()))
+
+    def launches(self) -> list[Launch]:
+        processors, config = LIMITS[self.arch].processors, self.configs()[self.config]
+        return [
+            launch
+            for variant in VARIANTS
+            for launch in batch_norm_launches(
+                self._x(), variant, self.direction, processors, config
+            )
+        ]
+
+
+def batch_norm_launches(
+    x: Tensor, variant: Variant, direction: str, processors: int, config: Config | None = None
+) -> list[Launch]:
+    """What one layer launches on x, B x C x N, parameters in float32."""
+    operator = _module("batch_norm_triton")
+    machine = (processors, config or operator.configs(x)[0])
+    mean, var, weight, bias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(4))
+    affine = operator.Affine(mean, var, weight, bias, 1e-5)
+    relu, packed = variant.relu, variant.relu and variant.residual
+    made: list[Launch] = []
+    if direction == "forward":
+        if not variant.frozen:
+            running = operator.Running(mean, var, 0.1)
+            alone = None if variant.synchronised else running
+            launches, outputs = operator.statistics_launches(x, alone, *machine)
+            made += launches
+            if variant.synchronised:
+                made += operator.moments_launches(outputs[0], running)[0]
+        residual = torch.empty_like(x) if variant.residual else None
+        made += operator.normalise_launches(
+            x, affine, residual, relu, packed and not variant.frozen, variant.frozen, *machine
+        )[0]
+        return made
+    grad = torch.empty_like(x)
+    mask = x.new_empty(operator.mask_bytes(x), dtype=torch.uint8) if packed else None
+    launches, outputs = operator.sums_launches(
+        grad, x, mask, affine, relu, variant.frozen, packed, *machine
+    )
+    made += launches
+    if not variant.frozen:
+        count = x.new_empty(1, dtype=torch.float64)
+        made += operator.input_launches(
+            grad, x, mask, affine, outputs[0], count, relu, packed, *machine
+        )[0]
+    return made
+
+
+def batch_norm_calls(
+    archs: list[int], dtypes: list[str], shapes: list[BatchNormShape], every_config: bool
+) -> Iterator[BatchNormCall]:
+    """With the default configuration alone; of the main shapes, if asked, with every one."""
+    for direction in DIRECTIONS:
+        for size in shapes:
+            for dtype in dtypes:
+                for arch in archs:
+                    call = BatchNormCall(direction, dtype, arch, size)
+                    every = every_config and size in BATCH_NORM_SHAPES
+                    for config in range(len(call.configs()) if every else 1):
+                        yield BatchNormCall(direction, dtype, arch, size, config)
+
+
+Call = EncodeCall | BatchNormCall
+
+
+def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")

@@ -1,0 +1,62 @@
+"""The kernels of batch_norm_act, compiled for five architectures."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import compile as compile_report
+from tests.support.compiled import Row, compiled, needs_triton, select
+
+pytestmark = [needs_triton, pytest.mark.slow]
+
+# Tensors of the layer's size; parameters and sums are small.
+LARGE = ("X", "R", "Y", "dY", "dX", "dR")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    file = tmp_path_factory.mktemp("compile") / "rows.json"
+    return compiled(file, "--op", "batch_norm_act", "--dtype", "bfloat16")
+
+
+each_call = pytest.mark.parametrize(
+    ("direction", "arch"),
+    [(v, a) for v in ("forward", "backward") for a in compile_report.ARCHS],
+)
+
+
+@each_call
+def test_defaults_fit_and_do_not_spill(rows: list[Row], direction: str, arch: int) -> None:
+    wrong = {
+        row["config"]: row["note"] or f"{row['spill_bytes']} bytes spilled"
+        for row in select(rows, direction, "bfloat16", arch)
+        if compile_report.bad(row)
+    }
+    assert not wrong, f"sm_{arch}"
+
+
+@each_call
+def test_large_tensors_are_accessed_16_bytes_wide(
+    rows: list[Row], direction: str, arch: int
+) -> None:
+    widths = {
+        (row["config"], name): set(map(int, counted))
+        for row in select(rows, direction, "bfloat16", arch)
+        for name, counted in row["accesses"].items()
+        if name in LARGE
+    }
+    assert len(widths) >= 10
+    assert set.union(*widths.values()) == {16}, f"sm_{arch}: {widths}"
+
+
+@each_call
+def test_enough_warps_are_resident_to_hide_memory(
+    rows: list[Row], direction: str, arch: int
+) -> None:
+    """16 warps with two loads of 16 bytes in flight a thread are 16 KiB a multiprocessor."""
+    few = {
+        row["config"]: row["blocks_per_sm"]
+        for row in select(rows, direction, "bfloat16", arch)
+        if row["blocks_per_sm"] * row["num_warps"] < 16
+    }
+    assert not few, f"sm_{arch}"

@@ -1,0 +1,50 @@
+"""The compile report, made in a process of its own, and its rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Row = dict[str, Any]
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def run_apart(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """A Python process at the root of the checkout, not interpreting kernels unless asked."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
+    path = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+def compiled(file: Path, *arguments: str) -> list[Row]:
+    """Rows of ``python -m bench compile``, whose exit status says whether any is bad."""
+    run = run_apart("-m", "bench", "compile", *arguments, "--json", str(file))
+    assert file.exists(), run.stderr
+    found: list[Row] = json.loads(file.read_text())
+    wrong = any(row["spill_bytes"] or not row["fits"] for row in found)
+    assert run.returncode == int(wrong), run.stdout
+    assert "not run" in run.stdout.splitlines()[0]
+    return found
+
+
+def select(rows: list[Row], direction: str, dtype: str, arch: int) -> list[Row]:
+    """Rows of one call; every one is of a default configuration."""
+    wanted = (direction, dtype, arch)
+    found = [row for row in rows if (row["direction"], row["dtype"], row["arch"]) == wanted]
+    assert found
+    assert all(row["default"] for row in found)
+    return found
