@@ -105,12 +105,17 @@ def interpreting() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_sm_80_or_newer(index: Optional[int]) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 def takes_triton(x: Tensor) -> bool:
     """Whether an operator runs its Triton kernels on x: on sm_80 and up, or when interpreting."""
     if triton is None or x.dtype == torch.float64:
         return False
     if x.is_cuda:
-        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return _is_sm_80_or_newer(x.device.index)
     return interpreting()
 
 

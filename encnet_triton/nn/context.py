@@ -121,7 +121,7 @@ class ContextEncoding(nn.Module):
             x = self.project(x)
         if self.encoding is None or self.bn is None:
             return x.mean((2, 3))
-        if self.bn.takes_statistics:
+        if self.bn.takes_statistics(x):
             encoded, *statistics = self.encoding(x, return_stats=True)
             phi: Tensor = self.bn(encoded.to(self.bn.weight.dtype), statistics=statistics)
         else:

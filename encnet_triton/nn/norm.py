@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from encnet_triton.kernels import batch_norm_act
+from encnet_triton.kernels.launch import takes_triton
 from encnet_triton.nn.arguments import check_choice
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ class _BatchNormAct(_BatchNorm):
         self.impl: Impl = impl
         self.group: ProcessGroup | None = None
 
-    @property
-    def takes_statistics(self) -> bool:
-        """Whether `forward` can use statistics of its input that are there already."""
-        return self.training and (self.group is not None or self.impl == "fused")
+    def takes_statistics(self, x: Tensor) -> bool:
+        """Whether `forward` can use statistics of an input on x's device that are there already."""
+        return self.training and self._fused(x)
+
+    def _fused(self, x: Tensor) -> bool:
+        if self.group is not None or self.impl == "fused":
+            return True
+        return self.impl == "auto" and x.is_cuda and takes_triton(x)
 
     def forward(
         self,
@@ -66,7 +71,7 @@ class _BatchNormAct(_BatchNorm):
         self._check_channels(x)
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        if self.group is None and self.impl != "fused":
+        if not self._fused(x):
             return self._torch(x, residual)
         y: Tensor = batch_norm_act(
             x,
@@ -134,10 +139,10 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
         momentum: weight of the new batch in the running statistics.
         impl: "torch" is torch's batch norm followed by in-place add and ReLU; "fused" is
             `encnet_triton.kernels.batch_norm_act`; "auto" takes "fused" where the statistics are
-            synchronised over a process group and "torch" otherwise, which is faster on the CPU in
-            eager mode: on 2 cores with AVX-512, fp32 channels_last, forward + backward, "fused"
-            took 1.1 to 2.5 times as long a layer and 1.2 times as long a training step of the
-            `small` EncNet (768 against 644 ms).
+            synchronised over a process group and on GPUs from sm_80 on, where it moves fewer bytes
+            (kernels/README.md has the table), and "torch" otherwise, which is faster on the CPU:
+            on 2 cores with AVX-512, fp32 channels_last, forward + backward, "fused" took 1.1 to 2.5
+            times as long a layer.
     """
 
 
