@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from encnet_triton.kernels import _tiles, batch_norm_act, reference
 from encnet_triton.kernels.batch_norm import (
@@ -22,6 +20,7 @@ from encnet_triton.kernels.batch_norm import (
     _statistics,
     _unpack,
 )
+from tests.support import synchronised
 from tests.support.batch_norm import (
     LAYOUTS,
     OPTIONS,
@@ -246,67 +245,12 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], w
     assert "\n" not in str(caught.value)
 
 
-class _AllReduces(TorchDispatchMode):
-    """The dtype and number of elements of every all-reduce."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
-            self.seen.append((str(args[0].dtype), args[0].numel()))
-        return func(*args, **(kwargs or {}))
-
-
-SHARES = {"equal": (0, 2, 4), "unequal": (0, 3, 4), "one rank empty": (0, 4, 4)}
-
-
-def _shared_batch() -> dict[str, Tensor | None]:
-    """Four images whose means differ, so that unsynchronised statistics are far off."""
-    tensors = example("channels_last", residual=True)
-    extra = tensors["x"][:1] * 3 + 5
-    tensors["x"] = torch.cat([tensors["x"], extra]).contiguous(memory_format=torch.channels_last)
-    tensors["residual"] = torch.cat([tensors["residual"], extra.flip(2)])
-    return tensors
-
-
-def _synchronised_rank(rank: int, folder: str) -> None:
-    """One of two processes: its share of every split, saved with the all-reduces it made."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    whole = _shared_batch()
-    grad = torch.randn(whole["x"].shape, generator=torch.Generator().manual_seed(1)).double()
-    results = {}
-    for share, bounds in SHARES.items():
-        own = slice(bounds[rank], bounds[rank + 1])
-        leaves = {n: t.clone() for n, t in whole.items()}
-        leaves |= {n: whole[n][own].clone() for n in ("x", "residual")}
-        for name in ("x", "weight", "bias", "residual"):
-            leaves[name].requires_grad_()
-        with _AllReduces() as forward:
-            y = batch_norm_act(
-                **leaves, training=True, momentum=0.2, eps=1e-3, group=dist.group.WORLD
-            )
-        with _AllReduces() as backward:
-            y.backward(grad[own])
-        results[share] = {
-            "forward": forward.seen,
-            "backward": backward.seen,
-            "y": y.detach(),
-            "running_mean": leaves["running_mean"],
-            "running_var": leaves["running_var"],
-            **{f"d{n}": leaves[n].grad for n in ("x", "weight", "bias", "residual")},
-        }
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_synchronised_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=str)
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.dtype, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return request.param, synchronised.together(folder, request.param, "cpu")
 
 
 needs_gloo = pytest.mark.skipif(
@@ -315,34 +259,23 @@ needs_gloo = pytest.mark.skipif(
 
 
 @needs_gloo
-@pytest.mark.parametrize("share", SHARES)
-def test_two_processes_equal_one(share: str, ranks: list[dict[str, Any]]) -> None:
-    whole = _shared_batch()
-    leaves = {n: t.clone() for n, t in whole.items()}
-    for name in ("x", "weight", "bias", "residual"):
-        leaves[name].requires_grad_()
-    y = batch_norm_act(**leaves, training=True, momentum=0.2, eps=1e-3)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double())
-    parts = [rank[share] for rank in ranks]
-    close = {"rtol": 0.0, "atol": 1e-9}
-    torch.testing.assert_close(torch.cat([p["y"] for p in parts]), y.detach(), **close)
-    for name in ("x", "residual"):
-        joined = torch.cat([p[f"d{name}"] for p in parts])
-        torch.testing.assert_close(joined, leaves[name].grad, **close)
-    for name in ("weight", "bias"):
-        total = sum(p[f"d{name}"] for p in parts)
-        torch.testing.assert_close(total, leaves[name].grad, **close)
-    for part in parts:
-        for name in ("running_mean", "running_var"):
-            torch.testing.assert_close(part[name], leaves[name], **close)
+@pytest.mark.parametrize("share", synchronised.SHARES)
+def test_two_and_three_processes_equal_one(
+    share: str, ranks: tuple[torch.dtype, dict[str, Any]]
+) -> None:
+    dtype, results = ranks
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    synchronised.check_equal(results[share], synchronised.alone(dtype, "cpu"), tolerance)
 
 
 @needs_gloo
-@pytest.mark.parametrize("share", SHARES)
-def test_one_packed_all_reduce_each_way(share: str, ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        assert rank[share]["forward"] == [("torch.float64", 2 * 6 + 1)]
-        assert rank[share]["backward"] == [("torch.float64", 2 * 6)]
+@pytest.mark.parametrize("share", synchronised.SHARES)
+def test_one_packed_all_reduce_each_way(
+    share: str, ranks: tuple[torch.dtype, dict[str, Any]]
+) -> None:
+    for rank in ranks[1][share]:
+        assert rank["forward"] == [("torch.float64", 2 * 6 + 1)]
+        assert rank["backward"] == [("torch.float64", 2 * 6)]
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +297,6 @@ def test_a_group_compiles_without_a_graph_break(own_group: Any) -> None:
 @needs_gloo
 def test_a_group_is_not_asked_in_evaluation(own_group: Any) -> None:
     tensors = example("contiguous")
-    with _AllReduces() as collectives:
+    with synchronised.AllReduces() as collectives:
         run(batch_norm_act, tensors, training=False, group=own_group)
     assert collectives.seen == []

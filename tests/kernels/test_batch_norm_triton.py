@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -23,6 +25,7 @@ from encnet_triton.kernels.batch_norm import (
     _statistics,
     _unpack,
 )
+from tests.support import synchronised
 from tests.support.batch_norm import (
     LAYOUTS,
     OPTIONS,
@@ -237,6 +240,18 @@ def test_an_empty_share_of_a_group_has_sums_of_zero() -> None:
     packed = torch.tensor([6.0, 0.0, 20.0, 36.0, 2.0], dtype=torch.float64, device=DEVICE)
     mean, var, count = _unpack(packed, x[:, :2], None, None, 0.1)
     assert mean.tolist() == [3.0, 0.0] and var.tolist() == [1.0, 18.0] and count.tolist() == [2.0]
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
+)
+def test_two_and_three_processes_equal_one(tmp_path: Path) -> None:
+    whole = synchronised.alone(torch.float32, DEVICE)
+    for parts in synchronised.together(tmp_path, torch.float32, DEVICE).values():
+        synchronised.check_equal(parts, whole, 1e-6)
+        for part in parts:
+            assert part["forward"] == [("torch.float64", 2 * 6 + 1)]
+            assert part["backward"] == [("torch.float64", 2 * 6)]
 
 
 @TRAINING

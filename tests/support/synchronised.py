@@ -1,0 +1,121 @@
+"""`batch_norm_act` synchronised over processes, each with its share of one batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from encnet_triton.kernels import batch_norm_act
+from tests.support.batch_norm import as_dtype, example, gradient_of
+
+# Images of the batch of four that each rank begins with, and the end.
+SHARES = {
+    "two, equal": (0, 2, 4),
+    "two, unequal": (0, 3, 4),
+    "two, one empty": (0, 4, 4),
+    "three, unequal": (0, 1, 2, 4),
+    "three, one empty": (0, 3, 3, 4),
+}
+LEAVES = ("x", "weight", "bias", "residual")
+CALL = {"training": True, "momentum": 0.2, "eps": 1e-3}
+
+
+class AllReduces(TorchDispatchMode):
+    """The dtype and number of elements of every all-reduce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            self.seen.append((str(args[0].dtype), args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def shared_batch(dtype: torch.dtype, device: str) -> dict[str, Tensor | None]:
+    """Four images whose means differ, so that unsynchronised statistics are far off."""
+    tensors = example("channels_last", torch.float64, residual=True)
+    extra = tensors["x"][:1] * 3 + 5
+    tensors["x"] = torch.cat([tensors["x"], extra]).contiguous(memory_format=torch.channels_last)
+    tensors["residual"] = torch.cat([tensors["residual"], extra.flip(2)])
+    return {name: t.to(device) for name, t in as_dtype(tensors, dtype).items()}
+
+
+def alone(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """What one process makes of the joined batch."""
+    leaves = shared_batch(dtype, device)
+    for name in LEAVES:
+        leaves[name].requires_grad_()
+    y = batch_norm_act(**leaves, **CALL)
+    y.backward(gradient_of(y))
+    running = {name: leaves[name] for name in ("running_mean", "running_var")}
+    return {"y": y.detach(), **running, **{f"d{n}": leaves[n].grad for n in LEAVES}}
+
+
+def _rank(rank: int, size: int, folder: str, dtype: torch.dtype, device: str) -> None:
+    """One process: its part of every split into as many shares, with the all-reduces it made."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.support.interpreter import repair_interpreter
+
+        repair_interpreter()
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store{size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    whole = shared_batch(dtype, device)
+    grad = gradient_of(whole["x"])
+    results = {}
+    for share, bounds in SHARES.items():
+        if len(bounds) != size + 1:
+            continue
+        own = slice(bounds[rank], bounds[rank + 1])
+        leaves = {n: t.clone() for n, t in whole.items()}
+        leaves |= {n: whole[n][own].clone() for n in ("x", "residual")}
+        for name in LEAVES:
+            leaves[name].requires_grad_()
+        with AllReduces() as forward:
+            y = batch_norm_act(**leaves, **CALL, group=dist.group.WORLD)
+        with AllReduces() as backward:
+            y.backward(grad[own])
+        results[share] = {
+            "forward": forward.seen,
+            "backward": backward.seen,
+            "y": y.detach(),
+            "running_mean": leaves["running_mean"],
+            "running_var": leaves["running_var"],
+            **{f"d{n}": leaves[n].grad for n in LEAVES},
+        }
+    torch.save(results, f"{folder}/{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def together(folder: Path, dtype: torch.dtype, device: str) -> dict[str, list[dict[str, Any]]]:
+    """For every split what each rank has at the end."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for size in {len(bounds) - 1 for bounds in SHARES.values()}:
+        torch.multiprocessing.spawn(_rank, args=(size, str(folder), dtype, device), nprocs=size)
+        ranks = [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
+        found |= {share: [rank[share] for rank in ranks] for share in ranks[0]}
+    return found
+
+
+def check_equal(parts: list[dict[str, Any]], whole: dict[str, Tensor], tolerance: float) -> None:
+    """Joined outputs and summed parameter gradients are those of one process."""
+
+    def same(name: str, ours: Tensor) -> None:
+        error = (ours - whole[name]).norm() / whole[name].norm()
+        assert error <= tolerance, f"{name}: relative error {error:.2g}"
+
+    for name in ("y", "dx", "dresidual"):
+        same(name, torch.cat([part[name] for part in parts]))
+    for name in ("dweight", "dbias"):
+        same(name, sum(part[name] for part in parts))
+    for part in parts:
+        same("running_mean", part["running_mean"])
+        same("running_var", part["running_var"])
