@@ -6,15 +6,14 @@ Letters as in batch_norm.py. x is B x C x N and dense, contiguous or with the ch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Optional
 
 import torch
-import triton
 from torch import Tensor
 
 from . import batch_norm_kernels as kernels
-from .launch import Config, Launch, architecture, choose, run_all
+from .launch import Config, Launch, architecture, cdiv, choose, next_power_of_2, run_all
 
 # Values of a tile: 16 a thread, two loads of 16 bytes in half precision.
 _TILE = 2048
@@ -38,27 +37,35 @@ def dense(x: Tensor) -> Tensor:
     return x if x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
+def _layout(x: Tensor) -> tuple[int, int, int, bool]:
+    """Images, channels, pixels, and whether the channels lie innermost."""
+    return (*x.shape, _channels_last(x))
+
+
 def configs(x: Tensor) -> list[Config]:
     """Tiles for x, the preferred one first, the conservative one last."""
-    images, channels, pixels = x.shape
+    return _configs(*_layout(x), _TILE)
+
+
+@cache
+def _configs(images: int, channels: int, pixels: int, last: bool, tile: int) -> list[Config]:
     made = []
-    for values in (_TILE, _TILE // 4):
-        if _channels_last(x):
-            inner = min(_CHANNELS, max(8, triton.next_power_of_2(channels)))
+    for values in (tile, tile // 4):
+        if last:
+            inner = min(_CHANNELS, max(8, next_power_of_2(channels)))
             made.append(Config(values // inner, inner, 4))
         else:
-            inner = min(values, max(8, triton.next_power_of_2(pixels)))
-            outer = min(values // inner, triton.next_power_of_2(images))
-            made.append(Config(outer, inner, 4))
+            inner = min(values, max(8, next_power_of_2(pixels)))
+            made.append(Config(min(values // inner, next_power_of_2(images)), inner, 4))
     return made
 
 
 def mask_bytes(x: Tensor) -> int:
     """Bytes of the packed mask of x."""
-    images, channels, pixels = x.shape
-    if _channels_last(x):
-        return images * pixels * -(-channels // 8)
-    return images * channels * -(-pixels // 8)
+    images, channels, pixels, last = _layout(x)
+    if last:
+        return images * pixels * cdiv(channels, 8)
+    return images * channels * cdiv(pixels, 8)
 
 
 @dataclass(frozen=True)
@@ -71,22 +78,6 @@ class Walk:
     constants: dict[str, Any]
     num_warps: int
 
-    @classmethod
-    def over(cls, x: Tensor, processors: int, config: Config) -> Walk:
-        images, channels, pixels = x.shape
-        last = _channels_last(x)
-        if last:
-            blocks = triton.cdiv(channels, config.block_c)
-            tiles = triton.cdiv(images * pixels, config.block_n)
-        else:
-            blocks = channels
-            tiles = triton.cdiv(images, config.block_n) * triton.cdiv(pixels, config.block_c)
-        per = min(_MOST_TILES, triton.cdiv(tiles * blocks, _PROGRAMS * processors))
-        splits = triton.cdiv(tiles, per)
-        sizes = {"B": images, "C": channels, "N": pixels, "per": per, "tiles": tiles}
-        constants = {"BP": config.block_n, "BQ": config.block_c, "LAST": last}
-        return cls(splits, (blocks * splits,), sizes, constants, config.num_warps)
-
     def launch(self, kernel: Any, arguments: dict[str, Any], **constants: Any) -> Launch:
         """The launch of a kernel that walks x this way."""
         return Launch(
@@ -96,6 +87,22 @@ class Walk:
             self.constants | constants,
             self.num_warps,
         )
+
+
+@cache
+def _walk(
+    images: int, channels: int, pixels: int, last: bool, processors: int, config: Config
+) -> Walk:
+    if last:
+        blocks, tiles = cdiv(channels, config.block_c), cdiv(images * pixels, config.block_n)
+    else:
+        blocks = channels
+        tiles = cdiv(images, config.block_n) * cdiv(pixels, config.block_c)
+    per = min(_MOST_TILES, cdiv(tiles * blocks, _PROGRAMS * processors))
+    splits = cdiv(tiles, per)
+    sizes = {"B": images, "C": channels, "N": pixels, "per": per, "tiles": tiles}
+    constants = {"BP": config.block_n, "BQ": config.block_c, "LAST": last}
+    return Walk(splits, (blocks * splits,), sizes, constants, config.num_warps)
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class Running:
 
 
 def _finish_grid(channels: int) -> tuple[int, ...]:
-    return (triton.cdiv(channels, _CHANNELS_OF_FINISH),)
+    return (cdiv(channels, _CHANNELS_OF_FINISH),)
 
 
 def _moments_arguments(
@@ -168,7 +175,7 @@ def statistics_launches(
     Without `running`, [sum x, sum x^2, count] to be summed over the processes of a group; with it
     mean, var and count, and the running statistics are moved.
     """
-    walk = Walk.over(x, processors, config)
+    walk = _walk(*_layout(x), processors, config)
     channels = x.shape[1]
     sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
     counts = x.new_empty(walk.splits, dtype=torch.int32)
@@ -214,7 +221,7 @@ def normalise_launches(
     config: Config,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The launch that writes y, and the packed mask (else empty); residual lies as x does."""
-    walk = Walk.over(x, processors, config)
+    walk = _walk(*_layout(x), processors, config)
     y = torch.empty_like(x)
     mask = x.new_empty(mask_bytes(x) if pack else 0, dtype=torch.uint8)
     arguments = {"X": x, "R": x if residual is None else residual, "Y": y}
@@ -252,7 +259,7 @@ def sums_launches(
     Outputs: sums, 2 x C in float64, the gradients of weight and bias, and for frozen statistics
     dx and, where needed, that of the residual; empty where there is none. grad lies as x does.
     """
-    walk = Walk.over(x, processors, config)
+    walk = _walk(*_layout(x), processors, config)
     channels = x.shape[1]
     sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
     sums = x.new_empty((2, channels), dtype=torch.float64)
@@ -303,7 +310,7 @@ def input_launches(
     config: Config,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The launch that writes dx and, where needed, the residual's gradient (else empty)."""
-    walk = Walk.over(x, processors, config)
+    walk = _walk(*_layout(x), processors, config)
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
     launch = walk.launch(

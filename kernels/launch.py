@@ -100,6 +100,16 @@ class Launch:
         return None
 
 
+def cdiv(number: int, divisor: int) -> int:
+    """Quotient rounded up; Triton's own, made for kernels, takes 10 us on the host."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below number."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 at import)."""
     return triton is not None and bool(triton.knobs.runtime.interpret)

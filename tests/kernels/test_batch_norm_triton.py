@@ -64,6 +64,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(batch_norm_triton, "_CHANNELS", channels)
         monkeypatch.setattr(batch_norm_triton, "architecture", lambda _: (90, 1))
         monkeypatch.setattr(launch, "_chosen", {})
+        batch_norm_triton._configs.cache_clear()
 
 
 def check(
