@@ -9,8 +9,9 @@ vector of BQ (LAST) or 1.
 P is for partial sums, one slice for each run of tiles; a last small kernel adds them in a fixed
 order in float64.
 
-Mask of a ReLU behind a residual: one bit a value, packed along the inner dimension, each row or
-plane beginning at a byte of its own. Without a residual the backward pass makes it again from x.
+Mask of a ReLU behind a residual: one bit a value, packed along the inner dimension, each plane or,
+of BQ channels, each row beginning at a byte of its own. Without a residual the backward pass makes
+it again from x.
 """
 
 from __future__ import annotations
@@ -34,16 +35,23 @@ def _split(C, BQ: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _tile(
-    t, B, C, N, BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, DENSITY: tl.constexpr
-):
-    """Offsets of tile t in x, and which of them are inside; with DENSITY 8, bytes of the mask."""
+    t, B, C, N, packed,
+    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, DENSITY: tl.constexpr,
+):  # fmt: skip
+    """Offsets of tile t in x, and which of them are inside; with DENSITY 8, bytes of the mask.
+
+    `packed` is BQ / 8, bytes of a row of the mask; as a constant it would have the compiler spread
+    a tile's bytes over the threads anew, by way of shared memory.
+    """
     p, q = tl.arange(0, BP)[:, None], tl.arange(0, BQ // DENSITY)[None, :]
     if LAST:
-        width = tl.cdiv(C, DENSITY)
-        first = tl.cast(t, tl.int64) * BP
-        column = tl.program_id(0) % tl.cdiv(C, BQ) * (BQ // DENSITY) + q
-        offsets = first * width + (p * width + column)
-        inside = (p < tl.cast(N, tl.int64) * B - first) & (column < width)
+        # The mask has one plane for each block of channels: a program's bytes lie side by side.
+        block, first = tl.program_id(0) % tl.cdiv(C, BQ), tl.cast(t, tl.int64) * BP
+        rows = tl.cast(N, tl.int64) * B
+        width = C if DENSITY == 1 else packed
+        start = first * C + block * BQ if DENSITY == 1 else (block * rows + first) * width
+        offsets = start + (p * width + q)
+        inside = (p < rows - first) & (q < tl.cdiv(C - block * BQ, DENSITY))
     else:
         width = tl.cdiv(N, DENSITY)
         across = tl.cdiv(N, BQ)
@@ -116,7 +124,7 @@ def _unpack(packed, BP: tl.constexpr, BQ: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    X, P, PN, B, C, N, per, tiles,
+    X, P, PN, B, C, N, per, tiles, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """P[split] = mean and M2, 2 x C; PN[split] = number of values a channel has in the run.
@@ -127,14 +135,14 @@ def statistics_kernel(
     split, channels = _split(C, BQ, LAST)
     begin = split * per
     end = tl.minimum(begin + per, tiles)
-    offsets, inside = _tile(begin, B, C, N, BP, BQ, LAST, 1)
+    offsets, inside = _tile(begin, B, C, N, packed, BP, BQ, LAST, 1)
     count = _count(begin, B, N, BP, BQ, LAST)
     x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
     about = (_sum(x, LAST) / count)[None, :]
     deviation = tl.where(inside, x - about, 0.0)
     total, squares = deviation, deviation * deviation
     for t in range(begin + 1, end):
-        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         deviation = tl.where(inside, x - about, 0.0)
         total += deviation
@@ -152,7 +160,7 @@ def statistics_kernel(
 
 @triton.jit
 def normalise_kernel(
-    X, R, Y, Bits, Mean, Var, Weight, Bias, eps, B, C, N, per, tiles,
+    X, R, Y, Bits, Mean, Var, Weight, Bias, eps, B, C, N, per, tiles, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
     FOLD: tl.constexpr,
@@ -167,13 +175,13 @@ def normalise_kernel(
     # Backwards: what the pass before this one read last is still in the L2.
     for i in range(begin, end):
         t = begin + end - 1 - i
-        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         y = _affine(x, mean, factor, bias, FOLD)
         if RESIDUAL:
             y += tl.load(R + offsets, mask=inside, other=0.0).to(tl.float32)
         if PACK:
-            at, exists = _tile(t, B, C, N, BP, BQ, LAST, 8)
+            at, exists = _tile(t, B, C, N, packed, BP, BQ, LAST, 8)
             tl.store(Bits + at, _pack((y > 0) & inside, BP, BQ), mask=exists)
         if RELU:
             y = tl.where(y < 0, 0.0, y)  # NaN stays
@@ -182,13 +190,13 @@ def normalise_kernel(
 
 @triton.jit
 def _masked(
-    grad, x, Bits, t, mean, factor, bias, B, C, N,
+    grad, x, Bits, t, mean, factor, bias, B, C, N, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
     PACKED: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """The gradient where the activation let it pass."""
     if PACKED:
-        at, exists = _tile(t, B, C, N, BP, BQ, LAST, 8)
+        at, exists = _tile(t, B, C, N, packed, BP, BQ, LAST, 8)
         bits = _unpack(tl.load(Bits + at, mask=exists, other=0), BP, BQ)
         grad = tl.where(bits, grad, 0.0)
     elif RELU:
@@ -198,7 +206,7 @@ def _masked(
 
 @triton.jit
 def backward_sums_kernel(
-    dY, X, Bits, Mean, Var, Weight, Bias, eps, P, dX, dR, B, C, N, per, tiles,
+    dY, X, Bits, Mean, Var, Weight, Bias, eps, P, dX, dR, B, C, N, per, tiles, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr, RELU: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -214,11 +222,11 @@ def backward_sums_kernel(
     total = tl.zeros((BP, BQ), tl.float32)
     product = tl.zeros((BP, BQ), tl.float32)
     for t in range(begin, end):
-        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dY + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = _masked(
-            grad, x, Bits, t, mean, factor, bias, B, C, N,
+            grad, x, Bits, t, mean, factor, bias, B, C, N, packed,
             BP, BQ, LAST, RELU, PACKED, FROZEN,
         )  # fmt: skip
         total += grad
@@ -234,7 +242,7 @@ def backward_sums_kernel(
 
 @triton.jit
 def backward_input_kernel(
-    dY, X, Bits, Mean, Var, Weight, Bias, eps, Sums, Count, dX, dR, B, C, N, per, tiles,
+    dY, X, Bits, Mean, Var, Weight, Bias, eps, Sums, Count, dX, dR, B, C, N, per, tiles, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr, RELU: tl.constexpr, PACKED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -252,11 +260,11 @@ def backward_input_kernel(
     end = tl.minimum(begin + per, tiles)
     for i in range(begin, end):
         t = begin + end - 1 - i
-        offsets, inside = _tile(t, B, C, N, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dY + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = _masked(
-            grad, x, Bits, t, mean, factor, bias, B, C, N,
+            grad, x, Bits, t, mean, factor, bias, B, C, N, packed,
             BP, BQ, LAST, RELU, PACKED, False,
         )  # fmt: skip
         if RESIDUAL:

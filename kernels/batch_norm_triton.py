@@ -47,12 +47,17 @@ def configs(x: Tensor) -> list[Config]:
     return _configs(*_layout(x), _TILE)
 
 
+def _block(channels: int) -> int:
+    """Channels of a tile, channels last; the mask's layout depends on it."""
+    return min(_CHANNELS, max(8, next_power_of_2(int(channels))))
+
+
 @cache
 def _configs(images: int, channels: int, pixels: int, last: bool, tile: int) -> list[Config]:
     made = []
     for values in (tile, tile // 4):
         if last:
-            inner = min(_CHANNELS, max(8, next_power_of_2(channels)))
+            inner = _block(channels)
             made.append(Config(values // inner, inner, 4))
         else:
             inner = min(values, max(8, next_power_of_2(pixels)))
@@ -64,7 +69,8 @@ def mask_bytes(x: Tensor) -> int:
     """Bytes of the packed mask of x."""
     images, channels, pixels, last = _layout(x)
     if last:
-        return images * pixels * cdiv(channels, 8)
+        block = _block(channels)
+        return cdiv(channels, block) * images * pixels * (block // 8)
     return images * channels * cdiv(pixels, 8)
 
 
@@ -101,6 +107,7 @@ def _walk(
     per = min(_MOST_TILES, cdiv(tiles * blocks, _PROGRAMS * processors))
     splits = cdiv(tiles, per)
     sizes = {"B": images, "C": channels, "N": pixels, "per": per, "tiles": tiles}
+    sizes["packed"] = config.block_c // 8
     constants = {"BP": config.block_n, "BQ": config.block_c, "LAST": last}
     return Walk(splits, (blocks * splits,), sizes, constants, config.num_warps)
 

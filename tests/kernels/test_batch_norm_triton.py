@@ -128,7 +128,9 @@ def test_parameters_may_have_the_dtype_of_x(
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "one channel", "two values"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels_last", "one channel", "two values", "strided channels"]
+)
 def test_the_mask_is_one_bit_a_value(layout: str) -> None:
     tensors = example(layout, torch.float32, residual=True, device=DEVICE)
     x = tensors["x"].flatten(2)
@@ -136,10 +138,15 @@ def test_the_mask_is_one_bit_a_value(layout: str) -> None:
     mean, var = tensors["running_mean"], tensors["running_var"]
     y, mask = _normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "")
     assert mask.numel() == batch_norm_triton.mask_bytes(x)
-    rows = y.transpose(1, 2) if batch_norm_triton._channels_last(x) else y
-    rows = rows.reshape(-1, rows.shape[2])
-    bits = mask.view(len(rows), -1, 1) >> torch.arange(8, device=DEVICE) & 1
-    assert torch.equal(bits.flatten(1)[:, : rows.shape[1]] == 1, rows > 0)
+    if batch_norm_triton._channels_last(x):  # planes of 64 channels or, with small tiles, of 8
+        rows = y.transpose(1, 2).reshape(-1, y.shape[1])
+        block = batch_norm_triton.configs(x)[0].block_c
+        planes = [rows[:, at : at + block] for at in range(0, rows.shape[1], block)]
+    else:
+        planes = [y.flatten(0, 1)]
+    packed = mask.view(len(planes), len(planes[0]), -1, 1) >> torch.arange(8, device=DEVICE) & 1
+    for bits, values in zip(packed.flatten(2), planes, strict=True):
+        assert torch.equal(bits[:, : values.shape[1]] == 1, values > 0)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
