@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import inspect
 import os
 import time
@@ -72,6 +74,9 @@ def start(device: str) -> World:
     elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if size > 1:
+        # Its functions take the group that is there when it is imported as their default, and so
+        # would keep that group, with its threads, beyond `stop`.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=fresh_store(),
@@ -117,8 +122,13 @@ def fresh_store() -> dist.Store:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.
+
+    The group's threads end with the last reference to it. One that outlived this would crash a
+    process that is about to exit well: freeing a tensor takes the interpreter, which is gone.
+    """
     if dist.is_initialized():
+        gc.collect()  # DDP and its module refer to each other, and both to the group
         dist.destroy_process_group()
 
 
