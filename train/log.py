@@ -6,11 +6,12 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from encnet_triton.metrics import Scores
 
@@ -47,8 +48,8 @@ class Log:
             TextColumn("{task.completed:>5}/{task.total}"),
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            # The time left comes with the status: rich's own estimate would count compilation
+            # and validation as steps that were slow.
             TextColumn("{task.fields[status]}"),
             console=self.console,
         )
@@ -60,23 +61,23 @@ class Log:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def train(self, record: dict[str, Any], steps: int, eta: float) -> None:
-        """Record the averages since the last record."""
+    def train(self, record: dict[str, Any], steps: int, eta: float | None) -> None:
+        """Record the averages since the last record; ``eta`` is in seconds, None if not known."""
         self.write({"kind": "train", **record})
         losses = " ".join(
             f"{name} {record[name]:.3f}" for name in ("segmentation", "se", "aux") if record[name]
         )
-        status = (
-            f"loss {record['loss']:.3f} ({losses})  lr {record['lr']:.2e}  "
-            f"{record['images_per_second']:.1f} img/s  data {record['data_wait']:.0%}"
-        )
+        status = f"loss {record['loss']:.3f} ({losses})  lr {record['lr']:.2e}"
+        if record["images_per_second"] is not None:
+            status += f"  {record['images_per_second']:.1f} img/s  data {record['data_wait']:.0%}"
         if record["skipped"]:
             status += f"  skipped {record['skipped']}"
+        if eta is not None:
+            status += f"  ETA {timedelta(seconds=round(eta))}"
         if self._progress is not None:
             self._progress.update(self._task, status=status)
         else:
-            minutes, seconds = divmod(round(eta), 60)
-            self.say(f"step {record['step']:>6}/{steps}  {status}  ETA {minutes}:{seconds:02d}")
+            self.say(f"step {record['step']:>6}/{steps}  {status}")
 
     def validation(self, scores: Scores, classes: Sequence[str], record: dict[str, Any]) -> None:
         """Record a validation and show its two figures."""

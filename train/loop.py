@@ -61,6 +61,7 @@ class Trainer:
         self.meter = Meter(self.device)
         self._stop_requested = False  # on this rank
         self._stopping = False  # agreed by all ranks
+        self._cold = False  # validation has yet to compile its own graph
         self._statistics = [
             buffer
             for module in self.model.modules()
@@ -125,10 +126,14 @@ class Trainer:
         return scores
 
     def _wrap(self, model: nn.Module) -> nn.Module:
+        # Compiled inside of DDP, not around it: DDP's own code would only break the graph. Dynamo
+        # then sees the DDP it runs in and cuts the graph where DDP's buckets end, so that gradients
+        # travel while the rest is computed: docs/multi_node.md has the figures.
         if self.config.run.compile:
             obstacle = compile_obstacle(self.device)
             if obstacle is None:
                 model.compile()
+                self._cold = True
             else:
                 self.log.say(obstacle)
         if self.world.size == 1:
@@ -257,7 +262,7 @@ class Trainer:
             "skipped": self.progress.skipped,
         }
         rate = summary["images_per_second"]
-        eta = (self.steps - step) * self.config.optim.batch_size / rate if rate else 0.0
+        eta = (self.steps - step) * self.config.optim.batch_size / rate if rate else None
         self.log.train(record, self.steps, eta)
         self.meter.restart()
 
@@ -271,8 +276,12 @@ class Trainer:
         return scores
 
     def _validate(self) -> Scores:
-        start = time.perf_counter()
         parts, run = self.parts, self.config.run
+        if self._cold:
+            validate.warm_up(parts, self.world, run.whole_image)
+            gather(None)  # the clock starts when the last rank is ready
+            self._cold = False
+        start = time.perf_counter()
         scores = validate.validate(parts, self.world, run.whole_image)
         self.progress.validated = self.progress.step
         record = {

@@ -58,13 +58,16 @@ class Meter:
             return
         self._images += images
 
-    def summary(self, ranks: int) -> dict[str, float]:
-        """Averages of this interval over its steps and all ranks; waits for the device."""
+    def summary(self, ranks: int) -> dict[str, float | None]:
+        """Averages of this interval over its steps and all ranks; waits for the device.
+
+        ``images_per_second`` is None for an interval that holds nothing but the first step.
+        """
         losses = all_reduce_sum(self._losses / (max(1, self._steps) * ranks)).tolist()
         seconds = time.perf_counter() - self._start
         return {
             **{name: value for name, value in zip(NAMES, losses, strict=True)},
-            "images_per_second": self._images / seconds if seconds else 0.0,
+            "images_per_second": self._images / seconds if self._images else None,
             "data_wait": self._wait / seconds if seconds else 0.0,
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,16 +170,32 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 
 
 def compile_obstacle(device: torch.device) -> str | None:
-    """Why torch.compile cannot work here, in one sentence, or None."""
+    """Why torch.compile cannot work here, in one sentence, or None.
+
+    It looks for what Inductor and Triton look for: they fail in the middle of the first step.
+    """
+    what = None
     if device.type == "cuda":
         try:
             import triton  # noqa: F401
         except ImportError:
-            return "--compile is left out: Triton is not installed, the network runs eagerly"
-        return None
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        return "--compile is left out: there is no C++ compiler here, the network runs eagerly"
-    return None
+            what = "Triton is not installed"
+        else:
+            if not _program("CC", "gcc", "clang"):
+                what = "Triton finds no C compiler (gcc or clang on PATH, or CC)"
+            elif torch.cuda.get_device_capability(device) < (7, 0):
+                what = f"{torch.cuda.get_device_name(device)} is older than Triton supports"
+    else:
+        name = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+        if not _program("CXX", name):
+            what = f"there is no C++ compiler ({name} on PATH, or CXX)"
+    return what and f"--compile is left out: {what}; the network runs eagerly"
+
+
+def _program(variable: str, *names: str) -> bool:
+    """Whether the program that an environment variable names, else one of ``names``, is there."""
+    given = os.environ.get(variable)
+    return any(shutil.which(name) for name in ([given] if given else names))
 
 
 def balanced_weights(dataset: Dataset, num_classes: int) -> Tensor:

@@ -32,6 +32,12 @@ def validate(parts: Parts, world: World, whole_image: bool) -> Scores:
     return evaluate(predictor, parts.val_set, rank=world.rank, world_size=world.size)
 
 
+def warm_up(parts: Parts, world: World, whole_image: bool) -> None:
+    """Compile the network for evaluation, by one prediction that is thrown away."""
+    sample = parts.val_set[0]
+    _predictor(parts, world, whole_image)(np.asarray(sample.image))
+
+
 def draw(parts: Parts, world: World, count: int, whole_image: bool, folder: Path) -> None:
     """Write image | label | prediction of ``count`` validation images, and the curves."""
     predictor = _predictor(parts, world, whole_image)
