@@ -1,4 +1,4 @@
-"""``python -m bench encode|upsample|crop|context|traffic``; without a name, the list."""
+"""``python -m bench encode|upsample|crop|step|context|...``; without a name, the list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import compile as compile_report
-from bench import context, gate, report, traffic
+from bench import context, gate, report, step, traffic
 from bench.cases import CASES, Case, compiled
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
@@ -67,7 +67,9 @@ def compare(name: str, device: torch.device, data: str | None, json_file: Path |
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """(options, what is passed on to the trainer by ``context``)."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("case", nargs="?", choices=[*CASES, "context", "compile", "traffic"])
+    parser.add_argument(
+        "case", nargs="?", choices=[*CASES, "step", "context", "compile", "traffic"]
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", help="crop: a folder data set to take the images from")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -91,6 +93,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--op", nargs="+", choices=compile_report.OPS, default=compile_report.OPS,
         help="compile: operators",
     )  # fmt: skip
+    step.add_options(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_known_args(arguments)
 
@@ -104,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.case is None:
         for name, case in CASES.items():
             print(f"{name:<10}{case.title}")
+        print(f"{'step':<10}a training step of the network, phase by phase, against stock code")
         print(f"{'context':<10}FCN, EncNet, EncNet+SE on the embedded data set, several seeds each")
         print(f"{'compile':<10}registers, spills, memory and instructions of every kernel; no GPU")
         print(f"{'traffic':<10}bytes the Triton kernels move, counted without a GPU")
@@ -124,6 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
     device = torch.device("cuda" if cuda and options.case != "crop" else "cpu")
+    if options.case == "step":
+        return step.run(options, device)
     if options.worker:
         worker(CASES[options.case], options.worker, device, options.data)
         return 0

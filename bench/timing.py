@@ -34,19 +34,19 @@ class Measurement:
         return asdict(self)
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes resident now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the kernel's high-water mark start again from now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_resident() -> int:
-    """Bytes resident at most since `_forget_peak`."""
+def peak_resident() -> int:
+    """Bytes resident at most since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -63,15 +63,15 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
-        _forget_peak()
-        before = _resident()
+        forget_peak()
+        before = resident()
     for _ in range(warm_up):
         call()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or (time.perf_counter() < end and len(times) < _MAX_REPEATS):
         times.append(_once(call, device))
-    peak = torch.cuda.max_memory_allocated(device) if cuda else _peak_resident()
+    peak = torch.cuda.max_memory_allocated(device) if cuda else peak_resident()
     times.sort()
     cut = statistics.quantiles(times, n=5, method="inclusive")
     return Measurement(
@@ -95,7 +95,7 @@ def _once(call: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
-    begin, end = _event(), _event()
+    begin, end = event(), event()
     begin.record()
     call()
     end.record()
@@ -103,5 +103,6 @@ def _once(call: Callable[[], object], device: torch.device) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _event() -> torch.cuda.Event:
+def event() -> torch.cuda.Event:
+    """A mark in the GPU's stream that keeps its time."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -100,7 +100,7 @@ def test_table_shows_ratios_to_ours_and_reasons() -> None:
 def test_the_list_names_every_case(capsys) -> None:
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*cases.CASES, "context", "compile", "traffic"))
+    assert all(name in printed for name in (*cases.CASES, "step", "context", "compile", "traffic"))
 
 
 def test_results_are_json(tmp_path, monkeypatch) -> None:
