@@ -3,9 +3,17 @@
 from encnet_triton.nn.context import ContextEncoding
 from encnet_triton.nn.encoding import Encoding, ShakeEncoding
 from encnet_triton.nn.losses import LossTerms, SegmentationLoss, presence_target
-from encnet_triton.nn.norm import BatchNormAct1d, BatchNormAct2d, set_norm_impl, set_sync_group
+from encnet_triton.nn.norm import (
+    BatchNormAct,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    convert_batchnorm,
+    set_norm_impl,
+    set_sync_group,
+)
 
 __all__ = [
+    "BatchNormAct",
     "BatchNormAct1d",
     "BatchNormAct2d",
     "ContextEncoding",
@@ -13,6 +21,7 @@ __all__ = [
     "LossTerms",
     "SegmentationLoss",
     "ShakeEncoding",
+    "convert_batchnorm",
     "presence_target",
     "set_norm_impl",
     "set_sync_group",

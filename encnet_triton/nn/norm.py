@@ -71,21 +71,22 @@ class _BatchNormAct(_BatchNorm):
         self._check_channels(x)
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        of_batch = self.training or self.running_mean is None
         if not self._fused(x):
-            return self._torch(x, residual)
+            return self._torch(x, residual, of_batch)
         y: Tensor = batch_norm_act(
             x,
             self.weight,
             self.bias,
             self.running_mean,
             self.running_var,
-            training=self.training,
+            training=of_batch,
             momentum=self.momentum,
             eps=self.eps,
             residual=residual,
             activation=self.activation,
             group=self.group if self.training else None,
-            statistics=statistics if self.training else None,
+            statistics=statistics if of_batch else None,
         )
         return y
 
@@ -95,14 +96,14 @@ class _BatchNormAct(_BatchNorm):
             f"activation={self.activation}, impl={self.impl}"
         )
 
-    def _torch(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _torch(self, x: Tensor, residual: Tensor | None, of_batch: bool) -> Tensor:
         y = F.batch_norm(
             x,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            self.training,
+            of_batch,
             self.momentum,
             self.eps,
         )
@@ -152,6 +153,72 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     phi of the paper's section 2: the codewords' residual encoders (K of them, statistics over
     batch and channels). Arguments as in `BatchNormAct2d`.
     """
+
+
+class BatchNormAct(_BatchNormAct):
+    """The same over any B x C x ... of two dimensions or more, as ``torch.nn.SyncBatchNorm``."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"expected at least two dimensions, got shape {tuple(x.shape)}")
+
+
+_CONVERTED: dict[type[nn.Module], type[_BatchNormAct]] = {
+    nn.BatchNorm1d: BatchNormAct1d,
+    nn.BatchNorm2d: BatchNormAct2d,
+    nn.BatchNorm3d: BatchNormAct,
+    nn.SyncBatchNorm: BatchNormAct,
+}
+
+
+def convert_batchnorm(
+    model: nn.Module, group: ProcessGroup | None = None, impl: Impl = "auto"
+) -> nn.Module:
+    """Give the batch normalisation of any model this project's kernels and synchronisation.
+
+    Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes, in place, the
+    layer of this module that computes the same, without activation. Parameters, buffers, hooks and
+    state dict stay what they are, so that an optimiser that holds them goes on. Layers of this
+    module that are there already keep their activation. Unlike ``SyncBatchNorm``, the result also
+    runs on the CPU, allows shares of different sizes, and compiles in one graph.
+
+    Args:
+        model: any module, also a batch normalisation itself.
+        group: the processes that share statistics in training, or None for each on its own.
+        impl: see `BatchNormAct2d`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a layer is of a class derived from torch's, whose additions would be lost, or
+            keeps a cumulative average (momentum None), or ``impl="torch"`` is to be synchronised.
+            Nothing is converted then.
+    """
+    check_choice("impl", impl, IMPLS)
+    if impl == "torch" and group is not None:
+        raise ValueError("impl='torch' cannot be synchronised: give impl='auto' or no group")
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    for name, layer in found:
+        if not isinstance(layer, _BatchNormAct) and type(layer) not in _CONVERTED:
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__}, which is not one of torch's own "
+                "classes: what it adds to batch normalisation would be lost"
+            )
+        if layer.momentum is None:
+            raise ValueError(
+                f"layer {name!r} keeps a cumulative average (momentum=None), which needs a number"
+            )
+    for _, layer in found:
+        if isinstance(layer, _BatchNormAct):
+            continue
+        # The same object with another class: whoever refers to the layer still does.
+        layer.__class__ = _CONVERTED[type(layer)]
+        vars(layer).update(activation=None, group=None)
+    set_sync_group(model, None)
+    set_norm_impl(model, impl)
+    set_sync_group(model, group)
+    return model
 
 
 def set_sync_group(model: nn.Module, group: ProcessGroup | None) -> int:
