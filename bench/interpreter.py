@@ -43,6 +43,10 @@ class Race(RuntimeError):
     """Two programs of a launch used one address and at least one of them stored to it."""
 
 
+class UnwatchedOperation(RuntimeError):
+    """A kernel used atomics; Watch follows loads and stores."""
+
+
 @dataclass
 class Traffic:
     """Bytes of the loads, or of the stores, of one argument in one launch.
@@ -333,7 +337,7 @@ def _origin(error: BaseException) -> BaseException:
     """Our own error below those the interpreter wraps it in; any other stays as it is."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, (OutOfBounds, Race, NotImplementedError)):
+        if isinstance(inner, (OutOfBounds, Race, UnwatchedOperation)):
             return inner
         inner = inner.__cause__
     return error
@@ -344,4 +348,6 @@ def _convert_to_zeros(_: Any, data: Any, source: Any, target: Any, *rounding: An
 
 
 def _refuse_atomic(former: Any, *_: Any) -> None:
-    raise NotImplementedError(f"{former.__name__} at {_line()}: Watch knows no atomics.")
+    raise UnwatchedOperation(
+        f"{former.__name__} at {_line()}: Watch follows loads and stores, not atomics"
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import batch_norm_kernels as kernels
-from .launch import Config, Launch, architecture, cdiv, choose, next_power_of_2, run_all
+from .launch import Config, Launch, architecture, cdiv, next_power_of_2, run_all, run_chosen
 
 # Values of a tile: 16 a thread, two loads of 16 bytes in half precision. Fewer where the compiler
 # needs more registers for an address: for planes, and where rows do not begin at 16 bytes.
@@ -339,10 +339,7 @@ def _run(name: str, x: Tensor, launches: Any, *options: object) -> Any:
     sizes = x.shape[1] % 16 == 0, x.shape[2] % 16 == 0  # what Triton specialises on
     candidates = configs(x)
     key = (f"batch_norm {name}", x.device, x.dtype, candidates[0], sizes, options)
-    config = choose(key, candidates, lambda config: launches(processors, config)[0])
-    made, outputs = launches(processors, config)
-    run_all(made, x.device)
-    return outputs
+    return run_chosen(key, candidates, lambda config: launches(processors, config), x.device)
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:

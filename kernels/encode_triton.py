@@ -5,6 +5,7 @@ Letters as in encode.py; KP is K rounded up to a power of two, a product needs 1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 
 from . import encode_kernels as kernels
-from .launch import Config, Launch, architecture, choose, run_all
+from .launch import Config, Launch, architecture, run_chosen
 
 # Entries of the K x C sum that one program can hold: 64 registers a thread in 8 warps.
 _FUSED_ENTRIES = 16384
@@ -86,25 +87,77 @@ def backward_configs(arch: int, dtype: torch.dtype, channels: int, num: int) -> 
     return [Config(32, 64, 8), split]
 
 
-def _splits(processors: int, images: int, pixels: int, channels: int, block: int) -> int:
+@dataclass(frozen=True)
+class _Problem:
+    """What the launches of both directions share; x is B x C x N and channels last."""
+
+    x: Tensor
+    codewords: Tensor
+    scale: Tensor
+    config: Config
+    processors: int
+
+    @property
+    def images(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def pixels(self) -> int:
+        return self.x.shape[2]
+
+    @property
+    def num(self) -> int:
+        """K, the number of codewords."""
+        return self.codewords.shape[0]
+
+    def walk(self) -> dict[str, Any]:
+        """Arguments that say where x lies."""
+        return dict(X=self.x, sxb=self.x.stride(0), sxn=self.x.stride(2), N=self.pixels)
+
+    def constants(self, config: Config, **more: Any) -> dict[str, Any]:
+        """Constants of a kernel whose tiles are those of `config`."""
+        return dict(
+            C=self.channels,
+            K=self.num,
+            KP=_padded(self.num),
+            BN=config.block_n,
+            BC=config.block_c,
+            PRECISION=_precision(self.x.dtype),
+            **more,
+        )
+
+    def partial(self, splits: int) -> Tensor:
+        """Room for the sums over pixels of every program, K x C each; not initialised."""
+        size = (self.images, splits, self.num, self.channels)
+        return self.x.new_empty(size, dtype=torch.float32)
+
+    def masses(self, slots: int, *kinds: int) -> Tensor:
+        """Room for sums of weights, K of each kind, a slot a program or tile."""
+        return self.x.new_empty((self.images, slots, *kinds, self.num), dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """What only the backward pass has: G, the scale in w, and dx or, if not needed, nothing."""
+
+    code: Tensor
+    factor: Tensor
+    x: Tensor
+
+    @property
+    def need_x(self) -> bool:
+        return self.x.numel() > 0
+
+
+def _splits(problem: _Problem, programs: int, block: int) -> int:
     """Programs along an image's pixels: one a multiprocessor, more if small, none without work."""
-    programs = processors * (4 if channels <= 64 else 1)
-    return max(1, min(programs // max(1, images), triton.cdiv(pixels, block)))
-
-
-def _common(x: Tensor, config: Config, num: int) -> dict[str, Any]:
-    return dict(
-        C=x.shape[1],
-        K=num,
-        KP=_padded(num),
-        BN=config.block_n,
-        BC=config.block_c,
-        PRECISION=_precision(x.dtype),
-    )
-
-
-def _walk(x: Tensor) -> dict[str, Any]:
-    return dict(X=x, sxb=x.stride(0), sxn=x.stride(2), N=x.shape[2])
+    programs *= 4 if problem.channels <= 64 else 1
+    most = triton.cdiv(problem.pixels, block)
+    return max(1, min(programs // max(1, problem.images), most))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -128,98 +181,93 @@ def forward_launches(
 
     x is B x C x N and channels last; nothing runs here.
     """
-    images, channels, pixels = x.shape
+    images, channels, _ = x.shape
     num = codewords.shape[0]
     config = config or forward_configs(arch, x.dtype, channels, num)[0]
+    problem = _Problem(x, codewords, scale, config, processors)
     code = x.new_empty((images, num, channels), dtype=torch.float32)
-    stats = [
-        x.new_empty((images, num) if return_stats else (0,), dtype=torch.float32) for _ in "12"
-    ]
-    launches, partial, masses = (_fused_forward if config.fused else _split_forward)(
-        x, codewords, scale, config, processors
-    )
+    rows = (images, num) if return_stats else (0,)
+    code_sum, code_m2 = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    launches, partial, masses = (_fused_forward if config.fused else _split_forward)(problem)
     finish = Launch(
         kernels.finish_forward_kernel,
         (images * num,),
         dict(
-            P=partial, PM=masses, D=codewords, E=code, ESUM=stats[0], EM2=stats[1],
+            P=partial, PM=masses, D=codewords, E=code, ESUM=code_sum, EM2=code_m2,
             splits=partial.shape[1], mass_splits=masses.shape[1],
         ),
         dict(C=channels, K=num, CP=triton.next_power_of_2(channels), BS=8, STATS=return_stats),
         num_warps=4,
     )  # fmt: skip
-    return [*launches, finish], (code, stats[0], stats[1])
+    return [*launches, finish], (code, code_sum, code_m2)
 
 
-def _fused_forward(
-    x: Tensor, codewords: Tensor, scale: Tensor, config: Config, processors: int
-) -> tuple[list[Launch], Tensor, Tensor]:
-    images, channels, pixels = x.shape
-    num = codewords.shape[0]
-    parts = _parts(channels, num)
+def _fused_forward(problem: _Problem) -> tuple[list[Launch], Tensor, Tensor]:
+    config, channels = problem.config, problem.channels
+    parts = _parts(channels, problem.num)
     chunks = _chunks(channels, config, parts)
-    splits = _splits(processors // parts, images, pixels, channels, config.block_n)
-    partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
-    masses = x.new_empty((images, splits, num), dtype=torch.float32)
+    splits = _splits(problem, problem.processors // parts, config.block_n)
+    partial, masses = problem.partial(splits), problem.masses(splits)
     launch = Launch(
         kernels.forward_kernel,
-        (parts * splits * images,),
-        dict(_walk(x), D=codewords, S=scale, P=partial, PM=masses, splits=splits),
+        (parts * splits * problem.images,),
         dict(
-            _common(x, config, num),
+            problem.walk(), D=problem.codewords, S=problem.scale, P=partial, PM=masses,
+            splits=splits,
+        ),
+        problem.constants(
+            config,
             OWN=chunks // parts,
             CHUNKS=chunks,
             PREFETCH=channels > 128 and config.block_n <= 32,
         ),
         config.num_warps,
-    )
+    )  # fmt: skip
     return [launch], partial, masses
 
 
-def _split_forward(
-    x: Tensor, codewords: Tensor, scale: Tensor, config: Config, processors: int
-) -> tuple[list[Launch], Tensor, Tensor]:
-    images, _, pixels = x.shape
-    num = codewords.shape[0]
-    tiles = triton.cdiv(pixels, config.block_n)
-    weights = x.new_empty((images, pixels, _padded(num)))
-    masses = x.new_empty((images, tiles, num), dtype=torch.float32)
+def _split_forward(problem: _Problem) -> tuple[list[Launch], Tensor, Tensor]:
+    x, scale = problem.x, problem.scale
+    tiles = triton.cdiv(problem.pixels, problem.config.block_n)
+    masses = problem.masses(tiles)
+    # The kernel takes the backward pass's tensors too, and reads none of them.
+    unused = dict(TQ=masses, R=scale, dX=x)
+    make_weights, weights = _weights(
+        problem, tiles, dict(unused, T=problem.codewords, PM=masses), BACKWARD=False, NEED_X=False
+    )
+    aggregate, partial = _aggregate(problem, weights)
+    return [make_weights, aggregate], partial, masses
+
+
+def _weights(
+    problem: _Problem, tiles: int, arguments: dict[str, Any], **constants: bool
+) -> tuple[Launch, Tensor]:
+    """Split form: the launch that makes the weights of every pixel, B x N x KP."""
+    weights = problem.x.new_empty((problem.images, problem.pixels, _padded(problem.num)))
     launch = Launch(
         kernels.weights_kernel,
-        (images * tiles,),
-        dict(
-            _walk(x),
-            T=codewords,
-            TQ=masses,
-            S=scale,
-            R=scale,
-            dX=x,
-            PW=weights,
-            PM=masses,
-            tiles=tiles,
-        ),
-        dict(_common(x, config, num), BACKWARD=False, NEED_X=False),
-        config.num_warps,
-    )  # fmt: skip
-    aggregate, partial = _aggregate(x, weights, num, config, processors)
-    return [launch, aggregate], partial, masses
+        (problem.images * tiles,),
+        problem.walk() | arguments | dict(S=problem.scale, PW=weights, tiles=tiles),
+        problem.constants(problem.config, **constants),
+        problem.config.num_warps,
+    )
+    return launch, weights
 
 
-def _aggregate(
-    x: Tensor, weights: Tensor, num: int, config: Config, processors: int
-) -> tuple[Launch, Tensor]:
-    images, channels, pixels = x.shape
-    block_n = 32 if x.dtype == torch.float32 or _padded(num) > 64 else 64
-    shape = Config(block_n, config.block_c, 8)
-    chunks = triton.cdiv(channels, shape.block_c)
-    programs = triton.cdiv(2 * processors, chunks)
-    splits = _splits(programs, images, pixels, channels, 4 * shape.block_n)
-    partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
+def _aggregate(problem: _Problem, weights: Tensor) -> tuple[Launch, Tensor]:
+    """Split form: the launch that sums weights times x over the pixels."""
+    single = problem.x.dtype == torch.float32
+    block_n = 32 if single or _padded(problem.num) > 64 else 64
+    shape = Config(block_n, problem.config.block_c, 8)
+    chunks = triton.cdiv(problem.channels, shape.block_c)
+    programs = triton.cdiv(2 * problem.processors, chunks)
+    splits = _splits(problem, programs, 4 * shape.block_n)
+    partial = problem.partial(splits)
     launch = Launch(
         kernels.aggregate_kernel,
-        (images * splits * chunks,),
-        dict(_walk(x), PW=weights, P=partial, splits=splits),
-        _common(x, shape, num),
+        (problem.images * splits * chunks,),
+        dict(problem.walk(), PW=weights, P=partial, splits=splits),
+        problem.constants(shape),
         shape.num_warps,
     )
     return launch, partial
@@ -244,11 +292,12 @@ def backward_launches(
     images, channels, pixels = x.shape
     num = codewords.shape[0]
     config = config or backward_configs(arch, x.dtype, channels, num)[0]
+    problem = _Problem(x, codewords, scale, config, processors)
     grad_x = x.new_empty((images, pixels, channels) if need_x else (0,))
+    gradient = _Gradient(grad, scale if backward_scale is None else backward_scale, grad_x)
     grad_codewords, grad_scale = torch.empty_like(codewords), torch.empty_like(scale)
-    factor = scale if backward_scale is None else backward_scale
     launches, partial, masses = (_fused_backward if config.fused else _split_backward)(
-        grad, x, codewords, scale, factor, grad_x, config, processors
+        problem, gradient
     )
     block_c = min(64, triton.next_power_of_2(channels))
     finish = Launch(
@@ -266,71 +315,46 @@ def backward_launches(
     return [*launches, finish], (grad_x, grad_codewords, grad_scale)
 
 
-def _fused_backward(
-    grad: Tensor,
-    x: Tensor,
-    codewords: Tensor,
-    scale: Tensor,
-    factor: Tensor,
-    grad_x: Tensor,
-    config: Config,
-    processors: int,
-) -> tuple[list[Launch], Tensor, Tensor]:
-    images, channels, pixels = x.shape
-    num = codewords.shape[0]
-    splits = _splits(processors, images, pixels, channels, config.block_n)
-    partial = x.new_empty((images, splits, num, channels), dtype=torch.float32)
-    masses = x.new_empty((images, splits, 3, num), dtype=torch.float32)
+def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[list[Launch], Tensor, Tensor]:
+    config = problem.config
+    splits = _splits(problem, problem.processors, config.block_n)
+    partial, masses = problem.partial(splits), problem.masses(splits, 3)
     launch = Launch(
         kernels.backward_kernel,
-        (images * splits,),
+        (problem.images * splits,),
         dict(
-            _walk(x), D=codewords, S=scale, R=factor, G=grad, dX=grad_x, P=partial, PM=masses,
-            splits=splits,
+            problem.walk(), D=problem.codewords, S=problem.scale, R=gradient.factor,
+            G=gradient.code, dX=gradient.x, P=partial, PM=masses, splits=splits,
         ),
-        dict(
-            _common(x, config, num), CHUNKS=_chunks(channels, config), NEED_X=grad_x.numel() > 0
+        problem.constants(
+            config, CHUNKS=_chunks(problem.channels, config), NEED_X=gradient.need_x
         ),
         config.num_warps,
     )  # fmt: skip
     return [launch], partial, masses
 
 
-def _split_backward(
-    grad: Tensor,
-    x: Tensor,
-    codewords: Tensor,
-    scale: Tensor,
-    factor: Tensor,
-    grad_x: Tensor,
-    config: Config,
-    processors: int,
-) -> tuple[list[Launch], Tensor, Tensor]:
-    images, channels, pixels = x.shape
-    num = codewords.shape[0]
-    tiles = triton.cdiv(pixels, config.block_n)
-    tables = x.new_empty(((1 + images) * num, channels))
-    squares = grad.new_empty((1 + images) * num)
-    weights = x.new_empty((images, pixels, _padded(num)))
-    masses = x.new_empty((images, tiles, 3, num), dtype=torch.float32)
+def _split_backward(problem: _Problem, gradient: _Gradient) -> tuple[list[Launch], Tensor, Tensor]:
+    tiles = triton.cdiv(problem.pixels, problem.config.block_n)
+    rows = (1 + problem.images) * problem.num
+    tables = problem.x.new_empty((rows, problem.channels))
+    squares = gradient.code.new_empty(rows)
+    masses = problem.masses(tiles, 3)
     make_tables = Launch(
         kernels.tables_kernel,
-        ((1 + images) * num,),
-        dict(D=codewords, G=grad, T=tables, TQ=squares),
-        dict(C=channels, K=num, CP=triton.next_power_of_2(channels)),
+        (rows,),
+        dict(D=problem.codewords, G=gradient.code, T=tables, TQ=squares),
+        dict(C=problem.channels, K=problem.num, CP=triton.next_power_of_2(problem.channels)),
         num_warps=4,
     )
-    make_weights = Launch(
-        kernels.weights_kernel,
-        (images * tiles,),
-        dict(
-            _walk(x), T=tables, TQ=squares, S=scale, R=factor, dX=grad_x, PW=weights, PM=masses,
-            tiles=tiles,
-        ),
-        dict(_common(x, config, num), BACKWARD=True, NEED_X=grad_x.numel() > 0),
-        config.num_warps,
-    )  # fmt: skip
-    aggregate, partial = _aggregate(x, weights, num, config, processors)
+    make_weights, weights = _weights(
+        problem,
+        tiles,
+        dict(T=tables, TQ=squares, R=gradient.factor, dX=gradient.x, PM=masses),
+        BACKWARD=True,
+        NEED_X=gradient.need_x,
+    )
+    aggregate, partial = _aggregate(problem, weights)
     return [make_tables, make_weights, aggregate], partial, masses
 
 
@@ -349,9 +373,7 @@ def forward(
 
     configs = forward_configs(arch, x.dtype, channels, num)
     key = ("encode forward", x.device, x.dtype, channels, num)
-    made, outputs = launches(choose(key, configs, lambda config: launches(config)[0]))
-    run_all(made, x.device)
-    return outputs
+    return run_chosen(key, configs, launches, x.device)
 
 
 def backward(
@@ -377,10 +399,7 @@ def backward(
 
     configs = backward_configs(arch, x.dtype, channels, num)
     key = ("encode backward", x.device, x.dtype, channels, num, need_x)
-    made, (grad_x, grad_codewords, grad_scale) = launches(
-        choose(key, configs, lambda config: launches(config)[0])
-    )
-    run_all(made, x.device)
+    grad_x, grad_codewords, grad_scale = run_chosen(key, configs, launches, x.device)
     if need_x:
         out = torch.empty_like(given)
         grad_x = grad_x if grad_x.stride() == out.stride() else out.copy_(grad_x)

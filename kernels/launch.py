@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,27 +72,19 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
+    def _call(self) -> dict[str, Any]:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.arguments, **self.constants, **options}
+
     def run(self) -> None:
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-        )
+        self.kernel[self.grid](**self._call())
 
     def obstacle(self) -> Optional[str]:
         """Compile for the current device; why the result is not to be used, or None."""
         try:
-            compiled = self.kernel.warmup(
-                **self.arguments,
-                **self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                grid=self.grid,
-            )
-            _ = (
-                compiled.run
-            )  # loads the program, which is when the driver tells registers and spills
+            compiled = self.kernel.warmup(**self._call(), grid=self.grid)
+            # Asking for it loads the program; only then does the driver tell what it spills.
+            compiled.run  # noqa: B018
         except triton.runtime.OutOfResources as error:
             return f"{self.name} does not fit: {error}"
         if compiled.n_spills:
@@ -180,3 +172,19 @@ def run_all(launches: Sequence[Launch], device: torch.device) -> None:
         for launch in launches:
             if all(launch.grid):
                 launch.run()
+
+
+Outputs = TypeVar("Outputs")
+
+
+def run_chosen(
+    key: Any,
+    configs: Sequence[Config],
+    launches: Callable[[Config], tuple[Sequence[Launch], Outputs]],
+    device: torch.device,
+) -> Outputs:
+    """Choose a configuration, run what `launches` lists for it, and return its outputs."""
+    config = choose(key, configs, lambda candidate: launches(candidate)[0])
+    made, outputs = launches(config)
+    run_all(made, device)
+    return outputs

@@ -28,221 +28,16 @@ so each pixel's largest logit is subtracted first, on the small map. Interpolate
 never positive, and unless some are below -RANGE no output pixel needs a maximum of its own.
 """
 
-import itertools
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import upsample_pytorch
 from ._namespace import add_op_namespace_prefix
-from .upsample_tiles import RANGE, Strip, TiledUpsampling
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class _Pixels(NamedTuple):
-    """What the loss of each pixel of a strip is made of; every map is H x X."""
-
-    label: Tensor  # int64, 0 where ignored
-    labelled: Tensor  # 1 or 0
-    label_rate: Tensor  # (1 - e) m_t, 0 where ignored
-    rate: Tensor  # r_i, 0 where ignored
-    spike: Tensor  # -label_rate / rate
-
-
-class _Share(NamedTuple):
-    """What a strip adds to the gradient of its image."""
-
-    image: int
-    columns: slice
-    grad: Tensor  # [h, m, C]
-
-
-def _pixels(
-    target: Tensor, weight: Optional[Tensor], ignore_index: int, smoothing: float, like: Tensor
-) -> _Pixels:
-    classes = like.shape[-1]
-    index = target.to(torch.int64)
-    ignored = index == ignore_index
-    index = index.masked_fill(ignored, 0)
-    _check_labels(index, classes, ignore_index)
-    labelled = ignored.logical_not().to(like)
-    if weight is None:
-        label_rate, rate = labelled * (1 - smoothing), labelled
-    else:
-        label_rate = weight[index].mul_(labelled).mul_(1 - smoothing)
-        rate = label_rate + labelled * (weight.sum() * (smoothing / classes))
-    spike = (label_rate / rate).nan_to_num_(0).neg_()
-    return _Pixels(index, labelled, label_rate, rate, spike)
-
-
-def _check_labels(index: Tensor, classes: int, ignore_index: int) -> None:
-    # An accelerator is not asked: it would stall. There a wrong label is a device-side assertion.
-    if index.device.type != "cpu" or index.numel() == 0:
-        return
-    low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"upsample_cross_entropy: target holds the value {low if low < 0 else high}; for "
-            f"{classes} classes it may hold 0 to {classes - 1} and ignore_index = {ignore_index}."
-        )
-
-
-def _forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Optional[Tensor],
-    ignore_index: int,
-    align_corners: bool,
-    smoothing: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """Loss and lse of each pixel, and, if asked for, the gradient of the sum of the losses."""
-    up = TiledUpsampling(logits, target.shape[1], target.shape[2], align_corners)
-    losses = up.low.new_empty(target.shape)
-    lses = torch.empty_like(losses)
-    weight = None if weight is None else weight.detach().to(up.low)
-
-    def work(strip: Strip) -> _Share:
-        pixels = _pixels(target[strip.here], weight, ignore_index, smoothing, up.low)
-        grad = strip.new_total()
-        totals, peaks, label_values = up.low.new_zeros((3, *pixels.label.shape))
-        maps = (
-            *(m.unsqueeze(2) for m in (pixels.label, pixels.spike, totals, peaks, label_values)),
-            *(m.unsqueeze(1) for m in (pixels.rate, totals)),
-        )
-        for tile, *cut in zip(strip.tiles(), *map(strip.rows, maps)):
-            index, spike, total, peak, label_value, rate, total_row = cut
-            values = strip.expand(tile)
-            torch.gather(values, 2, index, out=label_value)
-            if not strip.in_range(tile):
-                torch.amax(values, 2, keepdim=True, out=peak)
-                values.sub_(peak).clamp_(min=-RANGE)
-            values.exp_()
-            strip.sum_classes(tile, total)
-            if with_grad:
-                values.scatter_add_(2, index, torch.mul(spike, total))
-                strip.reduce(tile, torch.div(rate, total_row), grad)
-        lse = torch.log(totals).add_(peaks)
-        lses[strip.here] = lse
-        loss = losses[strip.here]
-        torch.sub(lse, label_values, out=loss)
-        loss.mul_(pixels.label_rate)
-        if smoothing:
-            mean = strip.expand_map(_class_mean(strip.low, weight))
-            loss.add_(lse * (pixels.rate - pixels.label_rate))
-            loss.sub_(mean.mul_(pixels.labelled), alpha=smoothing)
-            if with_grad:
-                _subtract_smoothing(strip, pixels.labelled, weight, smoothing, grad)
-        return _Share(strip.image, strip.columns.low, grad.view(strip.low.shape))
-
-    shares = up.each_strip(work)
-    if with_grad:
-        return losses, lses, _add_up(shares, torch.empty_like(logits, dtype=losses.dtype))
-    for _ in shares:
-        pass
-    return losses, lses, None
-
-
-def _backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    weight: Optional[Tensor],
-    ignore_index: int,
-    align_corners: bool,
-    smoothing: float,
-) -> Tensor:
-    up = TiledUpsampling(logits, target.shape[1], target.shape[2], align_corners)
-    weight = None if weight is None else weight.detach().to(up.low)
-
-    def work(strip: Strip) -> _Share:
-        pixels = _pixels(target[strip.here], weight, ignore_index, smoothing, up.low)
-        pixel_grad = grad_loss[strip.here].to(up.low)
-        factor = pixel_grad * pixels.rate
-        grad = strip.new_total()
-        maps = [m.unsqueeze(2) for m in (pixels.label, pixels.spike, lse[strip.here])]
-        maps.append(factor.unsqueeze(1))
-        for tile, *cut in zip(strip.tiles(), *map(strip.rows, maps)):
-            index, spike, tile_lse, tile_factor = cut
-            # exp(-RANGE) adds nothing to a gradient, and keeps denormals away.
-            values = strip.expand(tile).sub_(tile_lse).clamp_(min=-RANGE).exp_()
-            values.scatter_add_(2, index, spike)
-            strip.reduce(tile, tile_factor, grad)
-        if smoothing:
-            _subtract_smoothing(strip, pixel_grad * pixels.labelled, weight, smoothing, grad)
-        return _Share(strip.image, strip.columns.low, grad.view(strip.low.shape))
-
-    return _add_up(up.each_strip(work), torch.empty_like(logits))
-
-
-def _add_up(shares: Iterable[_Share], grad: Tensor) -> Tensor:
-    """Fill grad, B x C x h x w, image by image; neighbouring strips share low columns."""
-    _, classes, height, width = grad.shape
-    for image, group in itertools.groupby(shares, lambda share: share.image):
-        first = next(group)
-        total = first.grad.new_zeros(height, width, classes)
-        for share in itertools.chain((first,), group):
-            total[:, share.columns] += share.grad
-        result = grad[image]
-        if result.stride(1) == width * result.stride(2):
-            # As matrices, the copy reaches PyTorch's blocked transposition.
-            result.view(classes, -1).copy_(total.flatten(0, 1).t())
-        else:
-            result.copy_(total.permute(2, 0, 1))
-    return grad
-
-
-def _class_mean(low: Tensor, weight: Optional[Tensor]) -> Tensor:
-    return low.mean(2) if weight is None else (low * weight).mean(2)
-
-
-def _subtract_smoothing(
-    strip: Strip,
-    pixel_grad: Tensor,
-    weight: Optional[Tensor],
-    smoothing: float,
-    grad: Tensor,
-) -> None:
-    grad = grad.view(strip.low.shape)
-    low = strip.reduce_map(pixel_grad).mul_(smoothing / grad.shape[2]).unsqueeze(2)
-    grad.sub_(low if weight is None else low * weight)
-
-
-def _argmax(
-    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
-) -> tuple[Tensor, Tensor]:
-    up = TiledUpsampling(logits, height, width, align_corners)
-    shape = (len(logits), height, width)
-    labels = up.low.new_empty(shape, dtype=_label_dtype(logits.shape[1]))
-    probs = up.low.new_empty(shape if with_prob else (0,))
-
-    def work(strip: Strip) -> None:
-        tiles = strip.tiles()
-        label = strip.rows(labels[strip.here])
-        prob = strip.rows(probs[strip.here]) if with_prob else label
-        for tile, tile_label, tile_prob in zip(tiles, label, prob):
-            values = strip.expand(tile)
-            peak, index = values.max(2, keepdim=True)
-            tile_label.copy_(index.squeeze(2))
-            if with_prob:
-                values.sub_(peak).clamp_(min=-RANGE).exp_()
-                torch.reciprocal(values.sum(2), out=tile_prob)
-
-    for _ in up.each_strip(work):
-        pass
-    return labels, probs
-
-
-def _label_dtype(classes: int) -> torch.dtype:
-    return torch.uint8 if classes <= 256 else torch.int64
-
-
-def _result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
@@ -294,7 +89,7 @@ def _map_op(
     options = (weight, ignore_index, align_corners, smoothing)
     # Autocast would reach into the body and run its products in half precision.
     with torch.autocast(logits.device.type, enabled=False):
-        loss, lse, _ = _forward(logits, target, *options, with_grad=False)
+        loss, lse, _ = upsample_pytorch.forward(logits, target, *options, with_grad=False)
     return loss, lse
 
 
@@ -308,7 +103,7 @@ def _map_fake(
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     _check_inputs(logits, target, weight)
-    loss = logits.new_empty(target.shape, dtype=_result_dtype(logits))
+    loss = logits.new_empty(target.shape, dtype=upsample_pytorch.result_dtype(logits))
     return loss, torch.empty_like(loss)
 
 
@@ -327,7 +122,7 @@ def _map_backward_op(
 ) -> Tensor:
     options = (weight, ignore_index, align_corners, smoothing)
     with torch.autocast(logits.device.type, enabled=False):
-        return _backward(grad_loss, logits, target, lse, *options)
+        return upsample_pytorch.backward(grad_loss, logits, target, lse, *options)
 
 
 @_map_backward_op.register_fake
@@ -373,7 +168,7 @@ def _sum_op(
     _check_inputs(logits, target, weight)
     options = (weight, ignore_index, align_corners, smoothing)
     with torch.autocast(logits.device.type, enabled=False):
-        loss, _, grad = _forward(logits, target, *options, with_grad=with_grad)
+        loss, _, grad = upsample_pytorch.forward(logits, target, *options, with_grad=with_grad)
     total = loss.sum(dtype=torch.float64)
     return total, loss.new_empty(0) if grad is None else grad
 
@@ -389,7 +184,7 @@ def _sum_fake(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_inputs(logits, target, weight)
-    dtype = _result_dtype(logits)
+    dtype = upsample_pytorch.result_dtype(logits)
     grad = torch.empty_like(logits, dtype=dtype) if with_grad else logits.new_empty(0, dtype=dtype)
     return logits.new_empty((), dtype=torch.float64), grad
 
@@ -427,7 +222,7 @@ def _argmax_op(
     """Label map, B x H x W, and the probability of the label (empty if not asked for)."""
     _check_logits("upsample_argmax", logits)
     with torch.autocast(logits.device.type, enabled=False):
-        return _argmax(logits, height, width, align_corners, with_prob)
+        return upsample_pytorch.argmax(logits, height, width, align_corners, with_prob)
 
 
 @_argmax_op.register_fake
@@ -436,8 +231,10 @@ def _argmax_fake(
 ) -> tuple[Tensor, Tensor]:
     _check_logits("upsample_argmax", logits)
     shape = (logits.shape[0], height, width)
-    label = logits.new_empty(shape, dtype=_label_dtype(logits.shape[1]))
-    return label, logits.new_empty(shape if with_prob else (0,), dtype=_result_dtype(logits))
+    label = logits.new_empty(shape, dtype=upsample_pytorch.label_dtype(logits.shape[1]))
+    return label, logits.new_empty(
+        shape if with_prob else (0,), dtype=upsample_pytorch.result_dtype(logits)
+    )
 
 
 # Counted: the multiplications and additions of the interpolation, of its two taps a direction.
@@ -521,7 +318,7 @@ def upsample_cross_entropy(
     total, _ = _sum_op(logits, target, *options, with_grad)
     if reduction == "mean":
         total = total / _total_weight(target, weight, ignore_index)
-    return total.to(_result_dtype(logits))
+    return total.to(upsample_pytorch.result_dtype(logits))
 
 
 def _total_weight(target: Tensor, weight: Optional[Tensor], ignore_index: int) -> Tensor:

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from encnet_triton.kernels import _tiles, batch_norm_act, reference
-from encnet_triton.kernels.batch_norm import (
-    _backward_frozen,
-    _backward_input,
-    _backward_sums,
-    _moments,
-    _normalise,
-    _statistics,
-    _unpack,
+from encnet_triton.kernels.batch_norm_ops import (
+    backward_frozen,
+    backward_input,
+    backward_sums,
+    moments,
+    normalise,
+    statistics_of,
+    unpack,
 )
 from tests.support import synchronised
 from tests.support.batch_norm import (
@@ -185,22 +185,22 @@ def test_opcheck(layout: str, frozen: bool, full: bool) -> None:
     optional = [t.requires_grad_() if full else None for t in optional]
     weight, bias, residual = optional
     inputs = (x.clone().requires_grad_(), mean, var, count, *optional, full, 1e-5, full, "")
-    torch.library.opcheck(_normalise, inputs)
-    y, mask = _normalise(*inputs)
+    torch.library.opcheck(normalise, inputs)
+    y, mask = normalise(*inputs)
     kept = (mask if mask.numel() else y).detach() if full else None
     call = (torch.randn_like(x), x, kept, mean, var)
     parameters = [None if t is None else t.detach() for t in (weight, bias)]
     if frozen:
-        torch.library.opcheck(_backward_frozen, (*call, *parameters, full, 1e-5, full))
+        torch.library.opcheck(backward_frozen, (*call, *parameters, full, 1e-5, full))
         return
     running = (mean.clone(), var.clone()) if full else (None, None)
-    torch.library.opcheck(_moments, (x, *running, 0.1))
-    torch.library.opcheck(_statistics, (x,))
-    torch.library.opcheck(_unpack, (_statistics(x), x, *running, 0.1))
-    torch.library.opcheck(_backward_sums, (*call, *parameters, full, 1e-5))
+    torch.library.opcheck(moments, (x, *running, 0.1))
+    torch.library.opcheck(statistics_of, (x,))
+    torch.library.opcheck(unpack, (statistics_of(x), x, *running, 0.1))
+    torch.library.opcheck(backward_sums, (*call, *parameters, full, 1e-5))
     sums = torch.randn(2, 6, dtype=torch.float64)
     call = (torch.randn_like(x), x, mask if mask.numel() else None, mean, var, *parameters)
-    torch.library.opcheck(_backward_input, (*call, sums, count, full, 1e-5, bool(mask.numel())))
+    torch.library.opcheck(backward_input, (*call, sums, count, full, 1e-5, bool(mask.numel())))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])

@@ -16,14 +16,14 @@ pytest.importorskip("triton")
 
 from bench.interpreter import Watch
 from encnet_triton.kernels import batch_norm_act, batch_norm_triton, encode, launch, reference
-from encnet_triton.kernels.batch_norm import (
-    _backward_frozen,
-    _backward_input,
-    _backward_sums,
-    _moments,
-    _normalise,
-    _statistics,
-    _unpack,
+from encnet_triton.kernels.batch_norm_ops import (
+    backward_frozen,
+    backward_input,
+    backward_sums,
+    moments,
+    normalise,
+    statistics_of,
+    unpack,
 )
 from tests.support import synchronised
 from tests.support.batch_norm import (
@@ -136,7 +136,7 @@ def test_the_mask_is_one_bit_a_value(layout: str) -> None:
     x = tensors["x"].flatten(2)
     residual = tensors["residual"].flatten(2)
     mean, var = tensors["running_mean"], tensors["running_var"]
-    y, mask = _normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "")
+    y, mask = normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "")
     assert mask.numel() == batch_norm_triton.mask_bytes(x)
     if batch_norm_triton._channels_last(x):  # planes of 64 channels or, with small tiles, of 8
         rows = y.transpose(1, 2).reshape(-1, y.shape[1])
@@ -244,9 +244,9 @@ def test_empty_batch_in_evaluation(shape: tuple[int, ...]) -> None:
 
 def test_an_empty_share_of_a_group_has_sums_of_zero() -> None:
     x = torch.empty(0, 6, 20, device=DEVICE)
-    assert torch.equal(_statistics(x), torch.zeros(13, dtype=torch.float64, device=DEVICE))
+    assert torch.equal(statistics_of(x), torch.zeros(13, dtype=torch.float64, device=DEVICE))
     packed = torch.tensor([6.0, 0.0, 20.0, 36.0, 2.0], dtype=torch.float64, device=DEVICE)
-    mean, var, count = _unpack(packed, x[:, :2], None, None, 0.1)
+    mean, var, count = unpack(packed, x[:, :2], None, None, 0.1)
     assert mean.tolist() == [3.0, 0.0] and var.tolist() == [1.0, 18.0] and count.tolist() == [2.0]
 
 
@@ -281,20 +281,20 @@ def test_opcheck(layout: str) -> None:
         tensors[n] for n in ("running_mean", "running_var", "weight", "bias")
     )
     running = mean.clone(), var.clone()
-    torch.library.opcheck(_moments, (x, *running, 0.1))
-    torch.library.opcheck(_statistics, (x,))
-    torch.library.opcheck(_unpack, (_statistics(x), x, *running, 0.1))
+    torch.library.opcheck(moments, (x, *running, 0.1))
+    torch.library.opcheck(statistics_of, (x,))
+    torch.library.opcheck(unpack, (statistics_of(x), x, *running, 0.1))
     count = torch.tensor([105.0], dtype=torch.float64, device=DEVICE)
     for frozen in (True, False):
         leaves = [t.clone().requires_grad_() for t in (weight, bias, residual)]
         call = (mean, var, None if frozen else count, *leaves, True, 1e-5, True, "")
-        torch.library.opcheck(_normalise, (x.clone().requires_grad_(), *call))
-    _, mask = _normalise(x, mean, var, None, weight, bias, residual, True, 1e-5, True, "")
+        torch.library.opcheck(normalise, (x.clone().requires_grad_(), *call))
+    _, mask = normalise(x, mean, var, None, weight, bias, residual, True, 1e-5, True, "")
     backward = (torch.randn_like(x), x, mask, mean, var, weight, bias)
-    torch.library.opcheck(_backward_sums, (*backward, True, 1e-5))
-    torch.library.opcheck(_backward_frozen, (*backward, True, 1e-5, True))
+    torch.library.opcheck(backward_sums, (*backward, True, 1e-5))
+    torch.library.opcheck(backward_frozen, (*backward, True, 1e-5, True))
     sums = torch.randn(2, x.shape[1], dtype=torch.float64, device=DEVICE)
-    torch.library.opcheck(_backward_input, (*backward, sums, count, True, 1e-5, True))
+    torch.library.opcheck(backward_input, (*backward, sums, count, True, 1e-5, True))
 
 
 def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         names.extend(one.kernel.__name__ for one in launches)
         original(launches, device)
 
-    monkeypatch.setattr(batch_norm_triton, "run_all", run_all)
+    monkeypatch.setattr(launch, "run_all", run_all)
     tensors = example("channels_last", torch.float32, residual=True, device=DEVICE)
     compare(run(batch_norm_act, tensors, training=True), run(torch_formula, tensors, training=True),
             rtol=1e-3, atol=1e-4)  # fmt: skip

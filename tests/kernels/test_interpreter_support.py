@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from bench.interpreter import OutOfBounds, Race, Watch
+from bench.interpreter import OutOfBounds, Race, UnwatchedOperation, Watch
 
 pytestmark = pytest.mark.interpreter
 
@@ -222,7 +222,7 @@ def test_two_stores_to_one_address_are_a_race() -> None:
 
 def test_atomics_are_refused_and_the_interpreter_is_put_back() -> None:
     y = torch.zeros(1)
-    with pytest.raises(NotImplementedError, match="Watch knows no atomics"), Watch():
+    with pytest.raises(UnwatchedOperation, match="loads and stores, not atomics"), Watch():
         atomic_kernel[(1,)](y)
     atomic_kernel[(1,)](y)
     assert y.item() == 1

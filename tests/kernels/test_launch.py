@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -70,4 +71,23 @@ def test_float64_and_cpu_tensors_take_the_pytorch_code() -> None:
 
 
 def test_nothing_is_launched_for_an_empty_grid() -> None:
-    launch.run_all([Launch(None, (0,), {}, {}, 4)], torch.device("cpu"))
+    launched: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **_: launched.append(grid)
+
+    launches = [Launch(Recorded(), grid, {}, {}, 4) for grid in ((3,), (0,), (2, 0), (2, 2))]
+    launch.run_all(launches, torch.device("cpu"))
+    assert launched == [(3,), (2, 2)]
+
+
+def test_outputs_are_those_of_the_configuration_that_ran() -> None:
+    kernels = {BEST: Kernel(spills=1), LAST: Kernel()}
+    outputs = launch.run_chosen(
+        "operator",
+        list(kernels),
+        lambda config: ([Launch(kernels[config], (0,), {}, {}, 4)], str(config)),
+        torch.device("cpu"),
+    )
+    assert outputs == str(LAST)

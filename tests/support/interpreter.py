@@ -115,7 +115,7 @@ def _reduce_in_float32(reduce: Any) -> Any:
         if not any(_is_bfloat16(o.handle) for o in operands):
             return reduce(self, operands)
         if len(operands) > 1:
-            raise NotImplementedError("only a reduction of one bfloat16 tensor is repaired")
+            raise TypeError("a reduction of several tensors at once must not hold bfloat16 here")
         wide = tl.tensor(_to_float32(operands[0].handle), _with_element(operands[0], tl.float32))
         result = reduce(self, (wide,))
         result = result[0] if isinstance(result, (list, tuple)) else result
