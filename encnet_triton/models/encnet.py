@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,6 +84,26 @@ class EncNetHead(nn.Module):
         return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
 
 
+def _resolve(
+    form: Form,
+    given: dict[str, Any],
+    se_loss: bool,
+    se_stage3: bool | None,
+    aux: bool | None,
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Options of the context module, and branches in training; None is what the form has."""
+    check_choice("form", form, tuple(FORMS))
+    of_form: Mapping[str, Any] = FORMS[form]
+    context = {name: of_form[name] if value is None else value for name, value in given.items()}
+    check_flags(project=context["project"])
+    branches = _TRAINING_BRANCHES[form]
+    if se_stage3 is None:
+        se_stage3 = branches["se_stage3"] and se_loss
+    if se_stage3 and not se_loss:
+        raise ValueError("se_stage3 is an SE branch and needs se_loss=True")
+    return context, {"se_stage3": se_stage3, "aux": branches["aux"] if aux is None else aux}
+
+
 class EncNet(SegmentationModel):
     """Context Encoding Network.
 
@@ -138,29 +161,18 @@ class EncNet(SegmentationModel):
         dropout_kind: DropoutKind = "element",
         align_corners: bool = True,
     ) -> None:
-        check_choice("form", form, tuple(FORMS))
         check_count("head_channels", head_channels)
-        context, branches = FORMS[form], _TRAINING_BRANCHES[form]
-        project = context["project"] if project is None else project
-        combine = context["combine"] if combine is None else combine
-        gate = context["gate"] if gate is None else gate
-        aux = branches["aux"] if aux is None else aux
-        if se_stage3 is None:
-            se_stage3 = branches["se_stage3"] and se_loss
-        check_flags(project=project, se_loss=se_loss, se_stage3=se_stage3, aux=aux, lateral=lateral)
-        if se_stage3 and not se_loss:
-            raise ValueError("se_stage3 is an SE branch and needs se_loss=True")
+        given = {"project": project, "combine": combine, "gate": gate}
+        of_context, branches = _resolve(form, given, se_loss, se_stage3, aux)
+        check_flags(se_loss=se_loss, lateral=lateral, **branches)
         options = {
             "name": "encnet",
             "form": form,
             "head_channels": head_channels,
             "num_codewords": num_codewords,
-            "project": project,
-            "combine": combine,
-            "gate": gate,
+            **of_context,
             "se_loss": se_loss,
-            "se_stage3": se_stage3,
-            "aux": aux,
+            **branches,
             "lateral": lateral,
             "dropout": dropout,
             "dropout_kind": dropout_kind,
@@ -173,36 +185,24 @@ class EncNet(SegmentationModel):
             dilate=dilate,
             align_corners=align_corners,
         )
+        c3 = self.backbone.channels[1]
+        classes = num_classes if se_loss else None
         self.head = EncNetHead(
             self.backbone.channels,
             head_channels,
             num_classes,
-            context=ContextEncoding(
-                head_channels,
-                num_classes if se_loss else None,
-                num_codewords,
-                form,
-                project=project,
-                combine=combine,
-                gate=gate,
-            ),
+            context=ContextEncoding(head_channels, classes, num_codewords, form, **of_context),
             lateral=lateral,
             dropout=create_dropout(dropout, dropout_kind),
             align_corners=align_corners,
         )
-        c3 = self.backbone.channels[1]
         self.stage3 = None
-        if se_stage3:
-            self.stage3 = ContextEncoding(
-                c3,
-                num_classes,
-                num_codewords,
-                form,
-                project=False,
-                combine=combine,
-                attention=False,
-            )
-        self.aux_head = aux_head(c3, num_classes, dropout, dropout_kind) if aux else None
+        if branches["se_stage3"]:
+            of_stage3 = {"project": False, "combine": of_context["combine"], "attention": False}
+            self.stage3 = ContextEncoding(c3, num_classes, num_codewords, form, **of_stage3)
+        self.aux_head = None
+        if branches["aux"]:
+            self.aux_head = aux_head(c3, num_classes, dropout, dropout_kind)
 
     def forward(self, x: Tensor) -> SegmentationOutput:
         c2, c3, c4 = self.backbone(x)
