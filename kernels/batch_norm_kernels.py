@@ -252,9 +252,9 @@ def backward_input_kernel(
     mean, inv_std, factor, bias = _coefficients(
         Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT, BIAS
     )
-    count = tl.load(Count)
-    constant = (tl.load(Sums + channels, mask=in_c, other=0.0) / count).to(tl.float32)[None, :]
-    slope = (tl.load(Sums + C + channels, mask=in_c, other=0.0) / count).to(tl.float32)[None, :]
+    share = 1 / tl.load(Count)  # one division in float64, not one a channel
+    constant = (tl.load(Sums + channels, mask=in_c, other=0.0) * share).to(tl.float32)[None, :]
+    slope = (tl.load(Sums + C + channels, mask=in_c, other=0.0) * share).to(tl.float32)[None, :]
     slope = slope * inv_std
     begin = split * per
     end = tl.minimum(begin + per, tiles)

@@ -15,15 +15,17 @@ from torch import Tensor
 from . import batch_norm_kernels as kernels
 from .launch import Config, Launch, architecture, cdiv, next_power_of_2, run_all, run_chosen
 
-# Values of a tile: 16 a thread, two loads of 16 bytes in half precision. Fewer where the compiler
-# needs more registers for an address: for planes, and where rows do not begin at 16 bytes.
-_TILE = 2048
+# Bytes of a tile, and warps: one load of 16 bytes a thread. With more, or with 4 warps, the
+# compiler aims at register counts that spill a few bytes here and there.
+_TILE_BYTES, _WARPS = 4096, 8
 # Channels of a tile: 128 bytes of a row in half precision, four sectors.
 _CHANNELS = 64
 # Tiles of one run of the statistics, which are taken about the mean of its first tile.
 _MOST_TILES = 32
-# Programs a multiprocessor: as many of these small ones are resident at once.
-_PROGRAMS = 8
+# Programs a multiprocessor: about three times as many as are resident, so that the last wave is
+# short. Runs of fewer than 4 tiles would write many partial sums, and only pay where there is
+# little work.
+_PROGRAMS, _FEW_TILES = 16, 4
 _CHANNELS_OF_FINISH, _RUNS_OF_FINISH = 16, 64
 
 
@@ -45,7 +47,7 @@ def _layout(x: Tensor) -> tuple[int, int, int, bool]:
 
 def configs(x: Tensor) -> list[Config]:
     """Tiles for x, the preferred one first, the conservative one last."""
-    return _configs(*_layout(x), _TILE)
+    return _configs(*_layout(x), _TILE_BYTES // x.element_size())
 
 
 def _block(channels: int) -> int:
@@ -55,14 +57,15 @@ def _block(channels: int) -> int:
 
 @cache
 def _configs(images: int, channels: int, pixels: int, last: bool, tile: int) -> list[Config]:
-    if last:
-        inner = _block(channels)
-        first = tile if channels % 8 == 0 else tile // 4
-        return [Config(values // inner, inner, 4) for values in (first, tile // 4)]
     made = []
-    for values in (tile // 2, tile // 4):
-        inner = min(values, max(8, next_power_of_2(pixels)))
-        made.append(Config(min(values // inner, next_power_of_2(images)), inner, 4))
+    for values, warps in ((tile, _WARPS), (tile // 4, _WARPS // 2)):
+        if last:
+            inner = _block(channels)
+            outer = values // inner
+        else:
+            inner = min(values, max(8, next_power_of_2(pixels)))
+            outer = min(values // inner, next_power_of_2(images))
+        made.append(Config(outer, inner, warps))
     return made
 
 
@@ -105,7 +108,8 @@ def _walk(
     else:
         blocks = channels
         tiles = cdiv(images, config.block_n) * cdiv(pixels, config.block_c)
-    per = min(_MOST_TILES, cdiv(tiles * blocks, _PROGRAMS * processors))
+    least = max(1, min(_FEW_TILES, tiles * blocks // (2 * processors)))
+    per = min(_MOST_TILES, max(least, cdiv(tiles * blocks, _PROGRAMS * processors)))
     splits = cdiv(tiles, per)
     sizes = {"B": images, "C": channels, "N": pixels, "per": per, "tiles": tiles}
     sizes["packed"] = config.block_c // 8

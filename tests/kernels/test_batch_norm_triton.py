@@ -55,12 +55,12 @@ def watched(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[None, (64, 8)], ids=["", "small tiles"])
+@pytest.fixture(params=[None, (256, 8)], ids=["", "small tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles of every launch as they are, or so small that a program walks several."""
     if request.param is not None:
-        values, channels = request.param
-        monkeypatch.setattr(batch_norm_triton, "_TILE", values)
+        size, channels = request.param
+        monkeypatch.setattr(batch_norm_triton, "_TILE_BYTES", size)
         monkeypatch.setattr(batch_norm_triton, "_CHANNELS", channels)
         monkeypatch.setattr(batch_norm_triton, "architecture", lambda _: (90, 1))
         monkeypatch.setattr(launch, "_chosen", {})
