@@ -91,6 +91,21 @@ def _check_inputs(
         )
 
 
+def _check_statistics(x: Tensor, statistics: Optional[tuple[Tensor, Tensor]]) -> None:
+    if statistics is None:
+        return
+    if isinstance(statistics, Tensor) or len(statistics) != 2:
+        raise TypeError(
+            "batch_norm_act: statistics must be the pair (sum, M2), each B x C, or None."
+        )
+    for name, tensor in zip(("sum", "M2"), statistics):
+        if tensor.shape != x.shape[:2] or tensor.device != x.device:
+            raise ValueError(
+                f"batch_norm_act: {name} of statistics must be B x C on x's device, "
+                f"{tuple(x.shape[:2])} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}."
+            )
+
+
 def _pack_images(x: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
     """The same from the sum and M2 of every image and channel."""
     total, m2 = (t.detach().double() for t in statistics)
@@ -172,12 +187,7 @@ def batch_norm_act(
         "running_var": running_var,
     }
     _check_inputs(x, per_channel, residual, activation)
-    for name, tensor in zip(("sum", "M2"), statistics or ()):
-        if tensor.shape != x.shape[:2] or tensor.device != x.device:
-            raise ValueError(
-                f"batch_norm_act: {name} of statistics must be B x C on x's device, "
-                f"{tuple(x.shape[:2])} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}."
-            )
+    _check_statistics(x, statistics)
     features, added = _as_planes(x), None if residual is None else _as_planes(residual)
     count = None
     if training:

@@ -64,11 +64,13 @@ class _BatchNormAct(_BatchNorm):
             statistics: sum and M2 of ``x`` per image and channel, where `takes_statistics`.
 
         Raises:
-            ValueError: wrong number of dimensions or channels, or training on a single value per
-                channel, which has no variance.
+            TypeError: ``x`` holds integers.
+            ValueError: wrong number of dimensions or channels, a residual of another shape, or
+                training on a single value per channel, which has no variance.
         """
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         self._check_channels(x)
+        self._check_values(x, residual)
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         of_batch = self.training or self.running_mean is None
@@ -112,6 +114,15 @@ class _BatchNormAct(_BatchNorm):
         if residual is not None:
             y.add_(residual)
         return F.relu_(y) if self.activation == "relu" else y
+
+    def _check_values(self, x: Tensor, residual: Tensor | None) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__} needs floating-point numbers, got {x.dtype}")
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(
+                f"residual must have the input's shape {tuple(x.shape)}, "
+                f"got {tuple(residual.shape)}"
+            )
 
     def _check_channels(self, x: Tensor) -> None:
         if x.shape[1] != self.num_features:
@@ -191,10 +202,13 @@ def convert_batchnorm(
         The model.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: a layer is of a class derived from torch's, whose additions would be lost, or
             keeps a cumulative average (momentum None), or ``impl="torch"`` is to be synchronised.
             Nothing is converted then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_batchnorm takes a module, got {type(model).__name__}")
     check_choice("impl", impl, IMPLS)
     if impl == "torch" and group is not None:
         raise ValueError("impl='torch' cannot be synchronised: give impl='auto' or no group")

@@ -236,6 +236,8 @@ def _bad(**changes: Any) -> dict[str, Any]:
         (_bad(x=torch.zeros(1, 6, 1, 1)), ValueError, "the batch is too small"),
         (_bad(x=torch.zeros(0, 6, 5, 7)), ValueError, "the batch is too small"),
         (_bad(momentum=None), TypeError, "momentum must be a number, got None"),
+        (_bad(statistics=torch.zeros(2, 3, 6)), TypeError, r"must be the pair \(sum, M2\)"),
+        (_bad(statistics=(torch.zeros(3, 5),) * 2), ValueError, r"\(3, 6\) on cpu, got \(3, 5\)"),
         (_bad(training=False, running_mean=None), ValueError, "needed when training is False"),
     ],
 )

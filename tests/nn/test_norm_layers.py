@@ -90,6 +90,14 @@ def test_one_value_per_channel_is_refused(impl: Any) -> None:
 
 
 def test_wrong_channels_and_options_are_named() -> None:
+    for impl in ("torch", "fused"):
+        layer = BatchNormAct2d(4, impl=impl)
+        with pytest.raises(TypeError, match="floating-point numbers, got torch.int64"):
+            layer(torch.zeros(2, 4, 3, 3, dtype=torch.int64))
+        with pytest.raises(
+            ValueError, match=r"residual must have the input's shape .* \(2, 4, 3\)"
+        ):
+            layer(torch.zeros(2, 4, 3, 3), residual=torch.zeros(2, 4, 3))
     with pytest.raises(ValueError, match=r"BatchNormAct2d of 4 channels got .* 5 channels"):
         BatchNormAct2d(4)(torch.zeros(2, 5, 3, 3))
     with pytest.raises(ValueError, match="impl is 'triton'"):
