@@ -87,7 +87,9 @@ def normalise(
     weight, bias = _in_accumulation_dtype(x, weight, bias)
     # B x C x 1 x N: only with four dimensions does torch see channels_last.
     image = x.unsqueeze(2)
-    y = torch.batch_norm(image, weight, bias, mean, var, False, 0.0, eps, False).squeeze(2)
+    y = torch.batch_norm(image, weight, bias, mean, var, False, 0.0, eps, False)
+    # A view would have autograd refuse every in-place operation on what the operator returns.
+    y = torch.ops.aten._unsafe_view(y, x.shape)
     if y.stride() != torch.empty_like(x).stride():
         y = torch.empty_like(x).copy_(y)
     if residual is not None:

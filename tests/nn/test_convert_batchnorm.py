@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from encnet_triton.nn import BatchNormAct, BatchNormAct1d, BatchNormAct2d, convert_batchnorm
 
 
 class Net(nn.Module):
-    """Every kind of layer that is converted; ``shared`` is used twice."""
+    """Every kind of layer that is converted; ``shared`` is used twice, ReLU works in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shared = nn.BatchNorm2d(4, eps=1e-3, momentum=0.3)
         self.trunk = nn.Sequential(
-            nn.Conv2d(3, 4, 3), self.shared, nn.ReLU(), nn.Conv2d(4, 4, 3), self.shared
+            nn.Conv2d(3, 4, 3), self.shared, nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), self.shared
         )
         self.volume = nn.BatchNorm3d(4, affine=False)
         self.of_batch = nn.BatchNorm2d(4, track_running_stats=False)
@@ -51,6 +53,56 @@ def test_it_computes_what_it_did(impl: Any) -> None:
     assert list(found) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_published_network_computes_what_it_did() -> None:
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=7).double()
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    expected = outcome(copy.deepcopy(model), x)
+    found = outcome(convert_batchnorm(model, impl="fused"), x)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+SHARES = (slice(0, 2), slice(2, 3))  # of the images, for two processes
+
+
+def network_and_images() -> tuple[nn.Module, Tensor]:
+    """Images whose means differ, so that unsynchronised statistics are far off."""
+    torch.manual_seed(0)
+    model = Net().double()
+    spread = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)[:, None, None, None]
+    return model, spread * torch.randn(3, 3, 9, 9, dtype=torch.float64) + spread
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, images = network_and_images()
+    convert_batchnorm(model, dist.group.WORLD)
+    torch.save(outcome(model, images[SHARES[rank]]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
+)
+def test_two_processes_equal_torchs_layers_on_the_joined_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    model, images = network_and_images()
+    whole = outcome(model, images)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), whole["y"], **close)
+    for name, _ in model.named_parameters():
+        total = sum(part[f"d{name}"] for part in parts)
+        torch.testing.assert_close(total, whole[f"d{name}"], **close)
+    for name in model.state_dict():
+        for part in parts:
+            torch.testing.assert_close(part[name], whole[name], **close)
 
 
 def test_layers_stay_the_same_objects() -> None:
