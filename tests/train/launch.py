@@ -24,8 +24,12 @@ def torchrun(*options: str, processes: int = 2) -> list[str]:
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a command on the code of this checkout; what it says goes into a file."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    """Start a command on the code of this checkout; what it says goes into a file.
+
+    One thread a process: torchrun sets that for several processes and not for one, and sums of
+    another number of threads have other last bits.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
