@@ -83,7 +83,7 @@ def check(
 @pytest.mark.usefixtures("tiles")
 @DTYPES
 @TRAINING
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "two values"])
 def test_error_is_at_most_twice_that_of_torch(
     layout: str, training: bool, dtype: torch.dtype, assert_accurate: Callable[..., None]
 ) -> None:
@@ -92,6 +92,15 @@ def test_error_is_at_most_twice_that_of_torch(
         ours = check(tensors, assert_accurate, training=training)
     assert ours["y"].dtype == ours["dx"].dtype == ours["dresidual"].dtype == dtype
     assert ours["dweight"].dtype == ours["running_var"].dtype == torch.float32
+
+
+@TRAINING
+def test_two_values_a_channel(training: bool) -> None:
+    """The terms of dx cancel to a ten-thousandth: its error is that of the terms, not its own."""
+    tensors = example("two values", torch.float32, residual=True, device=DEVICE)
+    ours = run(batch_norm_act, tensors, training=training)
+    exact = run(reference.batch_norm_act, as_dtype(tensors, torch.float64), training=training)
+    compare({n: t.double() for n, t in ours.items()}, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("tiles")
