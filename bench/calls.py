@@ -230,7 +230,146 @@ def batch_norm_calls(
                         yield BatchNormCall(direction, dtype, arch, size, config)
 
 
-Call = EncodeCall | BatchNormCall
+@dataclass(frozen=True)
+class UpsampleShape:
+    """Logits B x C x h x w, channels last, and the size H x W they are upsampled to."""
+
+    B: int
+    C: int
+    h: int
+    w: int
+    H: int
+    W: int
+
+    def __str__(self) -> str:
+        return f"C{self.C} {self.h}x{self.w} to {self.H}x{self.W}"
+
+    def logits(self, dtype: torch.dtype, device: str) -> Tensor:
+        made = torch.empty(self.B, self.h, self.w, self.C, dtype=dtype, device=device)
+        return made.permute(0, 3, 1, 2)
+
+
+# ADE20K: a training crop.
+UPSAMPLE_SHAPES = (UpsampleShape(16, 150, 60, 60, 480, 480),)
+# An odd number of classes, few, many; PASCAL VOC and Cityscapes; ratios that are no integers.
+MORE_UPSAMPLE_SHAPES = (
+    UpsampleShape(16, 59, 65, 65, 512, 520),
+    UpsampleShape(4, 21, 33, 33, 500, 375),
+    UpsampleShape(4, 2, 64, 64, 100, 100),
+    UpsampleShape(1, 1000, 97, 193, 776, 1544),
+)
+
+
+@dataclass(frozen=True)
+class UpsampleOptions:
+    """What changes the kernels of the cross-entropy beside the shape."""
+
+    weighted: bool = False
+    smoothing: float = 0.0
+    reduction: str = "mean"
+    align_corners: bool = True
+    label: torch.dtype = torch.uint8
+
+
+UPSAMPLE_OPTIONS = (
+    UpsampleOptions(),
+    UpsampleOptions(align_corners=False, label=torch.int64),
+    UpsampleOptions(weighted=True),
+    UpsampleOptions(weighted=True, smoothing=0.1, reduction="none"),
+)
+
+
+@dataclass(frozen=True)
+class UpsampleCall:
+    """`upsample_cross_entropy` with every set of options; forward, `upsample_argmax` as well."""
+
+    direction: str
+    dtype: str
+    arch: int
+    size: UpsampleShape
+    config: int = 0
+
+    op = "upsample"
+
+    @property
+    def shape(self) -> str:
+        return str(self.size)
+
+    def _logits(self) -> Tensor:
+        return self.size.logits(getattr(torch, self.dtype), "meta")
+
+    def configs(self) -> list[Config]:
+        operator, logits = _module("upsample_triton"), self._logits()
+        if self.direction == "forward":
+            return list(operator.forward_configs(logits, self.arch))
+        return list(operator.backward_configs(logits, self.size.W, True))
+
+    def launches(self) -> list[Launch]:
+        made = [
+            launch
+            for options in UPSAMPLE_OPTIONS
+            for launch in upsample_launches(
+                self._logits(),
+                (self.size.H, self.size.W),
+                options,
+                self.direction,
+                self.arch,
+                self.config,
+            )
+        ]
+        if self.direction == "backward":
+            return made
+        argmax = _module("upsample_triton").argmax_launches
+        for with_prob in (False, True):
+            config = self.configs()[self.config]
+            size = (self.size.H, self.size.W)
+            made += argmax(self._logits(), *size, False, with_prob, config)[0]
+        return made
+
+
+def upsample_launches(
+    logits: Tensor,
+    size: tuple[int, int],
+    options: UpsampleOptions,
+    direction: str,
+    arch: int,
+    config: int = 0,
+) -> list[Launch]:
+    """What one cross-entropy launches; `config` counts in the operator's list."""
+    operator = _module("upsample_triton")
+    target = logits.new_empty((len(logits), *size), dtype=options.label)
+    weight = logits.new_empty(logits.shape[1], dtype=torch.float32) if options.weighted else None
+    prepared = operator.Options(weight, 255, options.align_corners, options.smoothing)
+    a_map = options.reduction == "none"
+    if direction == "forward":
+        chosen = operator.forward_configs(logits, arch, options.smoothing)[config]
+        return list(operator.forward_launches(logits, target, prepared, True, a_map, chosen)[0])
+    lse = target.new_empty(target.shape, dtype=torch.float32)
+    grad = lse.clone() if a_map else lse.new_empty((), dtype=torch.float64)
+    choices = operator.backward_configs(logits, size[1], options.align_corners, options.smoothing)
+    chosen = choices[min(config, len(choices) - 1)]
+    return list(
+        operator.backward_launches(
+            grad, logits, target, lse, prepared, LIMITS[arch].processors, chosen
+        )[0]
+    )
+
+
+def upsample_calls(
+    archs: list[int], dtypes: list[str], shapes: list[UpsampleShape], every_config: bool
+) -> Iterator[UpsampleCall]:
+    """With the default configuration alone; of the main shapes, if asked, with every one."""
+    for direction in DIRECTIONS:
+        for size in shapes:
+            for dtype in dtypes:
+                for arch in archs:
+                    call = UpsampleCall(direction, dtype, arch, size)
+                    every = every_config and size in UPSAMPLE_SHAPES
+                    for config in range(len(call.configs()) if every else 1):
+                        yield UpsampleCall(direction, dtype, arch, size, config)
+
+
+Call = EncodeCall | BatchNormCall | UpsampleCall
 
 
 def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -30,9 +30,12 @@ from bench.calls import (
     ENCODE_SHAPES,
     MORE_BATCH_NORM_SHAPES,
     MORE_ENCODE_SHAPES,
+    MORE_UPSAMPLE_SHAPES,
+    UPSAMPLE_SHAPES,
     Call,
     batch_norm_calls,
     encode_calls,
+    upsample_calls,
 )
 from bench.resources import LIMITS, Report, compiler_versions, identity, report, require_compiler
 
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
 ARCHS = tuple(LIMITS)
 DTYPES = ("bfloat16", "float16", "float32")
-OPS = ("encode", "batch_norm_act")
+OPS = ("encode", "batch_norm_act", "upsample")
 _MOST_WORKERS = 16  # each holds torch and Triton in memory
 
 
@@ -197,6 +200,9 @@ def _calls(
     if "batch_norm_act" in ops:
         sizes = [*BATCH_NORM_SHAPES, *(MORE_BATCH_NORM_SHAPES if everything else ())]
         yield from batch_norm_calls(archs, dtypes, sizes, everything)
+    if "upsample" in ops:
+        maps = [*UPSAMPLE_SHAPES, *(MORE_UPSAMPLE_SHAPES if everything else ())]
+        yield from upsample_calls(archs, dtypes, maps, everything)
 
 
 def run(

@@ -135,7 +135,7 @@ def _source(launch: Launch, arch: int) -> tuple[Any, Any, Any]:
         name: _Address(value) if isinstance(value, Tensor) else value
         for name, value in launch.arguments.items()
     }
-    asked = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    asked = launch.options() | {"debug": bool(kernel.debug)}
     # What JITFunction.run does before it compiles; it cannot be called, for it wants a driver.
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**given, **launch.constants)

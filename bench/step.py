@@ -1,10 +1,12 @@
 """A training step of the whole network: what people write today against ours, phase by phase.
 
-Four variants, each in a fresh process, with the same weights, batch and optimiser, channels_last:
+Four variants, each in a fresh process, with the same weights, batch and optimiser:
 
 - stock: the formula that materialises B x N x K x C in the Encoding layer, torch's batch norm, add
-  and ReLU, and interpolate + cross_entropy to full resolution; compiled with its loss.
-- ours: the operators of this project behind the same modules; compiled as ``--compile`` does.
+  and ReLU, and interpolate + cross_entropy to full resolution; compiled with its loss. On a GPU
+  channels_last under bfloat16 autocast; on a CPU contiguous float32, as frameworks run there.
+- ours: the operators of this project behind the same modules, channels_last under bfloat16
+  autocast; compiled as ``--compile`` does. ``--precision float32`` does without autocast.
 
 Dropout is 0, so that all variants compute the same: the losses of the first steps are compared,
 and no speed is shown if they differ.
@@ -42,24 +44,28 @@ VARIANTS = ("ours, eager", "ours, compiled", "stock, eager", "stock, compiled")
 PHASES = ("data", "forward", "loss", "backward", "optimiser")
 COMPARED, WARM_UP = 3, 3
 # Relative difference of the losses of the first steps; bfloat16 keeps eight bits.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained: network, images of a step, edge of the crop in pixels, classes."""
+    """What is trained: network, images of a step, edge of the crop in pixels, classes.
+
+    precision is that of our autocast, "bfloat16", or "float32" for none.
+    """
 
     backbone: str
     batch: int
     crop: int
     classes: int
+    precision: str = "bfloat16"
 
     def arguments(self) -> list[str]:
         """The same as command-line options."""
         return [text for name, value in asdict(self).items() for text in (f"--{name}", str(value))]
 
 
-DEFAULTS = {"cpu": Shape("small", 2, 128, 21), "cuda": Shape("resnet50", 16, 480, 150)}
+DEFAULTS = {"cpu": Shape("resnet18", 4, 256, 150), "cuda": Shape("resnet50", 16, 480, 150)}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class StepTimes:
         phases: median milliseconds of each phase.
         total: median milliseconds of a step.
         first: seconds of the first step, compilation included.
-        peak_mib: peak memory of the timed steps: allocated on a GPU; resident on a CPU, above the
-            process before it built the network (with the compiler's own, where it compiled).
+        peak_mib: peak memory of the timed steps above the network and its weights: allocated on a
+            GPU; resident on a CPU (with the compiler's own, where it compiled).
     """
 
     losses: list[float]
@@ -155,12 +161,14 @@ class Step:
     def __init__(self, variant: str, shape: Shape, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.stock = variant.startswith("stock")
+        plain = self.stock and device.type == "cpu"
+        self.dtype = torch.float32 if plain else getattr(torch, shape.precision)
+        self.layout = torch.contiguous_format if plain else torch.channels_last
         model = create_model("encnet", shape.classes, backbone=shape.backbone, dropout=0.0)
         if self.stock:
             stock(model)
-        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(device, memory_format=self.layout)  # type: ignore[call-overload]
         self.loss: Callable[[SegmentationOutput, Tensor], Tensor] = stock_loss
         if not self.stock:
             self.loss = partial(our_loss, SegmentationLoss(shape.classes).to(device))
@@ -182,7 +190,7 @@ class Step:
     def __call__(self) -> Tensor:
         self.clock.mark()
         x = self.images.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.layout)
         target = self.labels.to(self.device, non_blocking=True)
         self.clock.mark()
         with self._autocast():
@@ -210,9 +218,9 @@ def measure(
 ) -> StepTimes:
     """Build a variant in this process and time at least three of its steps."""
     cuda = device.type == "cuda"
-    before = 0 if cuda else timing.resident()
     start = time.perf_counter()
     step = Step(variant, shape, device)
+    before = torch.cuda.memory_allocated(device) if cuda else timing.resident()
     losses = [float(step())]
     first = time.perf_counter() - start
     losses += [float(step()) for _ in range(COMPARED - 1)]
@@ -271,10 +279,12 @@ def measure_apart(variant: str, shape: Shape, device: torch.device) -> StepTimes
 
 def table(shape: Shape, device: torch.device, results: Results) -> Table:
     """One line a variant; the last column compares images per second with stock code, eager."""
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    formats = f"{shape.precision}, channels_last"
+    if device.type == "cpu":
+        formats = f"ours {formats}, stock float32, contiguous"
     made = Table(
         title=f"training step, EncNet {shape.backbone}, {shape.batch} x {shape.crop} x "
-        f"{shape.crop}, {shape.classes} classes, {dtype}",
+        f"{shape.crop}, {shape.classes} classes; {formats}",
         title_justify="left",
     )
     made.add_column("", no_wrap=True)
@@ -302,6 +312,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, kind in (("backbone", str), ("batch", int), ("crop", int), ("classes", int)):
         shown = ", ".join(f"{getattr(s, name)} on {device}" for device, s in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=kind, help=f"step: default {shown}")
+    parser.add_argument("--precision", choices=tuple(TOLERANCE), help="step: of our autocast")
 
 
 def run(options: argparse.Namespace, device: torch.device) -> int:
@@ -315,8 +326,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         print(json.dumps(asdict(measure(options.worker, shape, device))))
         return 0
     results: Results = {v: measure_apart(v, shape, device) for v in VARIANTS}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    wrong = disagreement(results, TOLERANCE[dtype])
+    wrong = disagreement(results, TOLERANCE[shape.precision])
     if wrong:
         print(f"error: the variants differ, so no speed is given: {wrong}", file=sys.stderr)
         return 1

@@ -25,7 +25,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.calls import DIRECTIONS, VARIANTS, BatchNormShape, Variant, batch_norm_launches
+from bench.calls import (
+    DIRECTIONS,
+    VARIANTS,
+    BatchNormShape,
+    UpsampleOptions,
+    UpsampleShape,
+    Variant,
+    batch_norm_launches,
+    upsample_launches,
+)
 
 if TYPE_CHECKING:
     from bench.interpreter import LaunchRecord
@@ -36,6 +45,9 @@ PROCESSORS = 132  # of an H100
 STREAMED = {
     "encode": ("X", "dX", "P"),
     "batch_norm_act": ("X", "R", "Y", "dY", "dX", "dR", "Bits", "P"),
+    # An image's logits, labels and lse are a few MB, and its programs follow one another: what one
+    # of them read the others find in the L2 cache.
+    "upsample": (),
 }
 
 
@@ -55,7 +67,7 @@ class Case:
 
     ``least_bytes`` reads inputs and writes outputs once a pass: `encode` forward x, E and the
     codewords; backward x, dx, G, the codewords and their gradient. `batch_norm_act`: see
-    `_least_of_batch_norm`.
+    `_least_of_batch_norm`. `upsample`: see `upsample_cases`.
     """
 
     op: str
@@ -156,9 +168,31 @@ def batch_norm_cases(
         )
 
 
+def _upsample_launches(size: UpsampleShape, dtype: torch.dtype, direction: str) -> list[Launch]:
+    logits = size.logits(dtype, "cpu")
+    return upsample_launches(logits, (size.H, size.W), UpsampleOptions(), direction, 90)
+
+
+def upsample_cases(size: UpsampleShape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Both directions: logits, labels of a byte and lse once, and backward the gradient."""
+    low = size.B * size.C * size.h * size.w * dtype.itemsize
+    pixels = size.B * size.H * size.W
+    for direction, maps in (("forward", 1), ("backward", 2)):
+        yield Case(
+            "upsample",
+            direction,
+            "",
+            dtype,
+            asdict(size),
+            maps * low + 5 * pixels,
+            partial(_upsample_launches, size, dtype, direction),
+        )
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """What the table lists."""
     if quick:
+        yield from upsample_cases(UpsampleShape(1, 20, 5, 6, 40, 48))
         yield from encode_cases(Shape(2, 200, 64, 32))
         yield from encode_cases(Shape(2, 200, 64, 32), torch.float32)
         for variant in VARIANTS:
@@ -173,6 +207,7 @@ def cases(quick: bool) -> Iterator[Case]:
     ):
         yield from encode_cases(shape)
     yield from encode_cases(Shape(16, 900, 512, 32), torch.float32)
+    yield from upsample_cases(UpsampleShape(1, 150, 15, 60, 120, 480))
     for channels_last in (True, False):
         for variant in VARIANTS[:2]:
             yield from batch_norm_cases(BatchNormShape(4, 256, 14400, channels_last), variant)

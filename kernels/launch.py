@@ -37,16 +37,19 @@ class Config:
         num_warps: warps of a program.
         fused: one kernel that keeps its sums in registers, or separate kernels that store the
             weights in between.
+        max_registers: a limit for the compiler, of a thread, or None.
     """
 
     block_n: int
     block_c: int
     num_warps: int
     fused: bool = True
+    max_registers: Optional[int] = None
 
     def __str__(self) -> str:
         kind = "fused" if self.fused else "split"
-        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}"
+        limit = "" if self.max_registers is None else f" r{self.max_registers}"
+        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Launch:
         arguments: run-time arguments by name.
         constants: constexpr arguments by name.
         num_warps, num_stages: compile options.
+        max_registers: a limit for the compiler, of a thread, or None.
     """
 
     kernel: Any
@@ -67,14 +71,19 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int = 1
+    max_registers: Optional[int] = None
 
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
-    def _call(self) -> dict[str, Any]:
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return {**self.arguments, **self.constants, **options}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+    def _call(self) -> dict[str, Any]:
+        return {**self.arguments, **self.constants, **self.options()}
 
     def run(self) -> None:
         self.kernel[self.grid](**self._call())

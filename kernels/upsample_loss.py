@@ -14,18 +14,22 @@ With p_ic = exp(v_ic - lse_i), g_i = dL/dloss_i and r_i = (1 - e) m_t + (e / C) 
     dL/dv_ic = g_i (r_i p_ic - (1 - e) m_t [c = t] - (e / C) m_c)
     dL/dz    = U_h^T (dL/dv) U_w
 
-v, p and dL/dv have B C H W entries and are never stored: they exist for one tile of output pixels
-at a time, small enough for a cache (upsample_tiles.py). There are two ways through:
+v, p and dL/dv have B C H W entries and are never stored. Three ways through:
 
-- Per-pixel losses (reduction "none"): forward keeps lse, 4 B H W bytes, and backward makes v again.
-- Sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v is at
-  hand, and kept in fp32, 4 B C h w bytes; backward only scales it. On the CPU this takes two thirds
-  of the time of the first way. Bytes that must reach memory (fp32 logits, uint8 labels): forward
-  reads 4 B C h w + B H W and writes 4 B C h w; backward reads and writes 4 B C h w.
+- On a GPU (upsample_triton.py) forward keeps lse, 4 B H W bytes, and backward makes v again.
+  Bytes that must move, logits of e bytes, labels of one: forward reads e B C h w + B H W and writes
+  4 B H W; backward reads those and writes e B C h w.
+- On a CPU (upsample_pytorch.py) v exists for a tile of pixels small enough for a cache. Per-pixel
+  losses (reduction "none"): as on a GPU.
+- There, sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v
+  is at hand, and kept in fp32, 4 B C h w bytes; backward only scales it. That takes two thirds of
+  the time. Forward reads 4 B C h w + B H W (fp32 logits) and writes 4 B C h w; backward reads and
+  writes 4 B C h w.
 
-A softmax does not change when one number is subtracted from all classes of a low-resolution pixel,
-so each pixel's largest logit is subtracted first, on the small map. Interpolated values are then
-never positive, and unless some are below -RANGE no output pixel needs a maximum of its own.
+On a CPU: a softmax does not change when one number is subtracted from all classes of a
+low-resolution pixel, so each pixel's largest logit is subtracted first, on the small map.
+Interpolated values are then never positive, and unless some are below -RANGE no output pixel needs
+a maximum of its own.
 """
 
 from typing import Any, Optional, Union
@@ -36,6 +40,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import upsample_pytorch
 from ._namespace import add_op_namespace_prefix
+from .launch import takes_triton
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -75,6 +80,23 @@ def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> N
             raise ValueError(f"{name}: {what} is on {other.device}, but logits on {logits.device}.")
 
 
+def _triton(logits: Tensor, height: int, width: int, align_corners: Optional[bool] = None) -> Any:
+    """The module that launches the Triton kernels, where it takes these sizes; else None.
+
+    With `align_corners` those of the backward pass as well. Not to be asked by a fake
+    implementation: sizes may be symbols there.
+    """
+    if not takes_triton(logits):
+        return None
+    from . import upsample_triton
+
+    if align_corners is None:
+        supported = upsample_triton.supports(logits, height, width)
+    else:
+        supported = upsample_triton.supports_backward(logits, height, width, align_corners)
+    return upsample_triton if supported else None
+
+
 @torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_map"), mutates_args=())
 def _map_op(
     logits: Tensor,
@@ -87,6 +109,9 @@ def _map_op(
     """Loss and lse of each pixel, B x H x W both."""
     _check_inputs(logits, target, weight)
     options = (weight, ignore_index, align_corners, smoothing)
+    if kernels := _triton(logits, target.shape[1], target.shape[2], align_corners):
+        made: tuple[Tensor, Tensor] = kernels.losses(logits, target, *options)
+        return made
     # Autocast would reach into the body and run its products in half precision.
     with torch.autocast(logits.device.type, enabled=False):
         loss, lse, _ = upsample_pytorch.forward(logits, target, *options, with_grad=False)
@@ -108,9 +133,9 @@ def _map_fake(
 
 
 @torch.library.custom_op(
-    add_op_namespace_prefix("upsample_cross_entropy_map_backward"), mutates_args=()
+    add_op_namespace_prefix("upsample_cross_entropy_backward"), mutates_args=()
 )
-def _map_backward_op(
+def _backward_op(
     grad_loss: Tensor,
     logits: Tensor,
     target: Tensor,
@@ -120,13 +145,18 @@ def _map_backward_op(
     align_corners: bool,
     smoothing: float,
 ) -> Tensor:
+    """The gradient of logits from that of each pixel's loss, or of the sum of all (a scalar)."""
     options = (weight, ignore_index, align_corners, smoothing)
+    if kernels := _triton(logits, target.shape[1], target.shape[2], align_corners):
+        made: Tensor = kernels.backward(grad_loss, logits, target, lse, *options)
+        return made
+    grad_loss = grad_loss.expand(target.shape)
     with torch.autocast(logits.device.type, enabled=False):
         return upsample_pytorch.backward(grad_loss, logits, target, lse, *options)
 
 
-@_map_backward_op.register_fake
-def _map_backward_fake(
+@_backward_op.register_fake
+def _backward_fake(
     grad_loss: Tensor,
     logits: Tensor,
     target: Tensor,
@@ -147,14 +177,14 @@ def _map_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _map_autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
     logits, target, lse, weight = ctx.saved_tensors
-    grad = _map_backward_op(grad_loss, logits, target, lse, weight, *ctx.options)
+    grad = _backward_op(grad_loss, logits, target, lse, weight, *ctx.options)
     return grad, None, None, None, None, None
 
 
 _map_op.register_autograd(_map_autograd, setup_context=_map_setup_context)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_sum"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_total"), mutates_args=())
 def _sum_op(
     logits: Tensor,
     target: Tensor,
@@ -163,14 +193,25 @@ def _sum_op(
     align_corners: bool,
     smoothing: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, float64, and its gradient with respect to logits (empty if not asked)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of the losses and of the label weights, float64, and what the backward pass is to have.
+
+    That is lse, B x H x W, on devices with kernels; else the gradient of the sum, B x C x h x w.
+    """
     _check_inputs(logits, target, weight)
     options = (weight, ignore_index, align_corners, smoothing)
+    if kernels := _triton(logits, target.shape[1], target.shape[2], align_corners):
+        made: tuple[Tensor, Tensor, Tensor] = kernels.total(logits, target, *options, with_grad)
+        return made
+    keeps_lse = takes_triton(logits)
     with torch.autocast(logits.device.type, enabled=False):
-        loss, _, grad = upsample_pytorch.forward(logits, target, *options, with_grad=with_grad)
-    total = loss.sum(dtype=torch.float64)
-    return total, loss.new_empty(0) if grad is None else grad
+        loss, lse, grad = upsample_pytorch.forward(
+            logits, target, *options, with_grad=with_grad and not keeps_lse
+        )
+    total, rates = loss.sum(dtype=torch.float64), _total_weight(target, weight, ignore_index)
+    if not with_grad:
+        return total, rates, loss.new_empty(0)
+    return total, rates, lse if grad is None else grad
 
 
 @_sum_op.register_fake
@@ -182,34 +223,50 @@ def _sum_fake(
     align_corners: bool,
     smoothing: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_inputs(logits, target, weight)
     dtype = upsample_pytorch.result_dtype(logits)
-    grad = torch.empty_like(logits, dtype=dtype) if with_grad else logits.new_empty(0, dtype=dtype)
-    return logits.new_empty((), dtype=torch.float64), grad
+    total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
+    if not with_grad:
+        saved = logits.new_empty(0, dtype=dtype)
+    elif takes_triton(logits):
+        saved = logits.new_empty(target.shape, dtype=dtype)
+    else:
+        saved = torch.empty_like(logits, dtype=dtype)
+    return total, rates, saved
 
 
 @torch.library.custom_op(
-    add_op_namespace_prefix("upsample_cross_entropy_sum_backward"), mutates_args=()
+    add_op_namespace_prefix("upsample_cross_entropy_scale_grad"), mutates_args=()
 )
-def _sum_backward_op(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale_op(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(grad, grad_total.to(grad.dtype)).to(dtype, copy=False)
 
 
-@_sum_backward_op.register_fake
-def _sum_backward_fake(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+@_scale_op.register_fake
+def _scale_fake(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
 
 def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    logits, target, weight, *ctx.options, _ = inputs
+    _, rates, saved = output
+    ctx.dtype = logits.dtype
+    ctx.mark_non_differentiable(rates, saved)
+    ctx.has_lse = saved.dim() == 3
+    ctx.save_for_backward(saved, *((logits, target, weight) if ctx.has_lse else ()))
 
 
-def _sum_autograd(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
-    (grad,) = ctx.saved_tensors
-    return _sum_backward_op(grad_total, grad, ctx.dtype), None, None, None, None, None, None
+def _sum_autograd(
+    ctx: Any, grad_total: Tensor, _: Tensor, __: Tensor
+) -> tuple[Optional[Tensor], ...]:
+    saved, *rest = ctx.saved_tensors
+    if ctx.has_lse:
+        logits, target, weight = rest
+        grad = _backward_op(grad_total, logits, target, saved, weight, *ctx.options)
+    else:
+        grad = _scale_op(grad_total, saved, ctx.dtype)
+    return grad, None, None, None, None, None, None
 
 
 _sum_op.register_autograd(_sum_autograd, setup_context=_sum_setup_context)
@@ -221,6 +278,11 @@ def _argmax_op(
 ) -> tuple[Tensor, Tensor]:
     """Label map, B x H x W, and the probability of the label (empty if not asked for)."""
     _check_logits("upsample_argmax", logits)
+    if kernels := _triton(logits, height, width):
+        made: tuple[Tensor, Tensor] = kernels.argmax(
+            logits, height, width, align_corners, with_prob
+        )
+        return made
     with torch.autocast(logits.device.type, enabled=False):
         return upsample_pytorch.argmax(logits, height, width, align_corners, with_prob)
 
@@ -246,8 +308,8 @@ def _map_flops(logits: Any, target: Any, *_: Any, **__: Any) -> int:
     return int(4 * images * classes * target[2] * (low_height + target[1]))
 
 
-@register_flop_formula(_map_backward_op._opoverload.overloadpacket)
-def _map_backward_flops(grad_loss: Any, logits: Any, target: Any, *_: Any, **__: Any) -> int:
+@register_flop_formula(_backward_op._opoverload.overloadpacket)
+def _backward_flops(grad_loss: Any, logits: Any, target: Any, *_: Any, **__: Any) -> int:
     return 2 * _map_flops(logits, target)
 
 
@@ -315,24 +377,22 @@ def upsample_cross_entropy(
     if reduction == "none":
         return _map_op(logits, target, *options)[0]
     with_grad = torch.is_grad_enabled() and logits.requires_grad
-    total, _ = _sum_op(logits, target, *options, with_grad)
+    total, rates, _ = _sum_op(logits, target, *options, with_grad)
     if reduction == "mean":
-        total = total / _total_weight(target, weight, ignore_index)
+        total = total / rates.where(rates > 0, 1.0)
     return total.to(upsample_pytorch.result_dtype(logits))
 
 
 def _total_weight(target: Tensor, weight: Optional[Tensor], ignore_index: int) -> Tensor:
-    """Sum of the class weights of the labelled pixels, float64; 1 if it is 0."""
+    """Sum of the class weights of the labelled pixels, float64."""
     if target.dtype == torch.uint8 and not 0 <= ignore_index <= 255:
         labelled = torch.ones_like(target, dtype=torch.bool)
     else:
         labelled = target != ignore_index
     if weight is None:
-        total = labelled.sum().to(torch.float64)
-    else:
-        label = target.where(labelled, 0).to(torch.int64)
-        total = (weight.detach().double()[label] * labelled).sum()
-    return total.where(total > 0, 1.0)
+        return labelled.sum().to(torch.float64)
+    label = target.where(labelled, 0).to(torch.int64)
+    return (weight.detach().double()[label] * labelled).sum()
 
 
 def upsample_argmax(

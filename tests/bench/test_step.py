@@ -15,7 +15,7 @@ from bench import step
 from bench.__main__ import main
 
 CPU = torch.device("cpu")
-SHAPE = step.Shape("demo", 2, 32, 5)
+SHAPE = step.Shape("demo", 2, 32, 5, "float32")
 FIXED = step.StepTimes(
     losses=[2.0, 1.9, 1.8],
     phases=dict.fromkeys(step.PHASES, 20.0),
@@ -64,10 +64,10 @@ def answer(monkeypatch: pytest.MonkeyPatch, **results: step.StepTimes | str) -> 
 
 def test_another_loss_gets_no_speed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """In the third step, after two updates: the first would not show a wrong gradient."""
-    answer(monkeypatch, ours_compiled=replace(FIXED, losses=[2.0, 1.9, 1.81]))
+    answer(monkeypatch, ours_compiled=replace(FIXED, losses=[2.0, 1.9, 2.01]))
     assert main(["step", "--device", "cpu"]) == 1
     said = capsys.readouterr()
-    assert "the loss of ours, compiled in step 3 is 1.81" in said.err
+    assert "the loss of ours, compiled in step 3 is 2.01" in said.err
     assert said.out == ""
 
 

@@ -288,10 +288,10 @@ def test_operators_pass_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(module._sum_op, (logits, target, *options, False))
     loss, lse = module._map_op(logits, target, *options)
     torch.library.opcheck(
-        module._map_backward_op, (torch.rand_like(loss), logits, target, lse, *options)
+        module._backward_op, (torch.rand_like(loss), logits, target, lse, *options)
     )
-    total, gradient = module._sum_op(logits, target, *options, True)
-    torch.library.opcheck(module._sum_backward_op, (total, gradient, dtype))
+    total, _, gradient = module._sum_op(logits, target, *options, True)
+    torch.library.opcheck(module._scale_op, (total, gradient, dtype))
     torch.library.opcheck(module._argmax_op, (logits, 12, 10, False, True))
 
 

@@ -110,13 +110,13 @@ def test_training_step_of_the_paper_is_one_graph_without_full_resolution_logits(
     prefix = "encnet_triton_kernels."
     assert operators(graphs.forward[0]) >= {
         prefix + name + ".default"
-        for name in ("encode_forward", "batch_norm_normalise", "upsample_cross_entropy_sum")
+        for name in ("encode_forward", "batch_norm_normalise", "upsample_cross_entropy_total")
     }
     assert operators(graphs.backward[0]) >= {
         prefix + name + ".default"
         for name in (
             "encode_backward", "batch_norm_backward_sums", "batch_norm_backward_input",
-            "upsample_cross_entropy_sum_backward",
+            "upsample_cross_entropy_scale_grad",
         )
     }  # fmt: skip
     seen = shapes(graphs.forward[0]) | shapes(graphs.backward[0])

@@ -1,0 +1,363 @@
+"""Which kernels the upsampling operators launch on a GPU; they are in upsample_kernels.py.
+
+Letters as in upsample_loss.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import upsample_kernels as kernels
+from .launch import Config, Launch, architecture, cdiv, run_chosen
+from .upsample_pytorch import label_dtype
+
+# Forward: columns of a program, classes of a chunk that one thread has to itself.
+_COLUMNS, _OWN_CLASSES, _MOST_ROWS = 32, 8, 9
+# Backward: classes of a program; the low columns it may own, rows of a product of matrices.
+_CLASSES, _LOW_COLUMNS = 16, 32
+_WIDTHS, _REGISTERS = (256, 128, 64, 32), 128
+# Programs a multiprocessor that the backward pass is split for, and the least rows of a part.
+_PROGRAMS, _LEAST_ROWS = 8, 8
+_MOST_NUMBER = 2**31
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the map, upsampled from `low` to `high` places."""
+
+    low: int
+    high: int
+    align_corners: bool
+
+    def before(self, place: int) -> int:
+        """The low place at or before an output place."""
+        if self.align_corners:
+            return place * (self.low - 1) // max(self.high - 1, 1)
+        return min(max((2 * place + 1) * self.low - self.high, 0) // (2 * self.high), self.low - 1)
+
+    def first_after(self, index: int) -> int:
+        """The first output place that does not lie before low place `index`."""
+        if index <= 0:
+            return 0
+        if index >= self.low:
+            return self.high
+        if self.align_corners:
+            return min(cdiv(index * max(self.high - 1, 1), self.low - 1), self.high)
+        return min(cdiv(2 * self.high * index + self.high - self.low, 2 * self.low), self.high)
+
+
+@cache
+def rows_of_part(axis: Axis) -> tuple[int, int]:
+    """Output rows of a program of the forward pass, and in how many parts it does the rest.
+
+    A program has rows that lie between the same two low rows. The first and the last low row may
+    have more than the others.
+    """
+    counts = [axis.first_after(i + 1) - axis.first_after(i) for i in range(axis.low)]
+    rows = max(1, min(max(counts[1:-1] or counts), _MOST_ROWS))
+    return rows, cdiv(max(counts), rows)
+
+
+@cache
+def strip_of(axis: Axis) -> Optional[tuple[int, int]]:
+    """Low columns that a program of the backward pass owns, and the width that all theirs fit in.
+
+    The pair with the fewest threads in all; None where even one low column touches too many.
+    """
+    found: list[tuple[int, int, int]] = []
+    for width, own in itertools.product(_WIDTHS, range(1, _LOW_COLUMNS + 1)):
+        strips = range(0, axis.low, own)
+        if all(axis.first_after(c + own) - axis.first_after(c - 1) <= width for c in strips):
+            found.append((len(strips) * width, own, width))
+    if not found:
+        return None
+    _, own, width = min(found)
+    return own, width
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the operators of the cross-entropy take besides tensors."""
+
+    weight: Optional[Tensor]
+    ignore_index: int
+    align_corners: bool
+    smoothing: float
+
+    def arguments(self, logits: Tensor) -> dict[str, Any]:
+        weight = logits if self.weight is None else self.weight
+        needs_mean = self.weight is not None and self.smoothing > 0
+        return {
+            "Weight": weight,
+            # Its mean over the classes; on the device, which is not to be waited for.
+            "Mean": weight.mean() if needs_mean else weight,
+            "ignore": self.ignore_index,
+            "smoothing": self.smoothing,
+        }
+
+    def constants(self) -> dict[str, bool]:
+        return {"WEIGHT": self.weight is not None, "SMOOTH": self.smoothing > 0}
+
+
+def supports(logits: Tensor, height: int, width: int) -> bool:
+    """Whether the kernels take this size: positions within an image are 32-bit numbers."""
+    _, classes, low_height, low_width = logits.shape
+    numbers = (classes * low_height * low_width, 4 * height * low_height, 4 * width * low_width)
+    return max(*numbers, height * width) < _MOST_NUMBER
+
+
+def supports_backward(logits: Tensor, height: int, width: int, align_corners: bool) -> bool:
+    """Whether they also take it backward: a low column must not touch too many output columns."""
+    axis = Axis(logits.shape[3], width, align_corners)
+    return supports(logits, height, width) and strip_of(axis) is not None
+
+
+def _together(classes: int, element_size: int) -> int:
+    """Classes side by side that one load may read: up to 16 bytes, aligned at every pixel."""
+    return min(classes & -classes, 16 // element_size)
+
+
+def _lanes(classes: int) -> int:
+    """Threads that share a pixel in the forward pass."""
+    return 2 if classes > 8 else 1
+
+
+def forward_configs(logits: Tensor, arch: int, smoothing: float = 0.0) -> list[Config]:
+    """Columns and classes of a program, the preferred one first, the conservative one last."""
+    lanes = _lanes(logits.shape[1])
+    # With 32 columns the compiler aims at register counts that spill a few bytes in these.
+    wide = logits.dtype == torch.float32 or smoothing > 0 or arch >= 120
+    columns = 2 * _COLUMNS if wide else _COLUMNS
+    warps = lanes * columns // 32
+    return [Config(columns, lanes * own, warps) for own in (_OWN_CLASSES, _OWN_CLASSES // 2)]
+
+
+def backward_configs(
+    logits: Tensor, width: int, align_corners: bool, smoothing: float = 0.0
+) -> list[Config]:
+    """As `forward_configs`."""
+    found = strip_of(Axis(logits.shape[3], width, align_corners))
+    assert found is not None, "supports_backward was not asked"
+    free = Config(found[1], _CLASSES, found[1] // 32)
+    # Left alone, the compiler takes so many that only 8 warps are resident.
+    return [free] if smoothing else [replace(free, max_registers=_REGISTERS), free]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Sizes that the launches of both directions share; logits are channels last."""
+
+    logits: Tensor
+    height: int
+    width: int
+    align_corners: bool
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        low = self.logits.shape[2:]
+        high = (self.height, self.width)
+        rows, columns = (Axis(a, b, self.align_corners) for a, b in zip(low, high))
+        return rows, columns
+
+    def arguments(self) -> dict[str, Any]:
+        _, _, h, w = self.logits.shape
+        return {"Logits": self.logits, "h": h, "w": w, "H": self.height, "W": self.width}
+
+    def constants(self, own_classes: int) -> dict[str, Any]:
+        """`own_classes`: of one thread."""
+        classes = self.logits.shape[1]
+        together = min(_together(classes, self.logits.element_size()), own_classes)
+        return {
+            "C": classes,
+            "ALIGN": self.align_corners,
+            "VEC": together,
+            "G": own_classes // together,
+        }
+
+    def new_map(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.logits.new_empty((len(self.logits), self.height, self.width), dtype=dtype)
+
+
+def forward_launches(
+    logits: Tensor,
+    target: Tensor,
+    options: Options,
+    keep_lse: bool,
+    keep_losses: bool,
+    config: Config,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Launches of the forward pass, and its outputs.
+
+    Sum of the losses and of the label weights, float64; lse and loss of each pixel, or empty ones.
+    """
+    problem = _Problem(logits, target.shape[1], target.shape[2], options.align_corners)
+    rows, parts = rows_of_part(problem.axes[0])
+    strips = cdiv(problem.width, config.block_n)
+    programs = len(logits) * logits.shape[2] * parts * strips
+    lse, losses = (
+        problem.new_map() if keep else logits.new_empty(0, dtype=torch.float32)
+        for keep in (keep_lse, keep_losses)
+    )
+    sums = logits.new_empty((3, programs), dtype=torch.float32)
+    total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
+    lanes = _lanes(logits.shape[1])
+    main = Launch(
+        kernels.forward_kernel,
+        (programs,),
+        {"Target": target, "Lse": lse, "Loss": losses, "P": sums, "parts": parts, "strips": strips}
+        | problem.arguments()
+        | options.arguments(logits),
+        {"R": rows, "BX": config.block_n, "L": lanes, "LSE": keep_lse, "MAP": keep_losses}
+        | problem.constants(config.block_c // lanes)
+        | options.constants(),
+        num_warps=config.num_warps,
+    )
+    finish = Launch(
+        kernels.finish_kernel,
+        (1,),
+        {"P": sums, "Total": total, "Rates": rates, "programs": programs},
+        {"BN": 1024},
+        num_warps=4,
+    )
+    return [main, finish], (total, rates, lse, losses)
+
+
+def backward_launches(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    options: Options,
+    processors: int,
+    config: Config,
+) -> tuple[list[Launch], Tensor]:
+    """The launch of the backward pass, and the gradient of logits.
+
+    grad is a scalar, that of the sum of the losses, or a map, that of each pixel's loss.
+    """
+    problem = _Problem(logits, target.shape[1], target.shape[2], options.align_corners)
+    images, classes, h, w = logits.shape
+    found = strip_of(problem.axes[1])
+    assert found is not None
+    strips, chunks = cdiv(w, found[0]), cdiv(classes, config.block_c)
+    wanted = cdiv(_PROGRAMS * processors, max(1, images * strips * chunks))
+    own_rows = cdiv(h, max(1, min(wanted, h // _LEAST_ROWS)))
+    segments = cdiv(h, own_rows)
+    result = torch.empty_like(logits)
+    arguments = {"Target": target, "Lse": lse, "Grad": grad, "dLogits": result}
+    sizes = {"own_rows": own_rows, "own_columns": found[0], "segments": segments, "strips": strips}
+    # Three products in TF32, which would do for float32, need more registers than there are.
+    precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(logits.dtype, "ieee")
+    constants = {"BX": config.block_n, "BM": _LOW_COLUMNS, "MAP": grad.dim() > 0}
+    launch = Launch(
+        kernels.backward_kernel,
+        (images * segments * strips * chunks,),
+        arguments | sizes | problem.arguments() | options.arguments(logits),
+        constants
+        | {"PRECISION": precision}
+        | problem.constants(config.block_c)
+        | options.constants(),
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
+    )
+    return [launch], result
+
+
+def argmax_launches(
+    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool, config: Config
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The launch of `upsample_argmax`, the labels, and their probabilities or an empty tensor."""
+    problem = _Problem(logits, height, width, align_corners)
+    rows, parts = rows_of_part(problem.axes[0])
+    strips = cdiv(width, config.block_n)
+    lanes = _lanes(logits.shape[1])
+    labels = problem.new_map(label_dtype(logits.shape[1]))
+    probs = problem.new_map() if with_prob else logits.new_empty(0, dtype=torch.float32)
+    launch = Launch(
+        kernels.argmax_kernel,
+        (len(logits) * logits.shape[2] * parts * strips,),
+        {"Labels": labels, "Probs": probs, "parts": parts, "strips": strips} | problem.arguments(),
+        {"R": rows, "BX": config.block_n, "L": lanes, "PROB": with_prob}
+        | problem.constants(config.block_c // lanes),
+        num_warps=config.num_warps,
+    )
+    return [launch], (labels, probs)
+
+
+def channels_last(logits: Tensor) -> Tensor:
+    """logits, or a dense copy of them with the classes of a pixel side by side."""
+    return logits.contiguous(memory_format=torch.channels_last)
+
+
+def _prepared(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Options]:
+    weight, *others = options
+    weight = None if weight is None else weight.detach().contiguous()
+    return channels_last(logits.detach()), target.contiguous(), Options(weight, *others)
+
+
+def _run_forward(
+    logits: Tensor, target: Tensor, *options: Any, keep_lse: bool, keep_losses: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum of losses, sum of label weights, lse and losses, as of `forward_launches`."""
+    logits, target, prepared = _prepared(logits, target, *options)
+    flags = tuple(prepared.constants().values())
+    key = ("upsample forward", logits.device, logits.dtype, logits.shape[1:], target.shape[1:])
+    return run_chosen(
+        (*key, target.dtype, prepared.align_corners, *flags, keep_lse, keep_losses),
+        forward_configs(logits, architecture(logits)[0], prepared.smoothing),
+        lambda config: forward_launches(logits, target, prepared, keep_lse, keep_losses, config),
+        logits.device,
+    )
+
+
+def losses(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Loss and lse of each pixel, B x H x W.
+
+    `options` here and below: weight, ignore_index, align_corners, smoothing.
+    """
+    made = _run_forward(logits, target, *options, keep_lse=True, keep_losses=True)
+    return made[3], made[2]
+
+
+def total(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of losses and of label weights, float64, and lse if asked for by the last option."""
+    *rest, with_grad = options
+    made = _run_forward(logits, target, *rest, keep_lse=with_grad, keep_losses=False)
+    return made[0], made[1], made[2]
+
+
+def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *options: Any) -> Tensor:
+    """The gradient of logits, laid out as they are; see `backward_launches`."""
+    layout = torch.empty_like(logits)
+    logits, target, prepared = _prepared(logits, target, *options)
+    grad = grad.contiguous()
+    _, processors = architecture(logits)
+    flags = (*prepared.constants().values(), grad.dim())
+    key = ("upsample backward", logits.device, logits.dtype, logits.shape[1:], target.shape[1:])
+    made = run_chosen(
+        (*key, target.dtype, prepared.align_corners, *flags),
+        backward_configs(logits, target.shape[2], prepared.align_corners, prepared.smoothing),
+        lambda config: backward_launches(grad, logits, target, lse, prepared, processors, config),
+        logits.device,
+    )
+    return made if made.stride() == layout.stride() else layout.copy_(made)
+
+
+def argmax(
+    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
+) -> tuple[Tensor, Tensor]:
+    """Label of each pixel, and its probability if asked for (else empty)."""
+    logits = channels_last(logits.detach())
+    key = ("upsample argmax", logits.device, logits.dtype, logits.shape[1:], height, width)
+    return run_chosen(
+        (*key, align_corners, with_prob),
+        forward_configs(logits, architecture(logits)[0]),
+        lambda config: argmax_launches(logits, height, width, align_corners, with_prob, config),
+        logits.device,
+    )

@@ -1,0 +1,44 @@
+"""The kernels of the upsampling operators, compiled; `make verify` takes all architectures."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import compile as compile_report
+from tests.support.compiled import Row, compiled, needs_triton, select
+
+pytestmark = [needs_triton, pytest.mark.slow]
+
+# With the most registers and shared memory, and with the least.
+ARCHS = ("90", "120")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    file = tmp_path_factory.mktemp("compile") / "rows.json"
+    return compiled(file, "--op", "upsample", "--dtype", "bfloat16", "--arch", *ARCHS)
+
+
+each_call = pytest.mark.parametrize(
+    ("direction", "arch"),
+    [(v, a) for v in ("forward", "backward") for a in map(int, ARCHS)],
+)
+
+
+@each_call
+def test_defaults_fit_and_do_not_spill(rows: list[Row], direction: str, arch: int) -> None:
+    chosen = select(rows, direction, "bfloat16", arch)
+    wrong = {
+        row["config"]: row["note"] or f"{row['spill_bytes']} bytes spilled"
+        for row in chosen
+        if compile_report.bad(row)
+    }
+    assert len(chosen) >= 4 and not wrong, f"sm_{arch}"
+
+
+@pytest.mark.parametrize("arch", map(int, ARCHS))
+def test_the_gradient_uses_the_matrix_unit_and_16_warps(rows: list[Row], arch: int) -> None:
+    for row in select(rows, "backward", "bfloat16", arch):
+        assert row["mma"], row["config"]
+    plain = select(rows, "backward", "bfloat16", arch)[0]
+    assert plain["blocks_per_sm"] * plain["num_warps"] >= 16
