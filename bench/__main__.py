@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import compile as compile_report
-from bench import context, gate, report, step, traffic
+from bench import context, gate, memory, report, step, traffic
 from bench.cases import CASES, Case, compiled
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """(options, what is passed on to the trainer by ``context``)."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "case", nargs="?", choices=[*CASES, "step", "context", "compile", "traffic"]
+        "case", nargs="?", choices=[*CASES, "step", "memory", "context", "compile", "traffic"]
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", help="crop: a folder data set to take the images from")
@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, case in CASES.items():
             print(f"{name:<10}{case.title}")
         print(f"{'step':<10}a training step of the network, phase by phase, against stock code")
+        print(f"{'memory':<10}peak memory of a training step on a GPU, predicted without one")
         print(f"{'context':<10}FCN, EncNet, EncNet+SE on the embedded data set, several seeds each")
         print(f"{'compile':<10}registers, spills, memory and instructions of every kernel; no GPU")
         print(f"{'traffic':<10}bytes the Triton kernels move, counted without a GPU")
@@ -121,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.all,
             options.json,
         )
+    if options.case == "memory":
+        return memory.run(options)
     if options.case == "traffic":
         return traffic.run(options.quick, options.json)
     if options.case == "context":

@@ -210,6 +210,8 @@ class RunConfig:
     """bf16 autocast: on, off, or auto (on for GPUs that compute in bf16)."""
     compile: bool = free(False)
     """torch.compile the network."""
+    activation_checkpointing: bool = free(False)
+    """Compute stages 3 and 4 of the backbone again in the backward pass: less memory, more time."""
     sync_bn: bool = True
     """Synchronise batch normalisation over the processes."""
     resume: bool = free(False)

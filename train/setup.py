@@ -96,6 +96,7 @@ def make_model(config: Config, world: World, num_classes: int) -> nn.Module:
     """The network with its initial weights, the same on every rank, channels_last on the device."""
     torch.manual_seed(config.run.seed)
     model = create_model(num_classes=num_classes, **config.model.options())
+    model.backbone.activation_checkpointing = config.run.activation_checkpointing
     if config.model.pretrained:
         load_backbone(model, config.model.pretrained)
     if config.run.init_from:

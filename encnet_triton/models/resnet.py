@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from encnet_triton.models.layers import check_images, conv3x3, init_convolutions
 from encnet_triton.nn.arguments import check_choice
 from encnet_triton.nn.norm import BatchNormAct2d
+from encnet_triton.nn.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,8 @@ class ResNet(nn.Module):
     Attributes:
         channels: of the three outputs.
         output_stride: of the last output.
+        activation_checkpointing: in training keep only the inputs of the blocks of stages 3 and 4
+            and compute the rest of them again in the backward pass. False at first.
 
     Shapes:
         x: B x 3 x H x W with H and W of at least ``output_stride``; returns c2, c3, c4, each
@@ -216,6 +220,7 @@ class ResNet(nn.Module):
         super().__init__()
         check_choice("output_stride", config.output_stride, config.output_strides())
         self.output_stride = config.output_stride
+        self.activation_checkpointing = False
         self.conv1 = _stem(config)
         self.bn1 = BatchNormAct2d(config.stem[-1])
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if config.max_pool else nn.Identity()
@@ -245,9 +250,17 @@ class ResNet(nn.Module):
         check_images(x, self.output_stride)
         x = self.maxpool(self.bn1(self.conv1(x)))
         c2: Tensor = self.layer2(self.layer1(x))
-        c3: Tensor = self.layer3(c2)
-        c4: Tensor = self.layer4(c3)
+        c3 = self._stage(self.layer3, c2)
+        c4 = self._stage(self.layer4, c3)
         return c2, c3, c4
+
+    def _stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            for block in stage:
+                x = recomputed(block, x)
+            return x
+        y: Tensor = stage(x)
+        return y
 
 
 def create_backbone(name: str, output_stride: int | None = None, dilate: bool = True) -> ResNet:

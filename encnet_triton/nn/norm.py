@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ class _BatchNormAct(_BatchNorm):
     """y = activation(batch_norm(x) + residual); shared by the 1d and 2d layers."""
 
     momentum: float
+    moves_statistics = True  # whether training changes the running statistics
 
     def __init__(
         self,
@@ -71,17 +74,21 @@ class _BatchNormAct(_BatchNorm):
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         self._check_channels(x)
         self._check_values(x, residual)
-        if self.training and self.num_batches_tracked is not None:
+        mean, var = self.running_mean, self.running_var
+        if self.training and not self.moves_statistics:
+            # Copies, so that the same tensors are kept for backward as in the first pass.
+            mean, var = (None if r is None else r.clone() for r in (mean, var))
+        elif self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        of_batch = self.training or self.running_mean is None
+        of_batch = self.training or mean is None
         if not self._fused(x):
-            return self._torch(x, residual, of_batch)
+            return self._torch(x, residual, mean, var, of_batch)
         y: Tensor = batch_norm_act(
             x,
             self.weight,
             self.bias,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             training=of_batch,
             momentum=self.momentum,
             eps=self.eps,
@@ -98,11 +105,18 @@ class _BatchNormAct(_BatchNorm):
             f"activation={self.activation}, impl={self.impl}"
         )
 
-    def _torch(self, x: Tensor, residual: Tensor | None, of_batch: bool) -> Tensor:
+    def _torch(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        of_batch: bool,
+    ) -> Tensor:
         y = F.batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.weight,
             self.bias,
             of_batch,
@@ -233,6 +247,23 @@ def convert_batchnorm(
     set_norm_impl(model, impl)
     set_sync_group(model, group)
     return model
+
+
+@contextmanager
+def kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of its BatchNormAct layers as they are, also in training.
+
+    For a second pass over a batch that has moved them already.
+    """
+    layers = [layer for _, layer in _layers(module)]
+    before = [layer.moves_statistics for layer in layers]
+    for layer in layers:
+        layer.moves_statistics = False
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.moves_statistics = value
 
 
 def set_sync_group(model: nn.Module, group: ProcessGroup | None) -> int:
