@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import compile as compile_report
-from bench import context, gate, memory, report, step, traffic
+from bench import context, gate, loader, memory, report, step, traffic
 from bench.cases import CASES, Case, compiled
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
@@ -68,10 +68,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """(options, what is passed on to the trainer by ``context``)."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "case", nargs="?", choices=[*CASES, "step", "memory", "context", "compile", "traffic"]
+        "case",
+        nargs="?",
+        choices=[*CASES, "step", "memory", "loader", "context", "compile", "traffic"],
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--data", help="crop: a folder data set to take the images from")
+    parser.add_argument("--data", help="crop, loader: a folder data set to take the images from")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--seeds", type=int, default=3, help="context: runs of each network")
     parser.add_argument("--runs", type=Path, default=Path("runs/context"), help="context: folder")
@@ -109,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:<10}{case.title}")
         print(f"{'step':<10}a training step of the network, phase by phase, against stock code")
         print(f"{'memory':<10}peak memory of a training step on a GPU, predicted without one")
+        print(f"{'loader':<10}training batches a second from JPEGs, two workers")
         print(f"{'context':<10}FCN, EncNet, EncNet+SE on the embedded data set, several seeds each")
         print(f"{'compile':<10}registers, spills, memory and instructions of every kernel; no GPU")
         print(f"{'traffic':<10}bytes the Triton kernels move, counted without a GPU")
@@ -124,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.case == "memory":
         return memory.run(options)
+    if options.case == "loader":
+        return loader.run(options.data)
     if options.case == "traffic":
         return traffic.run(options.quick, options.json)
     if options.case == "context":

@@ -97,7 +97,7 @@ def build_upsample(variant: str, device: torch.device, _: str | None) -> Callabl
 
 def build_crop(variant: str, _: torch.device, data: str | None) -> Callable[[], object]:
     """Decode and augment `CROP_IMAGES` images to 480 x 480, from `data` or made here."""
-    files = _folder_files(Path(data)) if data else [_made(i) for i in range(CROP_IMAGES)]
+    files = _folder_files(Path(data)) if data else [made_files(i) for i in range(CROP_IMAGES)]
     augment = Augment(480, base_size=520, scale=(0.5, 2.0), rotation=10.0, flip=0.5, fill=FILL)
     order = np.random.default_rng(0)
 
@@ -123,7 +123,7 @@ def _folder_files(root: Path) -> list[tuple[bytes, bytes]]:
     return [_encoded(s.image, Image.fromarray(s.label)) for s in samples]
 
 
-def _made(seed: int) -> tuple[bytes, bytes]:
+def made_files(seed: int) -> tuple[bytes, bytes]:
     """A smooth picture with grain, and a label of blobs: about the entropy of a photo."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (16, 22, 3), dtype=np.uint8))

@@ -31,6 +31,7 @@ from encnet_triton.train.distributed import (
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
 from encnet_triton.train.setup import Parts, compile_obstacle
+from encnet_triton.train.transfer import Transfer
 
 MAX_SKIPPED = 10
 
@@ -59,6 +60,7 @@ class Trainer:
         self.steps = self.steps_per_epoch * config.optim.epochs
         self.progress = Progress()
         self.meter = Meter(self.device)
+        self._transfer = Transfer(self.device)
         self._stop_requested = False  # on this rank
         self._stopping = False  # agreed by all ranks
         self._cold = False  # validation has yet to compile its own graph
@@ -172,7 +174,8 @@ class Trainer:
         """One optimiser step; returns whether any rank was asked to stop."""
         self.model.train()
         optimizer = self.parts.optimizer
-        targets = [b.labels.to(self.device, non_blocking=True) for b in micro]
+        micro = self._transfer(micro)
+        targets = [batch.labels for batch in micro]
         pixels = torch.stack([self.parts.loss.pixels_in(t) for t in targets]).sum()
         # DDP averages gradients over ranks, so each divides by its share of the global counts.
         share = (all_reduce_sum(pixels) / self.world.size).clamp(min=1e-12)
@@ -204,8 +207,7 @@ class Trainer:
         return stop
 
     def _forward(self, images: Tensor, target: Tensor, pixels: Tensor, share: float) -> LossTerms:
-        x = images.to(self.device, non_blocking=True)
-        x = torch.addcmul(self._shift, x, self._scale)
+        x = torch.addcmul(self._shift, images, self._scale)
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = self.parts.autocast
         with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():

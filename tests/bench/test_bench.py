@@ -64,7 +64,7 @@ def test_crop_peer_makes_the_same_kind_of_crop() -> None:
 
     from PIL import Image
 
-    image, label = (Image.open(BytesIO(b)) for b in cases._made(0))
+    image, label = (Image.open(BytesIO(b)) for b in cases.made_files(0))
     crop, marks = peers.sequential_crop(
         image, label, 480, 520, cases.FILL, np.random.default_rng(1)
     )
