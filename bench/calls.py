@@ -319,11 +319,12 @@ class UpsampleCall:
         ]
         if self.direction == "backward":
             return made
-        argmax = _module("upsample_triton").argmax_launches
+        operator = _module("upsample_triton")
+        choices = operator.argmax_configs(self._logits(), self.arch)
+        config = choices[min(self.config, len(choices) - 1)]
         for with_prob in (False, True):
-            config = self.configs()[self.config]
             size = (self.size.H, self.size.W)
-            made += argmax(self._logits(), *size, False, with_prob, config)[0]
+            made += operator.argmax_launches(self._logits(), *size, False, with_prob, config)[0]
         return made
 
 
@@ -342,7 +343,8 @@ def upsample_launches(
     prepared = operator.Options(weight, 255, options.align_corners, options.smoothing)
     a_map = options.reduction == "none"
     if direction == "forward":
-        chosen = operator.forward_configs(logits, arch, options.smoothing)[config]
+        choices = operator.forward_configs(logits, arch, options.smoothing)
+        chosen = choices[min(config, len(choices) - 1)]
         return list(operator.forward_launches(logits, target, prepared, True, a_map, chosen)[0])
     lse = target.new_empty(target.shape, dtype=torch.float32)
     grad = lse.clone() if a_map else lse.new_empty((), dtype=torch.float64)

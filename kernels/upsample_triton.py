@@ -131,11 +131,17 @@ def _lanes(classes: int) -> int:
 def forward_configs(logits: Tensor, arch: int, smoothing: float = 0.0) -> list[Config]:
     """Columns and classes of a program, the preferred one first, the conservative one last."""
     lanes = _lanes(logits.shape[1])
-    # With 32 columns the compiler aims at register counts that spill a few bytes in these.
-    wide = logits.dtype == torch.float32 or smoothing > 0 or arch >= 120
-    columns = 2 * _COLUMNS if wide else _COLUMNS
-    warps = lanes * columns // 32
-    return [Config(columns, lanes * own, warps) for own in (_OWN_CLASSES, _OWN_CLASSES // 2)]
+    # With 32 columns, and left alone, the compiler aims at register counts that spill a few bytes.
+    many = logits.dtype == torch.float32 or smoothing > 0
+    columns = 2 * _COLUMNS if many or arch >= 120 else _COLUMNS
+    free = Config(columns, lanes * _OWN_CLASSES, lanes * columns // 32)
+    less = replace(free, block_c=lanes * _OWN_CLASSES // 2)
+    return [replace(free, max_registers=_REGISTERS), free, less] if many else [free, less]
+
+
+def argmax_configs(logits: Tensor, arch: int) -> list[Config]:
+    """As `forward_configs`; the compiler needs no limit here."""
+    return [c for c in forward_configs(logits, arch) if c.max_registers is None]
 
 
 def backward_configs(
@@ -145,8 +151,11 @@ def backward_configs(
     found = strip_of(Axis(logits.shape[3], width, align_corners))
     assert found is not None, "supports_backward was not asked"
     free = Config(found[1], _CLASSES, found[1] // 32)
-    # Left alone, the compiler takes so many that only 8 warps are resident.
-    return [free] if smoothing else [replace(free, max_registers=_REGISTERS), free]
+    # Left alone, the compiler takes so many that only 8 warps are resident. One warp a program is
+    # for small maps, and smoothing needs them.
+    if smoothing or free.num_warps == 1:
+        return [free]
+    return [replace(free, max_registers=_REGISTERS), free]
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,7 @@ def forward_launches(
         | problem.constants(config.block_c // lanes)
         | options.constants(),
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     finish = Launch(
         kernels.finish_kernel,
@@ -286,6 +296,7 @@ def argmax_launches(
         {"R": rows, "BX": config.block_n, "L": lanes, "PROB": with_prob}
         | problem.constants(config.block_c // lanes),
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )
     return [launch], (labels, probs)
 
@@ -357,7 +368,7 @@ def argmax(
     key = ("upsample argmax", logits.device, logits.dtype, logits.shape[1:], height, width)
     return run_chosen(
         (*key, align_corners, with_prob),
-        forward_configs(logits, architecture(logits)[0]),
+        argmax_configs(logits, architecture(logits)[0]),
         lambda config: argmax_launches(logits, height, width, align_corners, with_prob, config),
         logits.device,
     )
