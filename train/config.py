@@ -98,7 +98,8 @@ class DataConfig:
     """Which images, and how training samples are cut from them."""
 
     dataset: str = "scenes"
-    """Data set: scenes (embedded, drawn from a seed) or folder (your own images)."""
+    """Data set: scenes (embedded, drawn from a seed), folder (your own images), ade20k,
+    pascal_context, voc, voc_aug, coco_voc or cityscapes."""
     data: str | None = free(None)
     """Folder that holds the data set; not needed for scenes."""
     train_split: str = "train"
@@ -111,6 +112,14 @@ class DataConfig:
     """Added to label values in the files, -1 if classes start at 1 (folder data sets)."""
     classes_file: str | None = None
     """File with one class name a line (folder data sets; default classes.txt)."""
+    labels_folder: str | None = None
+    """Folder of the label PNGs (pascal_context)."""
+    label_order: str | None = None
+    """Order of the label values: alphabetical, voc_first or stanford (pascal_context)."""
+    background_label: int | None = None
+    """Value of the background in the label PNGs, 0 or 255 (pascal_context)."""
+    num_classes: int | None = None
+    """59, or 60 to train the background as a class too (pascal_context)."""
     crop: tuple[int, int] = (480, 480)
     """Height and width of training crops in pixels: 480, 360x480 or [360, 480]."""
     base_size: int | None = 520
@@ -140,11 +149,11 @@ class DataConfig:
 
     def dataset_options(self) -> dict[str, Any]:
         """Options of `encnet_triton.data.create_dataset` that were given."""
-        given = {
-            "ignore_label": self.ignore_label,
-            "label_offset": self.label_offset,
-            "classes_file": self.classes_file,
-        }
+        names = (
+            "ignore_label", "label_offset", "classes_file",
+            "labels_folder", "label_order", "background_label", "num_classes",
+        )  # fmt: skip
+        given = {name: getattr(self, name) for name in names}
         return {k: v for k, v in given.items() if v is not None}
 
 

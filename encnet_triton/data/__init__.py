@@ -10,22 +10,33 @@ import inspect
 import os
 from typing import Any
 
+from encnet_triton.data.ade20k import ADE20K
 from encnet_triton.data.augment import Augment
 from encnet_triton.data.base import DataError, Dataset, Sample, decode, default_palette, mean_colour
+from encnet_triton.data.cityscapes import Cityscapes
+from encnet_triton.data.coco import CocoVOC
 from encnet_triton.data.folder import Folder
 from encnet_triton.data.loader import Batch, TrainLoader, eval_samples
+from encnet_triton.data.pascal_context import PascalContext
 from encnet_triton.data.scenes import Scenes
+from encnet_triton.data.voc import VOC, VOCAug
 
 __all__ = [
+    "ADE20K",
     "DATASETS",
+    "VOC",
     "Augment",
     "Batch",
+    "Cityscapes",
+    "CocoVOC",
     "DataError",
     "Dataset",
     "Folder",
+    "PascalContext",
     "Sample",
     "Scenes",
     "TrainLoader",
+    "VOCAug",
     "create_dataset",
     "decode",
     "default_palette",
@@ -33,7 +44,16 @@ __all__ = [
     "mean_colour",
 ]
 
-DATASETS: dict[str, type] = {"scenes": Scenes, "folder": Folder}
+DATASETS: dict[str, type] = {
+    "scenes": Scenes,
+    "folder": Folder,
+    "ade20k": ADE20K,
+    "pascal_context": PascalContext,
+    "voc": VOC,
+    "voc_aug": VOCAug,
+    "coco_voc": CocoVOC,
+    "cityscapes": Cityscapes,
+}
 """Data sets by name. One whose constructor takes `root` reads files; the others are drawn."""
 
 
