@@ -1,4 +1,7 @@
-"""Score a checkpoint on a data set: ``python -m encnet_triton.evaluate --checkpoint FILE``."""
+"""Score a checkpoint on a data set: ``python -m encnet_triton.evaluate --checkpoint FILE``.
+
+Under torchrun the processes share the images; every image counts once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +20,9 @@ from rich.table import Table
 
 from encnet_triton.checkpoint import CheckpointError, load_model
 from encnet_triton.data import Dataset, create_dataset, eval_samples
-from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
+from encnet_triton.inference import PAPER_SCALES, WHOLE_IMAGE_WARNING, Predictor, Views
 from encnet_triton.metrics import ConfusionMatrix, Scores
+from encnet_triton.protocols import protocol_scores
 
 
 def evaluate(
@@ -29,13 +34,25 @@ def evaluate(
     workers: int = 0,
 ) -> Scores:
     """Scores over all labelled pixels of a data set; ranks share its images, each counted once."""
+    return confusion(predictor, dataset, rank=rank, world_size=world_size, workers=workers).scores()
+
+
+def confusion(
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> ConfusionMatrix:
+    """The confusion matrix over a data set, summed over all processes."""
     matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index, predictor.device)
     for _, sample in eval_samples(dataset, rank=rank, world_size=world_size, workers=workers):
         prediction = predictor(np.asarray(sample.image))
         label = torch.as_tensor(sample.label, device=predictor.device)
         matrix.update(prediction, label)
     matrix.all_reduce()
-    return matrix.scores()
+    return matrix
 
 
 def score_table(scores: Scores, classes: list[str], title: str) -> Table:
@@ -63,10 +80,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="its folder (default: the training run's)")
     parser.add_argument("--split", help="split to score (default: the training run's validation)")
     parser.add_argument("--whole-image", action="store_true", help="no windows; see the warning")
+    add_view_arguments(parser)
+    parser.add_argument(
+        "--protocol", choices=("softmax", "released"), default="softmax",
+        help="released: as the published code, see docs/evaluation.md (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     return parser.parse_args(arguments)
+
+
+def add_view_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which views of an image are averaged."""
+    parser.add_argument(
+        "--multi-scale", action="store_true", help="the paper's six scales, and mirror images"
+    )
+    parser.add_argument("--scales", type=parse_scales, help="for example 0.75,1,1.25")
+    parser.add_argument("--flip", action="store_true", help="mirror images as well")
+    parser.add_argument("--batch", type=int, default=8, help="windows computed at once")
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.75,1") from None
+
+
+def views_of(options: argparse.Namespace, released: bool = False) -> Views:
+    """The views that `add_view_arguments` has read."""
+    scales = options.scales or (PAPER_SCALES if options.multi_scale else (1.0,))
+    return Views(scales, options.flip or options.multi_scale, released)
 
 
 def run(options: argparse.Namespace, console: Console) -> Scores:
@@ -90,16 +136,67 @@ def run(options: argparse.Namespace, console: Console) -> Scores:
         )
     if options.whole_image and rank == 0:
         console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
-    predictor = Predictor(model, info, device=device, whole_image=options.whole_image)
-    scores = evaluate(predictor, dataset, rank=rank, world_size=size, workers=options.workers)
+    released = options.protocol == "released"
+    predictor = Predictor(
+        model,
+        info,
+        device=device,
+        whole_image=options.whole_image,
+        views=views_of(options, released),
+        batch=options.batch,
+    )
+    matrix = confusion(predictor, dataset, rank=rank, world_size=size, workers=options.workers)
+    scores = matrix.scores(absent_is_zero=released)
     if rank == 0:
-        where = (
-            "whole images" if options.whole_image else f"windows of {info.crop[0]}x{info.crop[1]}"
-        )
-        console.print(score_table(scores, info.classes, f"{options.checkpoint}, {where}"))
+        name = options.dataset or info.data["name"]
+        protocols = protocol_scores(matrix, name, released)
+        described = describe(predictor)
+        console.print(score_table(scores, info.classes, f"{options.checkpoint}, {described}"))
+        for one in protocols:
+            console.print(
+                f"{one.text}: pixAcc {one.pixel_accuracy:.2%}, mIoU {one.miou:.2%}, "
+                f"their mean {one.score:.2%}",
+                highlight=False,
+            )
         if options.json:
-            options.json.write_text(json.dumps(scores.as_dict(info.classes), indent=2) + "\n")
+            document = {
+                "checkpoint": str(options.checkpoint),
+                "dataset": name,
+                "split": options.split or info.data["split"],
+                "images": len(dataset),
+                "protocol": options.protocol,
+                "views": described,
+                "protocols": {
+                    one.name: {
+                        "counts": one.text,
+                        "pixel_accuracy": one.pixel_accuracy,
+                        "miou": one.miou,
+                        "score": one.score,
+                    }
+                    for one in protocols
+                },
+                **scores.as_dict(info.classes),
+            }
+            write_json(document, options.json)
     return scores
+
+
+def describe(predictor: Predictor) -> str:
+    """How a predictor looks at an image, in words."""
+    crop, views = predictor.info.crop, predictor.views
+    text = "whole images" if predictor.whole_image else f"windows of {crop[0]}x{crop[1]}"
+    if views.scales != (1.0,):
+        text += ", scales " + " ".join(f"{scale:g}" for scale in views.scales)
+    if views.flip:
+        text += ", mirrored too"
+    return text + (", released protocol" if views.released else "")
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Write a JSON file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def pick_device(name: str) -> torch.device:

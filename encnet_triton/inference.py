@@ -2,13 +2,16 @@
 
 E of the Encoding layer sums over the pixels of its input, so the batch normalisation over the
 codewords has learned the statistics of one input size. Larger images are therefore covered with
-overlapping windows of the training crop, whose class probabilities are averaged.
+overlapping windows of the training crop, whose class probabilities are averaged; so are those of
+several scales and of the mirrored image, where they are asked for (paper, section 3.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import torch
@@ -25,21 +28,52 @@ WHOLE_IMAGE_WARNING = (
 )
 
 
-def window_starts(size: int, window: int) -> list[int]:
-    """Offsets of windows covering ``size`` pixels, about 2/3 of a window apart, the last flush."""
+PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which views of an image are averaged into one prediction.
+
+    Attributes:
+        scales: relative to the size of a single view.
+        flip: the mirrored image as well.
+        released: as the published evaluation code does it. Logits of an image and of its mirror
+            image are added and the exponential of the sum is averaged, without normalising it over
+            the classes; the long edge is scaled; windows at the border are cut off, not moved.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < scale <= 8 for scale in self.scales):
+            raise ValueError(f"scales must be one or more numbers in (0, 8], got {self.scales}")
+
+
+def window_starts(size: int, window: int, flush: bool = True) -> list[int]:
+    """Offsets of windows covering ``size`` pixels, about 2/3 of a window apart.
+
+    The last is moved to end with the image, or, with ``flush`` False, reaches beyond it.
+    """
     if size <= window:
         return [0]
     stride = max(1, window * 2 // 3)
     count = -(-(size - window) // stride) + 1
-    return [min(i * stride, size - window) for i in range(count)]
+    return [min(i * stride, size - window) if flush else i * stride for i in range(count)]
 
 
-def resized(height: int, width: int, base_size: int | None, scale_by: str) -> tuple[int, int]:
-    """Size of an image whose short or long edge has been scaled to ``base_size`` pixels."""
-    if base_size is None or scale_by == "image":
-        return height, width
-    edge = min(height, width) if scale_by == "short" else max(height, width)
-    return max(1, round(height * base_size / edge)), max(1, round(width * base_size / edge))
+def resized(
+    height: int, width: int, base_size: int | None, scale_by: str, scale: float = 1.0
+) -> tuple[int, int]:
+    """Size of an image whose short or long edge has been scaled to ``base_size`` pixels, or that
+    keeps its own, times ``scale``."""
+    factor = scale
+    if base_size is not None and scale_by != "image":
+        edge = min(height, width) if scale_by == "short" else max(height, width)
+        factor *= base_size / edge
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 class Predictor:
@@ -50,6 +84,7 @@ class Predictor:
         info: normalisation, crop and scale it was trained with.
         device: where images are processed.
         whole_image: one pass over the whole image in place of windows (see `WHOLE_IMAGE_WARNING`).
+        views: scales and mirror images whose predictions are averaged.
         batch: windows that go through the network at once.
         autocast: compute type on the device (None: float32).
     """
@@ -61,6 +96,7 @@ class Predictor:
         *,
         device: torch.device | str = "cpu",
         whole_image: bool = False,
+        views: Views = Views(),
         batch: int = 8,
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -68,6 +104,7 @@ class Predictor:
         self.info = info
         self.device = torch.device(device)
         self.whole_image = whole_image
+        self.views = views
         self.batch = batch
         self.autocast = autocast
         self._mean = torch.tensor(info.mean, device=self.device).view(1, 3, 1, 1) * 255
@@ -84,50 +121,96 @@ class Predictor:
         height, width = image.shape[:2]
         pixels = torch.tensor(image, device=self.device).permute(2, 0, 1)[None]
         x = (pixels - self._mean) / self._std
-        size = resized(height, width, self.info.base_size, self.info.scale_by)
-        if size != (height, width):
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-        crop = size if self.whole_image else (self.info.crop[0], self.info.crop[1])
-        if size == crop:
-            logits = self._logits(x)
-            return upsample_argmax(logits, (height, width), align_corners=self._align_corners)[0]
-        probability = self._averaged(x, crop)
-        if size != (height, width):
-            probability = F.interpolate(probability, size=(height, width), mode="bilinear")
-        return probability.argmax(1)[0]
+        if self.views == Views():
+            size = self._size(height, width, 1.0)
+            if self.whole_image or size == tuple(self.info.crop):
+                logits = self._logits(self._resize(x, size))
+                return upsample_argmax(logits, (height, width), align_corners=self._align_corners)[
+                    0
+                ]
+        total: Tensor | None = None
+        for scale in self.views.scales:
+            view = self._resize(x, self._size(height, width, scale))
+            scores = self._averaged(view)
+            if scores.shape[2:] != (height, width):
+                corners = self.views.released
+                scores = F.interpolate(
+                    scores, size=(height, width), mode="bilinear", align_corners=corners
+                )
+            total = scores if total is None else total.add_(scores)
+        assert total is not None  # there is at least one scale
+        return total.argmax(1)[0]
 
-    def _averaged(self, x: Tensor, crop: tuple[int, int]) -> Tensor:
-        """Class probabilities (unnormalised sums are enough for argmax only if every pixel had the
-        same number of windows, so they are divided) of 1 x 3 x H x W, as 1 x n x H x W."""
+    def _size(self, height: int, width: int, scale: float) -> tuple[int, int]:
+        info = self.info
+        if not self.views.released:
+            return resized(height, width, info.base_size, info.scale_by, scale)
+        long = ceil((info.base_size or max(height, width)) * scale)
+        if height > width:
+            return long, int(width * long / height + 0.5)
+        return int(height * long / width + 0.5), long
+
+    def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if size == x.shape[2:]:
+            return x
+        if self.views.released:
+            return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+        return F.interpolate(x, size=size, mode="bilinear", antialias=True)
+
+    def _averaged(self, x: Tensor) -> Tensor:
+        """Class scores of 1 x 3 x H x W, averaged over the windows at each pixel: 1 x n x H x W."""
         height, width = x.shape[2:]
+        crop = (height, width) if self.whole_image else (self.info.crop[0], self.info.crop[1])
         # Zero after normalisation is the mean colour, as the augmentation fills with.
         x = F.pad(x, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
         total: Tensor | None = None
         visits = torch.zeros(x.shape[2:], device=self.device)
-        for places, logits in self._windows(x, crop):
-            upsampled = F.interpolate(
-                logits.float(), size=crop, mode="bilinear", align_corners=self._align_corners
-            ).softmax(1)
+        for places, windows in self._windows(x, crop):
+            scores = self._scores(windows)
             if total is None:
-                total = upsampled.new_zeros(1, upsampled.shape[1], *x.shape[2:])
-            for (top, left), window in zip(places, upsampled, strict=True):
-                total[0, :, top : top + crop[0], left : left + crop[1]] += window
-                visits[top : top + crop[0], left : left + crop[1]] += 1
+                total = scores.new_zeros(1, scores.shape[1], *x.shape[2:])
+            for (top, left), window in zip(places, scores, strict=True):
+                place = (slice(top, top + crop[0]), slice(left, left + crop[1]))
+                inside = total[0][:, *place]
+                inside += window[:, : inside.shape[1], : inside.shape[2]]
+                visits[place] += 1
         assert total is not None  # there is at least one window
-        return (total / visits)[:, :, :height, :width]
+        return total.div_(visits)[:, :, :height, :width]
 
     def _windows(
         self, x: Tensor, crop: tuple[int, int]
     ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+        flush = not self.views.released
         places = [
             (top, left)
-            for top in window_starts(x.shape[2], crop[0])
-            for left in window_starts(x.shape[3], crop[1])
+            for top in window_starts(x.shape[2], crop[0], flush)
+            for left in window_starts(x.shape[3], crop[1], flush)
         ]
         for start in range(0, len(places), self.batch):
             part = places[start : start + self.batch]
             windows = [x[:, :, t : t + crop[0], left : left + crop[1]] for t, left in part]
-            yield part, self._logits(torch.cat(windows))
+            yield part, torch.cat([_filled(window, crop) for window in windows])
+
+    def _scores(self, windows: Tensor) -> Tensor:
+        """Scores of B x 3 x h x w windows, and of their mirror images: B x n x h x w."""
+        upsampled = [self._upsampled(windows)]
+        if self.views.flip:
+            upsampled.append(self._upsampled(windows.flip(3)).flip(3))
+        if self.views.released:
+            # In float64, because the published code's float32 overflows for large logits.
+            return torch.stack(upsampled).double().sum(0).exp()
+        scores = upsampled[0].softmax(1)
+        for other in upsampled[1:]:
+            scores = scores + other.softmax(1)
+        return scores
+
+    def _upsampled(self, windows: Tensor) -> Tensor:
+        return F.interpolate(
+            self._logits(windows).float(),
+            size=windows.shape[2:],
+            mode="bilinear",
+            align_corners=self._align_corners,
+        )
 
     def _logits(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -140,3 +223,8 @@ class Predictor:
             output = self.model(x)
         logits: Tensor = output.logits
         return logits
+
+
+def _filled(window: Tensor, crop: tuple[int, int]) -> Tensor:
+    """A window that reaches beyond the image, filled up with the mean colour."""
+    return F.pad(window, (0, crop[1] - window.shape[3], 0, crop[0] - window.shape[2]))

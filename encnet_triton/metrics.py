@@ -15,7 +15,7 @@ class Scores:
     """What a confusion matrix says, in fractions of one.
 
     ``iou[c]`` is None for a class that is in no label and in no prediction; such classes are listed
-    in ``absent`` and take no part in ``miou``.
+    in ``absent`` and take no part in ``miou``, unless `ConfusionMatrix.scores` was told otherwise.
     """
 
     pixel_accuracy: float
@@ -79,8 +79,13 @@ class ConfusionMatrix:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts, group=group)
 
-    def scores(self) -> Scores:
-        """Accuracy over all labelled pixels and the mean IoU over the classes that occur."""
+    def scores(self, absent_is_zero: bool = False) -> Scores:
+        """Accuracy over all labelled pixels and the mean IoU over the classes that occur.
+
+        Args:
+            absent_is_zero: take the mean over all classes, with an IoU of 0 for one that occurs
+                neither in a label nor in a prediction, as the published evaluation code does.
+        """
         counts = self.counts.double().cpu()
         correct = counts.diagonal()
         union = counts.sum(0) + counts.sum(1) - correct
@@ -89,8 +94,13 @@ class ConfusionMatrix:
         iou = tuple(float(c / u) if u > 0 else None for c, u in zip(correct, union, strict=True))
         return Scores(
             pixel_accuracy=float(correct.sum()) / total if total else float("nan"),
-            miou=float((correct[present] / union[present]).mean()) if total else float("nan"),
+            miou=self._mean(correct[present] / union[present], absent_is_zero),
             iou=iou,
             absent=tuple(c for c in range(self.num_classes) if not present[c]),
             labelled_pixels=int(total),
         )
+
+    def _mean(self, iou: Tensor, absent_is_zero: bool) -> float:
+        if not len(iou):
+            return float("nan")
+        return float(iou.sum()) / (self.num_classes if absent_is_zero else len(iou))

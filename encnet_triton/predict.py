@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 
 from encnet_triton.checkpoint import CheckpointError, load_model
-from encnet_triton.evaluate import pick_device
+from encnet_triton.evaluate import add_view_arguments, pick_device, views_of
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
 
@@ -73,6 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write")
     parser.add_argument("--whole-image", action="store_true", help="no windows; see the warning")
+    add_view_arguments(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(arguments)
 
@@ -85,7 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
         model, info = load_model(options.checkpoint, device := pick_device(options.device))
         if options.whole_image:
             console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
-        predictor = Predictor(model, info, device=device, whole_image=options.whole_image)
+        predictor = Predictor(
+            model,
+            info,
+            device=device,
+            whole_image=options.whole_image,
+            views=views_of(options),
+            batch=options.batch,
+        )
         paths = list(find_images(options.inputs))
         _refuse_equal_names(paths)
         for path in paths:

@@ -54,7 +54,7 @@ class ADE20K(FileDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         if split == "test":
-            base = find_root(root, ("..", "release_test"), "testing", self.source)
+            base = find_root(root, ("release_test", "../release_test"), "testing", self.source)
             pairs: list[Pair] = [(path, None) for path in sorted((base / "testing").glob("*.jpg"))]
         else:
             pairs = self._labelled(Path(root), split)
