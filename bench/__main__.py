@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import compile as compile_report
-from bench import context, gate, loader, memory, report, step, traffic
+from bench import context, cost, gate, loader, memory, report, step, traffic
 from bench.cases import CASES, Case, compiled
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "case",
         nargs="?",
-        choices=[*CASES, "step", "memory", "loader", "context", "compile", "traffic"],
+        choices=[*CASES, "step", "memory", "loader", "context", "compile", "traffic", "cost"],
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", help="crop, loader: a folder data set to take the images from")
@@ -115,7 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{'context':<10}FCN, EncNet, EncNet+SE on the embedded data set, several seeds each")
         print(f"{'compile':<10}registers, spills, memory and instructions of every kernel; no GPU")
         print(f"{'traffic':<10}bytes the Triton kernels move, counted without a GPU")
+        print(f"{'cost':<10}multiply-accumulates of each form of EncNet over those of FCN; no GPU")
         return 0
+    if options.case == "cost":
+        return cost.run(options.json)
     if options.case == "compile":
         return compile_report.run(
             list(options.arch),

@@ -105,9 +105,9 @@ def test_misfit_names_the_key_and_changes_nothing(
 
 
 def test_unreadable_files_are_named(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no backbone weights at .*absent.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*absent.pth"):
         load_backbone(model(), tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match=r"weights.h5: backbone weights must be"):
+    with pytest.raises(ValueError, match=r"weights.h5: weights must be"):
         load_backbone(model(), tmp_path / "weights.h5")
     with pytest.raises(ValueError, match=r"must end in .pth"):
         load_backbone(model(), "https://example.org/weights.safetensors")

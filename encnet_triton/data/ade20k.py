@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from encnet_triton.data.base import DataError
+import numpy as np
+from numpy.typing import NDArray
+
+from encnet_triton.data.base import DataError, default_palette
 from encnet_triton.data.files import FileDataset, Pair, find_root
 
 __all__ = ["ADE20K"]
@@ -66,6 +69,11 @@ class ADE20K(FileDataset):
             values={0: 255} | {c + 1: c for c in range(len(CLASSES))},
             allowed="ADE20K's annotations have 0 (no class) and 1..150",
         )
+
+    @classmethod
+    def labels_for(cls, count: int) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
+        """Class names and colours of a network with ``count`` classes."""
+        return CLASSES, default_palette(len(CLASSES))
 
     def _labelled(self, root: Path, split: str) -> list[Pair]:
         if split not in _FOLDERS:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-from encnet_triton.data.base import DataError
+import numpy as np
+from numpy.typing import NDArray
+
+from encnet_triton.data.base import DataError, default_palette
 from encnet_triton.data.files import FileDataset, Pair, find_root
 
 __all__ = ["Cityscapes"]
@@ -53,3 +56,8 @@ class Cityscapes(FileDataset):
             | {number: c for c, number in enumerate(_IDS.values())},
             allowed="Cityscapes' labelIds have 0..33",
         )
+
+    @classmethod
+    def labels_for(cls, count: int) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
+        """Class names and colours of a network with ``count`` classes."""
+        return tuple(_IDS), default_palette(len(_IDS))

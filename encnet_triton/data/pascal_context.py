@@ -14,7 +14,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from encnet_triton.data.base import DataError
+import numpy as np
+from numpy.typing import NDArray
+
+from encnet_triton.data.base import DataError, default_palette
 from encnet_triton.data.files import FileDataset, Pair, check_present, find_root, read_lines
 from encnet_triton.data.voc import read_ids
 
@@ -112,13 +115,19 @@ class PascalContext(FileDataset):
         values[background_label] = 0 if num_classes == 60 else 255
         super().__init__(
             pairs,
-            (("background",) if num_classes == 60 else ()) + CLASSES,
+            self.labels_for(num_classes)[0],
             values=values,
             allowed=(
                 f"{background_label} is background and {first}..{first + 58} are the classes "
                 "(background_label says which)"
             ),
         )
+
+    @classmethod
+    def labels_for(cls, count: int) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
+        """Class names and colours of a network with 59 or 60 classes."""
+        names = (("background",) if count == 60 else ()) + CLASSES
+        return names, default_palette(len(names))
 
 
 def _pairs(base: Path, labels: Path, split: str, source: str) -> tuple[list[Pair], Path]:

@@ -102,6 +102,11 @@ class VOC(FileDataset):
             palette=voc_palette(len(CLASSES)),
         )
 
+    @classmethod
+    def labels_for(cls, count: int) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
+        """Class names and colours of a network with ``count`` classes."""
+        return CLASSES, voc_palette(len(CLASSES))
+
     def list_of(self, split: str) -> str:
         """Name of the split's list file."""
         return split

@@ -1,0 +1,90 @@
+"""What global context costs: ``python -m bench cost``.
+
+Multiply-accumulates of a forward pass in evaluation at 480 x 480, counted by torch's FLOP counter
+on tensors without values: of each form of EncNet, beside those of the FCN with the same trunk.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from encnet_triton.kernels import encode
+from encnet_triton.models import create_model
+
+CLASSES, SIZE, STRIDE = 150, 480, 8
+CHANNELS, CODEWORDS = 512, 32
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "FCN": {"name": "fcn"},
+    "EncNet, paper's form": {"name": "encnet", "form": "paper"},
+    "EncNet, released form": {"name": "encnet", "form": "released"},
+    "EncNet, released form, lateral": {"name": "encnet", "form": "released", "lateral": True},
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A network and its multiply-accumulates, in 1e9, for one image."""
+
+    network: str
+    backbone: str
+    gmac: float
+    over_fcn: float
+
+
+def encoding_gmac() -> float:
+    """The Encoding layer alone: 512 channels, 32 codewords, 60 x 60 positions."""
+    side = SIZE // STRIDE
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        x = torch.empty(1, CHANNELS, side, side)
+        encode(x, torch.empty(CODEWORDS, CHANNELS), torch.empty(CODEWORDS))
+    return counter.get_total_flops() / 2e9
+
+
+def network_gmac(backbone: str, options: dict[str, Any]) -> float:
+    """A whole network for one image."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = create_model(num_classes=CLASSES, backbone=backbone, **options).eval()
+        with torch.no_grad():
+            model(torch.empty(1, 3, SIZE, SIZE))
+    return counter.get_total_flops() / 2e9
+
+
+def costs(backbones: tuple[str, ...] = ("resnet50", "resnet101")) -> list[Cost]:
+    """Every network on every trunk."""
+    found = []
+    for backbone in backbones:
+        counts = {name: network_gmac(backbone, options) for name, options in NETWORKS.items()}
+        for name, gmac in counts.items():
+            found.append(Cost(name, backbone, gmac, gmac / counts["FCN"] - 1))
+    return found
+
+
+def run(json_file: Path | None = None) -> int:
+    """Print the table; returns the exit status."""
+    rows = costs()
+    table = Table(title=f"forward, one image of {SIZE} x {SIZE}, {CLASSES} classes, counted")
+    table.add_column("network")
+    for column in ("trunk", "GMAC", "over FCN"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row.network, row.backbone, f"{row.gmac:.1f}", f"{row.over_fcn:+.2%}")
+    alone = encoding_gmac()
+    table.caption = (
+        f"the Encoding layer alone: {alone:.3f} GMAC; "
+        "the paper says 3% to 5% for its context module"
+    )
+    Console(width=100).print(table)
+    if json_file is not None:
+        document = {"encoding_gmac": alone, "networks": [asdict(row) for row in rows]}
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+    return 0
