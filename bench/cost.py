@@ -47,7 +47,7 @@ def encoding_gmac() -> float:
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         x = torch.empty(1, CHANNELS, side, side)
         encode(x, torch.empty(CODEWORDS, CHANNELS), torch.empty(CODEWORDS))
-    return counter.get_total_flops() / 2e9
+    return float(counter.get_total_flops()) / 2e9
 
 
 def network_gmac(backbone: str, options: dict[str, Any]) -> float:
@@ -56,7 +56,7 @@ def network_gmac(backbone: str, options: dict[str, Any]) -> float:
         model = create_model(num_classes=CLASSES, backbone=backbone, **options).eval()
         with torch.no_grad():
             model(torch.empty(1, 3, SIZE, SIZE))
-    return counter.get_total_flops() / 2e9
+    return float(counter.get_total_flops()) / 2e9
 
 
 def costs(backbones: tuple[str, ...] = ("resnet50", "resnet101")) -> list[Cost]:

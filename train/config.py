@@ -46,7 +46,7 @@ class ModelConfig:
     """Arguments of `encnet_triton.models.create_model`; None leaves the model's own default."""
 
     model: str = "encnet"
-    """Network: encnet or fcn."""
+    """Network: encnet, fcn, psp or deeplab."""
     backbone: str = "resnet50"
     """Name of the backbone, for example resnet50, resnet101s, small, demo."""
     pretrained: str = ""
@@ -79,7 +79,7 @@ class ModelConfig:
     """Concatenate the FCN head's input before its last convolution."""
 
     def __post_init__(self) -> None:
-        one_of("model", self.model, ("encnet", "fcn"))
+        one_of("model", self.model, ("encnet", "fcn", "psp", "deeplab"))
         if self.num_codewords is not None:
             require(self.num_codewords >= 0, "num_codewords", self.num_codewords, "at least 0")
         if self.dropout is not None:

@@ -6,20 +6,27 @@ import inspect
 from typing import Any
 
 from encnet_triton.models.base import SegmentationModel
+from encnet_triton.models.deeplab import DeepLabV3
 from encnet_triton.models.encnet import EncNet
 from encnet_triton.models.fcn import FCN
+from encnet_triton.models.pspnet import PSPNet
 from encnet_triton.nn.arguments import check_choice
 
-MODELS: dict[str, type[SegmentationModel]] = {"encnet": EncNet, "fcn": FCN}
+MODELS: dict[str, type[SegmentationModel]] = {
+    "encnet": EncNet,
+    "fcn": FCN,
+    "psp": PSPNet,
+    "deeplab": DeepLabV3,
+}
 
 
 def create_model(name: str, num_classes: int, **options: Any) -> SegmentationModel:
     """Build a network with random weights.
 
     Args:
-        name: "encnet" or "fcn".
+        name: "encnet", "fcn", "psp" or "deeplab".
         num_classes: n.
-        options: constructor arguments of `EncNet` or `FCN`; ``backbone`` is required. A network
+        options: constructor arguments of the network's class; ``backbone`` is required. A network
             built here has them all in ``model.options``, so that ``create_model(**model.options)``
             builds it again.
 

@@ -43,7 +43,10 @@ def test_command_line_overrides_the_recipe() -> None:
         ({"lr": "fast"}, r"lr = 'fast' is not allowed; it must be a number"),
         ({"lr": "-1"}, r"lr = -1.0 is not allowed; it must be positive"),
         ({"epochs": "2.5"}, r"epochs = '2.5' is not allowed; it must be a whole number"),
-        ({"model": "unet"}, r"model = 'unet' is not allowed; it must be one of encnet, fcn"),
+        (
+            {"model": "unet"},
+            r"model = 'unet' is not allowed; it must be one of encnet, fcn, psp, deeplab",
+        ),
         ({"crop": "1,2,3"}, r"crop = '1,2,3' is not allowed; it must be 2 numbers"),
         ({"compile": "maybe"}, r"compile = 'maybe' is not allowed; it must be true or false"),
         ({"learning_rate": 1}, r"unknown field 'learning_rate'"),
