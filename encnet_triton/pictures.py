@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,9 @@ _MARGIN = 8
 _IGNORED = (0, 0, 0)
 
 
-def palette_image(label: NDArray[np.integer], palette: Sequence[Sequence[int]]) -> Image.Image:
+def palette_image(
+    label: NDArray[np.integer], palette: Sequence[Sequence[int]] | NDArray[np.uint8]
+) -> Image.Image:
     """A label map (H x W, values 0..255) as a palette PNG whose pixel values are the classes."""
     picture = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
     colours = np.zeros((256, 3), dtype=np.uint8)
@@ -62,10 +65,51 @@ def panel(
     return canvas
 
 
+def comparison(
+    rows: Sequence[tuple[NDArray[Any], ...]],
+    headings: Sequence[str],
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]] | NDArray[np.uint8],
+    height: int = 200,
+) -> Image.Image:
+    """Rows of an image and label maps, under headings, with the names of all classes in them.
+
+    Args:
+        rows: an H x W x 3 uint8 image, then H x W label maps; each row may have another size.
+        headings: one for each column.
+        classes, palette: names and RGB colours.
+        height: of every row, in pixels.
+    """
+    pictures = []
+    for image, *labels in rows:
+        size = (max(1, round(image.shape[1] * height / image.shape[0])), height)
+        tiles = [Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)]
+        for label in labels:
+            coloured = palette_image(label, palette).convert("RGB")
+            tiles.append(coloured.resize(size, Image.Resampling.NEAREST))
+        pictures.append(tiles)
+    width = max(tile.width for tiles in pictures for tile in tiles)
+    font = ImageFont.load_default(14)
+    total = len(headings) * (width + _MARGIN) + _MARGIN
+    present = sorted({int(c) for _, *labels in rows for label in labels for c in np.unique(label)})
+    legend = _legend(present, classes, palette, total, font)
+    top = _MARGIN + 20
+    bottom = top + len(rows) * (height + _MARGIN)
+    canvas = Image.new("RGB", (total, bottom + legend.height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, heading in enumerate(headings):
+        left = _MARGIN + column * (width + _MARGIN)
+        draw.text((left, _MARGIN // 2), heading, fill="black", font=font)
+        for row, tiles in enumerate(pictures):
+            canvas.paste(tiles[column], (left, top + row * (height + _MARGIN)))
+    canvas.paste(legend, (0, bottom))
+    return canvas
+
+
 def _legend(
     present: Sequence[int],
     classes: Sequence[str],
-    palette: Sequence[Sequence[int]],
+    palette: Sequence[Sequence[int]] | NDArray[np.uint8],
     width: int,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> Image.Image:

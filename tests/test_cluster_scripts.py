@@ -49,8 +49,8 @@ def test_the_trainer_takes_the_options_shown(commands, count: int) -> None:
     assert len(found) == count
     for line in found:
         launcher, _, rest = line.partition(MARK)
-        options, fields = command.parse(shlex.split(rest))
-        config = command.configuration(options, fields)
+        options = command.parse(shlex.split(rest))
+        config = command.configuration(options)
         assert "--rdzv-backend" in launcher and "--nnodes" in launcher
         if "--max-restarts" in launcher:
             assert config.run.resume, "a restarted group goes on only with --resume"

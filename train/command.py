@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
-from encnet_triton.train.config import (
-    SECTIONS,
-    Config,
-    all_fields,
-    build,
-    field_docs,
-    read_about,
-    recipe_names,
-)
+from encnet_triton.train.config import SECTIONS, Config, all_fields, field_docs
+from encnet_triton.train.recipe import build, build_stages, read_about, recipe_names
+from encnet_triton.train.sweep import sweep_names
 
 DEFAULT_RECIPE = "scenes"
 
@@ -22,14 +17,19 @@ def parser() -> argparse.ArgumentParser:
     """One option per field, grouped by section, with the field's docstring as its help."""
     made = argparse.ArgumentParser(
         prog="python -m encnet_triton.train",
-        description="Train EncNet or FCN. Without options: the embedded data set, on this machine.",
+        description="Train a network. Without options: the embedded data set, on this machine.",
         allow_abbrev=False,
     )
     made.add_argument(
         "--recipe", default=DEFAULT_RECIPE, help="name from --list, or a TOML file (%(default)s)"
     )
-    made.add_argument("--list", action="store_true", help="list the recipes and stop")
-    made.add_argument("--dry-run", action="store_true", help="print model and steps, then stop")
+    made.add_argument(
+        "--sweep", choices=sweep_names(), help="train or resume all rows of a table of the paper"
+    )
+    made.add_argument("--list", action="store_true", help="list recipes and sweeps, then stop")
+    made.add_argument(
+        "--dry-run", action="store_true", help="print model, steps and memory, then stop"
+    )
     made.add_argument("--traceback", action="store_true", help="show where an error was raised")
     docs = field_docs()
     groups = {section: made.add_argument_group(section) for section in SECTIONS}
@@ -47,19 +47,37 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(options of the command itself, fields given by the user)."""
+@dataclass(frozen=True)
+class Options:
+    """What was given: the command's own options, and the fields of the configuration."""
+
+    recipe: str
+    sweep: str | None
+    list: bool
+    dry_run: bool
+    traceback: bool
+    overrides: dict[str, Any]
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Read the command line."""
     values = vars(parser().parse_args(arguments))
     known = all_fields()
     overrides = {name: values.pop(name) for name in list(values) if name in known}
-    return argparse.Namespace(**values), overrides
+    return Options(**values, overrides=overrides)
 
 
-def configuration(options: argparse.Namespace, overrides: dict[str, Any]) -> Config:
-    """The validated configuration of this command."""
-    return build(options.recipe, overrides)
+def configuration(options: Options) -> Config:
+    """The validated configuration of a command whose recipe has no stages."""
+    return build(options.recipe, options.overrides)
 
 
-def list_recipes() -> list[tuple[str, str]]:
-    """(name, what it is) of every recipe that comes with the package."""
-    return [(name, read_about(name)) for name in recipe_names()]
+def stages(options: Options) -> list[Config]:
+    """The validated configurations of this command's runs, one after the other."""
+    return build_stages(options.recipe, options.overrides)
+
+
+def list_recipes() -> list[tuple[str, str, str]]:
+    """(name, published figure or "", what it is) of every recipe that comes with the package."""
+    found = [(name, read_about(name)) for name in recipe_names()]
+    return [(name, figure, text) for name, (text, figure) in found]

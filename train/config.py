@@ -1,4 +1,4 @@
-"""The configuration of a training run: dataclasses, TOML recipes by name, command-line overrides.
+"""The configuration of a training run: dataclasses, and their values from text.
 
 Every field has one name over all sections, so ``--lr 0.01`` needs no section. A wrong key or value
 is a `ConfigError` that names it.
@@ -11,15 +11,10 @@ import difflib
 import inspect
 import math
 import textwrap
-import tomllib
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Union
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 class ConfigError(ValueError):
@@ -309,86 +304,12 @@ def field_docs() -> dict[str, str]:
     return docs
 
 
-def recipe_names() -> list[str]:
-    """Recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
-
-
-def read_recipe(name: str) -> tuple[str, dict[str, Any]]:
-    """(name, fields) of a recipe: one that comes with the package, or the path of a TOML file.
-
-    Raises:
-        ConfigError: no such recipe, broken TOML, or a key that is no field of its section.
-    """
-    path, document = _load_recipe(name)
-    values: dict[str, Any] = {}
-    known = all_fields()
-    for section, content in document.items():
-        if section == "about":
-            continue
-        if section not in SECTIONS or not isinstance(content, dict):
-            raise ConfigError(
-                f"recipe {path}: unknown section {section!r}{_closest(section, SECTIONS)}"
-            )
-        own = [n for n, (s, _) in known.items() if s == section]
-        for key, value in content.items():
-            if key not in own:
-                raise ConfigError(
-                    f"recipe {path}: unknown field {key!r} in [{section}]{_closest(key, own)}"
-                )
-            values[key] = value
-    return path.stem, values
-
-
-def read_about(name: str) -> str:
-    """The sentence in a recipe's [about] section."""
-    return str(_load_recipe(name)[1].get("about", {}).get("text", ""))
-
-
-def _load_recipe(name: str) -> tuple[Path, dict[str, Any]]:
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not path.is_file():
-        raise ConfigError(f"unknown recipe {name!r}{_closest(name, recipe_names())}")
-    try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
-
-
-def _closest(given: str, allowed: typing.Iterable[str]) -> str:
+def closest(given: str, allowed: typing.Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, and all of them."""
     names = list(allowed)
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{hint} Known: {', '.join(names)}" if hint else f"; known: {', '.join(names)}"
-
-
-def build(recipe: str, overrides: Mapping[str, Any]) -> Config:
-    """A validated configuration: defaults, then the recipe, then the overrides (text or values).
-
-    Raises:
-        ConfigError: names the key and the value that are wrong.
-    """
-    name, values = read_recipe(recipe)
-    known = all_fields()
-    for key, value in overrides.items():
-        if key not in known:
-            raise ConfigError(f"unknown field {key!r}{_closest(key, known)}")
-        values[key] = value
-    parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for key, value in values.items():
-        section, f = known[key]
-        hint = typing.get_type_hints(SECTIONS[section])[f.name]
-        parts[section][key] = convert(key, value, hint)
-    config = Config(
-        recipe=name, **{section: SECTIONS[section](**values) for section, values in parts.items()}
-    )
-    if not config.run.name:
-        config.run.name = name
-    require(
-        "/" not in config.run.name and config.run.name not in (".", ".."),
-        "name", config.run.name, "the name of a folder, without slashes",
-    )  # fmt: skip
-    return config
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:

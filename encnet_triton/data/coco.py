@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from encnet_triton.data.base import DataError
 from encnet_triton.data.files import FileDataset, Pair, check_present, find_root
 from encnet_triton.data.voc import CLASSES, read_ids, voc_palette
@@ -59,6 +62,11 @@ class CocoVOC(FileDataset):
             allowed="coco_voc's labels have 0 (background), 1..20 and 255 (crowds)",
             palette=voc_palette(len(CLASSES)),
         )
+
+    @classmethod
+    def labels_for(cls, count: int) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
+        """Class names and colours of a network with ``count`` classes."""
+        return CLASSES, voc_palette(len(CLASSES))
 
 
 def labels_folder(base: Path, split: str) -> Path:
