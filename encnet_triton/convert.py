@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from encnet_triton.checkpoint import CheckpointError, ModelInfo, load_model, save_model
+from encnet_triton.checkpoint import ModelInfo, load_model, save_model
+from encnet_triton.command_line import exit_status
 from encnet_triton.data import DATASETS, default_palette
 from encnet_triton.data.base import IMAGENET_MEAN, IMAGENET_STD
 from encnet_triton.foreign import Foreign, backbone_name, identify, model_options
@@ -215,12 +216,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    try:
-        run(parse(arguments), Console())
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse(arguments)
+    return exit_status(lambda: run(options, Console()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from encnet_triton.checkpoint import CheckpointError, load_model
+from encnet_triton.checkpoint import load_model
+from encnet_triton.command_line import exit_status
 from encnet_triton.data import Dataset, create_dataset, eval_samples
 from encnet_triton.inference import PAPER_SCALES, WHOLE_IMAGE_WARNING, Predictor, Views
 from encnet_triton.metrics import ConfusionMatrix, Scores
@@ -210,15 +211,8 @@ def pick_device(name: str) -> torch.device:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    try:
-        run(parse(arguments), Console())
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    options = parse(arguments)
+    return exit_status(lambda: run(options, Console()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 
-from encnet_triton.checkpoint import CheckpointError, load_model
+from encnet_triton.checkpoint import load_model
+from encnet_triton.command_line import exit_status
 from encnet_triton.evaluate import add_view_arguments, pick_device, views_of
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
@@ -78,33 +79,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Load, label every image, and say what was found."""
+    device = pick_device(options.device)
+    model, info = load_model(options.checkpoint, device)
+    if options.whole_image:
+        console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
+    predictor = Predictor(
+        model,
+        info,
+        device=device,
+        whole_image=options.whole_image,
+        views=views_of(options),
+        batch=options.batch,
+    )
+    paths = list(find_images(options.inputs))
+    _refuse_equal_names(paths)
+    for path in paths:
+        shares = predict(predictor, path, options.output)
+        found = ", ".join(f"{name} {share:.1%}" for name, share in shares)
+        console.print(f"{path}: {found}", highlight=False, markup=False)
+    console.print(f"wrote {2 * len(paths)} pictures to {options.output}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     options = parse(arguments)
-    console = Console(soft_wrap=True)
-    try:
-        model, info = load_model(options.checkpoint, device := pick_device(options.device))
-        if options.whole_image:
-            console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
-        predictor = Predictor(
-            model,
-            info,
-            device=device,
-            whole_image=options.whole_image,
-            views=views_of(options),
-            batch=options.batch,
-        )
-        paths = list(find_images(options.inputs))
-        _refuse_equal_names(paths)
-        for path in paths:
-            shares = predict(predictor, path, options.output)
-            found = ", ".join(f"{name} {share:.1%}" for name, share in shares)
-            console.print(f"{path}: {found}", highlight=False, markup=False)
-        console.print(f"wrote {2 * len(paths)} pictures to {options.output}")
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(options, Console(soft_wrap=True)))
 
 
 def _refuse_equal_names(paths: Sequence[Path]) -> None:

@@ -20,7 +20,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from encnet_triton.checkpoint import CheckpointError, load_model
+from encnet_triton.checkpoint import load_model
+from encnet_triton.command_line import exit_status
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.data.voc import voc_palette
 from encnet_triton.evaluate import add_view_arguments, pick_device, views_of
@@ -154,12 +155,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    try:
-        run(parse(arguments), Console())
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse(arguments)
+    return exit_status(lambda: run(options, Console()))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from encnet_triton.models.base import SegmentationModel
-from encnet_triton.models.fcn import DropoutKind, aux_head
+from encnet_triton.models.baseline import Baseline
+from encnet_triton.models.fcn import DropoutKind, aux_head_of
 from encnet_triton.models.layers import (
     Classifier,
     conv3x3,
@@ -16,7 +16,6 @@ from encnet_triton.models.layers import (
     create_dropout,
     init_convolutions,
 )
-from encnet_triton.models.output import SegmentationOutput
 from encnet_triton.nn.arguments import check_count, check_flags
 from encnet_triton.nn.norm import BatchNormAct2d
 
@@ -66,7 +65,7 @@ class AtrousPyramidHead(nn.Module):
         return logits
 
 
-class DeepLabV3(SegmentationModel):
+class DeepLabV3(Baseline):
     """DeepLabV3 on a dilated ResNet of output stride 8.
 
     Args:
@@ -103,26 +102,19 @@ class DeepLabV3(SegmentationModel):
             {
                 "name": "deeplab",
                 "head_channels": head_channels,
-                "aux": aux,
                 "dropout": dropout,
                 "dropout_kind": dropout_kind,
             },
+            make_head=lambda channels: AtrousPyramidHead(
+                channels,
+                head_channels,
+                num_classes,
+                dropout=create_dropout(dropout, dropout_kind),
+            ),
+            make_aux=aux_head_of(aux, num_classes, dropout, dropout_kind),
             backbone=backbone,
             num_classes=num_classes,
             output_stride=output_stride,
             dilate=dilate,
             align_corners=align_corners,
         )
-        _, c3, c4 = self.backbone.channels
-        self.head = AtrousPyramidHead(
-            c4, head_channels, num_classes, dropout=create_dropout(dropout, dropout_kind)
-        )
-        self.aux_head = aux_head(c3, num_classes, dropout, dropout_kind) if aux else None
-
-    def forward(self, x: Tensor) -> SegmentationOutput:
-        _, c3, c4 = self.backbone(x)
-        logits = self.head(c4)
-        aux = None
-        if self.training and self.aux_head is not None:
-            aux = self.aux_head(c3)
-        return SegmentationOutput(logits, (), aux)

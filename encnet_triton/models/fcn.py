@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from encnet_triton.models.base import SegmentationModel
+from encnet_triton.models.baseline import Baseline
 from encnet_triton.models.layers import (
     Classifier,
     conv_bn_relu,
     create_dropout,
     init_convolutions,
 )
-from encnet_triton.models.output import SegmentationOutput
 from encnet_triton.nn.arguments import check_choice, check_count, check_flags
 
 DropoutKind = Literal["element", "channel"]
@@ -73,7 +73,16 @@ def aux_head(in_channels: int, num_classes: int, dropout: float, kind: DropoutKi
     return FCNHead(in_channels, channels, num_classes, dropout=dropout, dropout_kind=kind)
 
 
-class FCN(SegmentationModel):
+def aux_head_of(
+    aux: bool, num_classes: int, dropout: float, kind: DropoutKind
+) -> Callable[[int], FCNHead] | None:
+    """What builds the auxiliary head, for `Baseline`; None without one."""
+    if not aux:
+        return None
+    return lambda channels: aux_head(channels, num_classes, dropout, kind)
+
+
+class FCN(Baseline):
     """Dilated FCN, the paper's baseline (section 4).
 
     Args:
@@ -110,39 +119,28 @@ class FCN(SegmentationModel):
     ) -> None:
         check_count("head_channels", head_channels)
         check_flags(concat_input=concat_input, aux=aux)
-        options = {
-            "name": "fcn",
-            "head_channels": head_channels,
-            "num_convs": num_convs,
-            "concat_input": concat_input,
-            "aux": aux,
-            "dropout": dropout,
-            "dropout_kind": dropout_kind,
-        }
         super().__init__(
-            options,
+            {
+                "name": "fcn",
+                "head_channels": head_channels,
+                "num_convs": num_convs,
+                "concat_input": concat_input,
+                "dropout": dropout,
+                "dropout_kind": dropout_kind,
+            },
+            make_head=lambda channels: FCNHead(
+                channels,
+                head_channels,
+                num_classes,
+                num_convs=num_convs,
+                concat_input=concat_input,
+                dropout=dropout,
+                dropout_kind=dropout_kind,
+            ),
+            make_aux=aux_head_of(aux, num_classes, dropout, dropout_kind),
             backbone=backbone,
             num_classes=num_classes,
             output_stride=output_stride,
             dilate=dilate,
             align_corners=align_corners,
         )
-        _, c3, c4 = self.backbone.channels
-        self.head = FCNHead(
-            c4,
-            head_channels,
-            num_classes,
-            num_convs=num_convs,
-            concat_input=concat_input,
-            dropout=dropout,
-            dropout_kind=dropout_kind,
-        )
-        self.aux_head = aux_head(c3, num_classes, dropout, dropout_kind) if aux else None
-
-    def forward(self, x: Tensor) -> SegmentationOutput:
-        _, c3, c4 = self.backbone(x)
-        logits = self.head(c4)
-        aux = None
-        if self.training and self.aux_head is not None:
-            aux = self.aux_head(c3)
-        return SegmentationOutput(logits, (), aux)

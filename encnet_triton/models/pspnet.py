@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encnet_triton.models.base import SegmentationModel
-from encnet_triton.models.fcn import DropoutKind, aux_head
+from encnet_triton.models.baseline import Baseline
+from encnet_triton.models.fcn import DropoutKind, aux_head_of
 from encnet_triton.models.layers import (
     Classifier,
     conv_bn_relu,
     create_dropout,
     init_convolutions,
 )
-from encnet_triton.models.output import SegmentationOutput
 from encnet_triton.nn.arguments import check_count, check_flags
 
 BINS = (1, 2, 3, 6)
@@ -66,7 +65,7 @@ class PyramidPoolingHead(nn.Module):
         return logits
 
 
-class PSPNet(SegmentationModel):
+class PSPNet(Baseline):
     """Pyramid Scene Parsing Network on a dilated ResNet.
 
     Args:
@@ -103,30 +102,20 @@ class PSPNet(SegmentationModel):
             {
                 "name": "psp",
                 "head_channels": head_channels,
-                "aux": aux,
                 "dropout": dropout,
                 "dropout_kind": dropout_kind,
             },
+            make_head=lambda channels: PyramidPoolingHead(
+                channels,
+                head_channels,
+                num_classes,
+                dropout=create_dropout(dropout, dropout_kind),
+                align_corners=align_corners,
+            ),
+            make_aux=aux_head_of(aux, num_classes, dropout, dropout_kind),
             backbone=backbone,
             num_classes=num_classes,
             output_stride=output_stride,
             dilate=dilate,
             align_corners=align_corners,
         )
-        _, c3, c4 = self.backbone.channels
-        self.head = PyramidPoolingHead(
-            c4,
-            head_channels,
-            num_classes,
-            dropout=create_dropout(dropout, dropout_kind),
-            align_corners=align_corners,
-        )
-        self.aux_head = aux_head(c3, num_classes, dropout, dropout_kind) if aux else None
-
-    def forward(self, x: Tensor) -> SegmentationOutput:
-        _, c3, c4 = self.backbone(x)
-        logits = self.head(c4)
-        aux = None
-        if self.training and self.aux_head is not None:
-            aux = self.aux_head(c3)
-        return SegmentationOutput(logits, (), aux)
