@@ -1,5 +1,6 @@
-"""Networks for semantic segmentation, built by name with `create_model` or from their classes."""
+"""Networks for segmentation, by name with `create_model` or by class, and for CIFAR-10."""
 
+from encnet_triton.models.cifar import CifarNet
 from encnet_triton.models.deeplab import DeepLabV3
 from encnet_triton.models.encnet import EncNet
 from encnet_triton.models.factory import MODELS, create_model
@@ -12,6 +13,7 @@ __all__ = [
     "BACKBONES",
     "FCN",
     "MODELS",
+    "CifarNet",
     "DeepLabV3",
     "EncNet",
     "PSPNet",
