@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from encnet_triton.models import create_model
+from encnet_triton.models import CifarNet, create_model
 
 FORMAT = "encnet-triton 1"
 MODEL_PREFIX = "model."
@@ -121,7 +121,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn
     path = Path(path)
     tensors, metadata = read(path, MODEL_PREFIX)
     info = ModelInfo(**metadata["model"])
-    model = create_model(**info.options)
+    model = CifarNet(**info.options) if "unit" in info.options else create_model(**info.options)
     load_weights(model, tensors, path)
     return model.to(device).eval(), info
 

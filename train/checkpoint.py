@@ -29,6 +29,7 @@ class Progress:
         skipped: steps left out because their loss was not finite.
         best_miou, best_step: best validation so far.
         validated: step of the last validation.
+        best_error: lowest test error of a classifier so far.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class Progress:
     best_miou: float = -1.0
     best_step: int = 0
     validated: int = -1
+    best_error: float = 1.0
 
 
 def save(

@@ -16,6 +16,10 @@ import typing
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Union
 
+SEGMENTATION_MODELS = ("encnet", "fcn", "psp", "deeplab")
+CIFAR_UNITS = {"cifar_encnet": "encoding", "cifar_seresnet": "se", "cifar_resnet": "none"}
+"""CIFAR-10 networks and their unit, see `encnet_triton.models.CifarNet`."""
+
 
 class ConfigError(ValueError):
     """A field is unknown, has a value of the wrong kind, or one that is not allowed."""
@@ -41,7 +45,8 @@ class ModelConfig:
     """Arguments of `encnet_triton.models.create_model`; None leaves the model's own default."""
 
     model: str = "encnet"
-    """Network: encnet, fcn, psp or deeplab."""
+    """Network: encnet, fcn, psp or deeplab; for cifar10: cifar_encnet, cifar_seresnet or
+    cifar_resnet."""
     backbone: str = "resnet50"
     """Name of the backbone, for example resnet50, resnet101s, small, demo."""
     pretrained: str = ""
@@ -72,19 +77,29 @@ class ModelConfig:
     """Convolutions in the FCN's head."""
     concat_input: bool | None = None
     """Concatenate the FCN head's input before its last convolution."""
+    width: int | None = None
+    """Channels of the first stage (CIFAR-10 networks: 64 in the paper's 64d)."""
+    block: str | None = None
+    """Order in the blocks, pre or post activation (CIFAR-10 networks)."""
+    shake_scale: bool | None = None
+    """Random smoothing factors in training (CIFAR-10 EncNet, paper section 3.5)."""
 
     def __post_init__(self) -> None:
-        one_of("model", self.model, ("encnet", "fcn", "psp", "deeplab"))
+        one_of("model", self.model, (*SEGMENTATION_MODELS, *CIFAR_UNITS))
         if self.num_codewords is not None:
             require(self.num_codewords >= 0, "num_codewords", self.num_codewords, "at least 0")
         if self.dropout is not None:
             require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `create_model`, without the number of classes."""
+        """Keyword arguments for `create_model` or `CifarNet`, without the number of classes."""
         values = asdict(self)
         del values["pretrained"]
         name = values.pop("model")
+        if name in CIFAR_UNITS:
+            del values["backbone"]
+            given = {k: v for k, v in values.items() if v is not None}
+            return {"unit": CIFAR_UNITS[name], **given}
         return {"name": name, **{k: v for k, v in values.items() if v is not None}}
 
 
@@ -94,7 +109,7 @@ class DataConfig:
 
     dataset: str = "scenes"
     """Data set: scenes (embedded, drawn from a seed), folder (your own images), ade20k,
-    pascal_context, voc, voc_aug, coco_voc or cityscapes."""
+    pascal_context, voc, voc_aug, coco_voc or cityscapes; or cifar10, for classification."""
     data: str | None = free(None)
     """Folder that holds the data set; not needed for scenes."""
     train_split: str = "train"
@@ -164,6 +179,8 @@ class OptimConfig:
     """L2 penalty."""
     decay_norm_bias: bool = True
     """Apply the penalty to batch-norm parameters and biases too, as the paper's code does."""
+    schedule: str = "poly"
+    """Course of the rate: poly, or cosine (half a period, to zero)."""
     power: float = 0.9
     """Exponent of the poly schedule lr (1 - step / steps)^power."""
     warmup_steps: int = 0
@@ -195,6 +212,7 @@ class OptimConfig:
             require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
         for key in ("epochs", "batch_size", "accumulation"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        one_of("schedule", self.schedule, ("poly", "cosine"))
         one_of("class_weight", self.class_weight, ("none", "balanced"))
 
 
@@ -267,6 +285,11 @@ class Config:
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
+
+    @property
+    def classification(self) -> bool:
+        """Whether this trains a CIFAR-10 network."""
+        return self.model.model in CIFAR_UNITS
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form, sections as dictionaries."""

@@ -65,12 +65,15 @@ class Log:
         """Record the averages since the last record; ``eta`` is in seconds, None if not known."""
         self.write({"kind": "train", **record})
         losses = " ".join(
-            f"{name} {record[name]:.3f}" for name in ("segmentation", "se", "aux") if record[name]
+            f"{name} {record[name]:.3f}"
+            for name in ("segmentation", "se", "aux")
+            if record.get(name)
         )
-        status = f"loss {record['loss']:.3f} ({losses})  lr {record['lr']:.2e}"
+        status = f"loss {record['loss']:.3f}" + (f" ({losses})" if losses else "")
+        status += f"  lr {record['lr']:.2e}"
         if record["images_per_second"] is not None:
             status += f"  {record['images_per_second']:.1f} img/s  data {record['data_wait']:.0%}"
-        if record["skipped"]:
+        if record.get("skipped"):
             status += f"  skipped {record['skipped']}"
         if eta is not None:
             status += f"  ETA {timedelta(seconds=round(eta))}"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +28,7 @@ from encnet_triton.train.distributed import (
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
 from encnet_triton.train.setup import Parts, compile_obstacle
+from encnet_triton.train.stop import StopRequest
 from encnet_triton.train.transfer import Transfer
 
 MAX_SKIPPED = 10
@@ -61,7 +59,7 @@ class Trainer:
         self.progress = Progress()
         self.meter = Meter(self.device)
         self._transfer = Transfer(self.device)
-        self._stop_requested = False  # on this rank
+        self._stop = StopRequest()
         self._stopping = False  # agreed by all ranks
         self._cold = False  # validation has yet to compile its own graph
         self._statistics = [
@@ -109,7 +107,7 @@ class Trainer:
         self.network = self._wrap(self.model)
         last = min(self.steps, self.config.run.stop_at or self.steps)
         scores = None
-        with self._signals():
+        with self._stop:
             self.log.begin(self.steps, self.progress.step)
             self.meter.restart()
             while self.progress.step < last and not self._stopping:
@@ -199,7 +197,7 @@ class Trainer:
         if bad:
             self._skip(micro)
         else:
-            rate = optim.poly(self.progress.step - 1, self.steps, self.config.optim)
+            rate = optim.rate_at(self.progress.step - 1, self.steps, self.config.optim)
             optim.set_rate(optimizer, rate)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -222,7 +220,7 @@ class Trainer:
         device never runs out of work.
         """
         flags = torch.stack(
-            [(~torch.isfinite(total)).float(), torch.full_like(total, self._stop_requested)]
+            [(~torch.isfinite(total)).float(), torch.full_like(total, self._stop.requested)]
         )
         all_reduce_sum(flags)
         if self.device.type != "cuda":
@@ -259,7 +257,7 @@ class Trainer:
         record = {
             "step": step,
             "epoch": epoch + 1,
-            "lr": optim.poly(step - 1, self.steps, self.config.optim),
+            "lr": optim.rate_at(step - 1, self.steps, self.config.optim),
             **summary,
             "skipped": self.progress.skipped,
         }
@@ -316,18 +314,3 @@ class Trainer:
             self.progress,
             self.config,
         )
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 (a scheduler's notice) ask for a save and a clean end."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            self._stop_requested = True
-
-        wanted = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)]
-        previous = {number: signal.signal(number, request) for number in wanted}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

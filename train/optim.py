@@ -1,7 +1,8 @@
-"""SGD with parameter groups and the poly schedule of paper section 3.1."""
+"""SGD with parameter groups and the schedules of the paper, sections 3.1 and 3.5."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,10 +39,15 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
     )
 
 
-def poly(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of a step (counted from 0): lr (1 - step / steps)^power, after a linear warm-up."""
+def rate_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Rate of a step (counted from 0) after a linear warm-up.
+
+    poly: lr (1 - step / steps)^power; cosine: lr (1 + cos(pi step / steps)) / 2.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * step / steps)) / 2
     return float(config.lr * (1 - step / steps) ** config.power)
 
 

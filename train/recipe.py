@@ -21,6 +21,7 @@ from encnet_triton.train.config import (
     all_fields,
     closest,
     convert,
+    one_of,
     require,
 )
 
@@ -150,6 +151,8 @@ def _configuration(name: str, values: Mapping[str, Any], overrides: Mapping[str,
         "/" not in config.run.name and config.run.name not in (".", ".."),
         "name", config.run.name, "the name of a folder, without slashes",
     )  # fmt: skip
+    known_sets = ("cifar10",) if config.classification else tuple(DATASETS)
+    one_of("dataset", config.data.dataset, known_sets)
     config.data.data = data_folder(config.data.data, config.data.dataset)
     return config
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from encnet_triton.data import DATASETS, create_dataset
+from encnet_triton.data.cifar10 import COUNT, load_cifar10
 from encnet_triton.environment import report
-from encnet_triton.evaluate import score_table
+from encnet_triton.evaluate import score_table, write_json
 from encnet_triton.inference import WHOLE_IMAGE_WARNING
-from encnet_triton.metrics import Scores
-from encnet_triton.models import create_model
+from encnet_triton.models import CifarNet, create_model
 from encnet_triton.train import checkpoint, distributed, setup
+from encnet_triton.train.classify import Classifier, draw_errors
 from encnet_triton.train.config import SECTIONS, Config, ConfigError
 from encnet_triton.train.forecast import peak_memory
 from encnet_triton.train.log import Log
@@ -40,14 +42,6 @@ def write_config(config: Config, folder: Path) -> None:
     os.replace(temporary, folder / "config.json")
 
 
-def write_result(scores: Scores, step: int, classes: list[str], folder: Path) -> None:
-    """Write ``result.json``, the last validation of a run that is complete, atomically."""
-    temporary = folder / ".result.json.tmp"
-    document = {"step": step, **scores.as_dict(classes)}
-    temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RESULT)
-
-
 def summary(config: Config, parts: setup.Parts, steps: int, world: distributed.World) -> str:
     """One line about a run."""
     count = sum(p.numel() for p in parts.model.parameters())
@@ -60,6 +54,8 @@ def summary(config: Config, parts: setup.Parts, steps: int, world: distributed.W
 
 def train(config: Config, world: distributed.World) -> bool:
     """Build, restore, run, and tell what came out; returns whether the run is complete."""
+    if config.classification:
+        return train_classifier(config, world)
     parts = setup.build(config, world)
     steps = len(parts.loader) * config.optim.epochs
     folder = open_folder(config, world)
@@ -81,12 +77,43 @@ def train(config: Config, world: distributed.World) -> bool:
     if scores is None:
         return False
     if world.main:
-        write_result(scores, trainer.progress.step, parts.info.classes, folder)
+        document = {"step": trainer.progress.step, **scores.as_dict(parts.info.classes)}
+        write_json(document, folder / RESULT)
         log.console.print(score_table(scores, parts.info.classes, f"{config.run.name}, last step"))
         best = trainer.progress
         where = folder / checkpoint.BEST
         log.say(f"best mIoU {best.best_miou:.2%} at step {best.best_step}: {where}")
         log.say(f"pictures: {folder / 'predictions'}")
+    return True
+
+
+def train_classifier(config: Config, world: distributed.World) -> bool:
+    """As `train`, for a CIFAR-10 network."""
+    folder = open_folder(config, world)
+    log = Log(folder, world.main)
+    classifier = Classifier(config, world, folder, log)
+    count = sum(p.numel() for p in classifier.model.parameters())
+    log.say(
+        f"{config.model.model}, {count:,} parameters, {len(classifier.train_set):,} training "
+        f"images, {classifier.steps:,} steps of {config.optim.batch_size} images, {world.size} "
+        f"process{'es' if world.size > 1 else ''} on {world.device.type}"
+    )
+    if classifier.restore():
+        log.say(f"resumed {folder / checkpoint.LAST} at step {classifier.progress.step}")
+    if world.main:
+        write_config(config, folder)
+    log.write({"kind": "start", "step": classifier.progress.step, "environment": dict(report())})
+    result = classifier.run()
+    if result is None:
+        return False
+    if world.main:
+        document = {"step": classifier.progress.step, **asdict(result)}
+        write_json(document, folder / RESULT)
+        draw_errors({config.run.name: folder}, folder / "curves.png")
+        log.say(
+            f"test error after the last epoch {result.error:.2%} (lowest {result.best_error:.2%} "
+            f"after epoch {result.best_epoch}, chosen on the test set)"
+        )
     return True
 
 
@@ -131,6 +158,9 @@ def train_all(configs: list[Config], world: distributed.World) -> bool:
 def dry_run(config: Config, world: distributed.World) -> None:
     """Print what a run would be, and stop. The data need not be there for published data sets."""
     log = Log(Path(), world.main)
+    if config.classification:
+        dry_run_classifier(config, log)
+        return
     maker: Any = DATASETS.get(config.data.dataset)
     published = getattr(maker, "expected", {}).get(config.data.train_split)
     images: int | None
@@ -163,3 +193,17 @@ def dry_run(config: Config, world: distributed.World) -> None:
             f"  predicted, not measured: at most {size:.1f} GiB on {where}, without the workspaces "
             "of cuDNN"
         )
+
+
+def dry_run_classifier(config: Config, log: Log) -> None:
+    """As `dry_run`, for a CIFAR-10 network."""
+    count = sum(p.numel() for p in CifarNet(**config.model.options()).parameters())
+    images = COUNT["train"]
+    if config.data.data is not None:
+        images = len(load_cifar10(config.data.data, "train").labels)
+    steps = images // config.optim.batch_size * config.optim.epochs
+    log.say(
+        f"{config.run.name}: {config.model.model}, {count:,} parameters\n"
+        f"  cifar10: {images:,} images, {steps:,} steps, {config.optim.epochs} epochs in batches "
+        f"of {config.optim.batch_size}, lr {config.optim.lr:g}, {config.optim.schedule}"
+    )

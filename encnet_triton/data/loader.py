@@ -54,7 +54,8 @@ class _Failure:
     message: str
 
 
-def _epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+    """The samples of an epoch in the order they are seen."""
     return np.random.default_rng((seed, _ORDER, epoch)).permutation(length)
 
 
@@ -79,7 +80,7 @@ class _Keys:
         epoch, first = self.start
         size = int(np.prod(self.shape))
         while True:
-            order = _epoch_order(self.seed, epoch, self.length)
+            order = epoch_order(self.seed, epoch, self.length)
             for step in range(first, self.steps):
                 indices = order[step * size : (step + 1) * size].reshape(self.shape)
                 for micro in indices[:, self.rank]:

@@ -13,13 +13,13 @@ def test_poly_schedule_is_the_papers() -> None:
     config = OptimConfig(lr=0.01)
     steps = 1000
     for step in (0, 1, 500, 999):
-        assert optim.poly(step, steps, config) == pytest.approx(0.01 * (1 - step / steps) ** 0.9)
+        assert optim.rate_at(step, steps, config) == pytest.approx(0.01 * (1 - step / steps) ** 0.9)
 
 
 def test_warm_up_rises_to_the_base_rate() -> None:
     config = OptimConfig(lr=1.0, warmup_steps=3)
-    assert [optim.poly(s, 1000, config) for s in range(3)] == [0.25, 0.5, 0.75]
-    assert optim.poly(3, 1000, config) > 0.99
+    assert [optim.rate_at(s, 1000, config) for s in range(3)] == [0.25, 0.5, 0.75]
+    assert optim.rate_at(3, 1000, config) > 0.99
 
 
 @pytest.mark.parametrize("decay", [True, False], ids=["decay-all", "no-decay-on-bn-and-bias"])

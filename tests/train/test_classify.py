@@ -1,0 +1,151 @@
+"""CIFAR-10 training: recipes, augmentation, resume, several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from encnet_triton.checkpoint import load_model, read
+from encnet_triton.data.cifar10 import Images
+from encnet_triton.data.device_images import DeviceImages
+from encnet_triton.models import CifarNet
+from encnet_triton.train.__main__ import main
+from encnet_triton.train.config import ConfigError
+from encnet_triton.train.optim import rate_at
+from encnet_triton.train.recipe import build
+from tests.train.launch import assert_same_state, start, torchrun
+
+SMALL = (
+    "--width", "16", "--epochs", "4", "--batch-size", "16", "--device", "cpu", "--lr", "0.05",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Ten classes of one colour each, and noise."""
+    rng = np.random.default_rng(4)
+    colours = rng.integers(40, 216, (10, 3, 1, 1))
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for i in range(6):
+        labels = rng.permutation(np.arange(20) % 10).astype(np.uint8)
+        images = (colours[labels] + rng.integers(-30, 30, (20, 3, 32, 32))).astype(np.uint8)
+        records = np.concatenate([labels[:, None], images.reshape(20, -1)], 1)
+        records.tofile(folder / (f"data_batch_{i + 1}.bin" if i < 5 else "test_batch.bin"))
+    return tmp_path
+
+
+def train(data: Path, *arguments: str, recipe: str = "cifar10_encnet_16k64d") -> int:
+    return main(["--recipe", recipe, "--data", str(data), *SMALL, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [
+        ("cifar10_resnet_64d", 2_777_482),
+        ("cifar10_seresnet_64d", 2_799_938),
+        # Without the 6 K smoothing factors, which are drawn and not learnt.
+        ("cifar10_encnet_16k64d", 3_513_866 - 96),
+        ("cifar10_encnet_32k64d", 4_205_674 - 192),
+        ("cifar10_encnet_32k128d", 16_787_466 - 192),
+    ],
+)
+def test_recipes_are_those_of_the_paper(recipe: str, parameters: int, capsys) -> None:
+    assert main(["--recipe", recipe, "--dry-run"]) == 0
+    # 390 whole batches of 128 in 50,000 images, 600 times.
+    said = capsys.readouterr().out
+    assert f"{parameters:,} parameters" in said and "234,000 steps" in said
+    config = build(recipe, {})
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.momentum) == (0.1, 5e-4, 0.9)
+    assert config.optim.schedule == "cosine" and config.optim.batch_size == 128
+
+
+def test_without_scale_regularisation_the_count_is_that_of_table_6(capsys) -> None:
+    recipe = ["--recipe", "cifar10_encnet_16k64d", "--shake-scale", "false", "--dry-run"]
+    assert main(recipe) == 0
+    assert "3,513,866 parameters" in capsys.readouterr().out
+
+
+def test_cosine_starts_at_the_rate_and_ends_at_zero() -> None:
+    config = build("cifar10_resnet_64d", {}).optim
+    assert rate_at(0, 100, config) == pytest.approx(0.1)
+    assert rate_at(50, 100, config) == pytest.approx(0.05)
+    assert rate_at(100, 100, config) == pytest.approx(0, abs=1e-12)
+
+
+def test_networks_and_data_sets_must_go_together() -> None:
+    with pytest.raises(ConfigError, match="dataset = 'scenes' is not allowed"):
+        build("cifar10_resnet_64d", {"dataset": "scenes"})
+    with pytest.raises(ConfigError, match="dataset = 'cifar10' is not allowed"):
+        build("scenes", {"dataset": "cifar10"})
+
+
+def test_augmented_images_are_cut_from_padded_ones_and_mirrored() -> None:
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    split = Images(images, np.arange(6, dtype=np.uint8))
+    data = DeviceImages(split, torch.device("cpu"), seed=3)
+    draws = torch.tensor([[0, 8, 0], [4, 4, 0], [4, 4, 1], [8, 0, 1]])
+    cut = data.cut(torch.tensor([0, 1, 2, 3]), draws).numpy()
+    padded = np.pad(images, ((0, 0), (0, 0), (4, 4), (4, 4)))
+    np.testing.assert_array_equal(cut[0], padded[0, :, 0:32, 8:40])
+    np.testing.assert_array_equal(cut[1], images[1])
+    np.testing.assert_array_equal(cut[2], images[2, :, :, ::-1])
+    np.testing.assert_array_equal(cut[3], padded[3, :, 8:40, 0:32][:, :, ::-1])
+    # What a batch holds depends on the epoch and the place alone; an epoch sees every image once.
+    first, again = data.epoch(0), DeviceImages(split, torch.device("cpu"), seed=3).epoch(0)
+    assert torch.equal(first.batch(2, 5)[0], again.batch(2, 5)[0])
+    assert not torch.equal(first.batch(0, 6)[0], data.epoch(1).batch(0, 6)[0])
+    assert sorted(first.batch(0, 6)[1].tolist()) == list(range(6))
+
+
+def test_a_run_learns_and_reports_the_last_epoch(data: Path, capsys) -> None:
+    assert train(data) == 0
+    folder = Path("runs/cifar10_encnet_16k64d")
+    result = json.loads((folder / "result.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    errors = [r["error"] for r in records if r["kind"] == "val"]
+    assert len(errors) == 4 and result["error"] == errors[-1] <= 0.5
+    assert result["best_error"] == min(errors)
+    assert "chosen on the test set" in capsys.readouterr().out
+    model, info = load_model(folder / "best.safetensors")
+    assert isinstance(model, CifarNet) and info.classes[0] == "airplane"
+
+
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(data: Path) -> None:
+    assert train(data, "--name", "whole") == 0
+    assert train(data, "--name", "parts", "--resume", "--stop-at", "9") == 0
+    assert not Path("runs/parts/result.json").exists()
+    assert train(data, "--name", "parts", "--resume") == 0
+    assert_same_state("whole", "parts")
+
+
+def test_two_processes_train_as_one(data: Path) -> None:
+    options = ["--recipe", "cifar10_seresnet_64d", "--data", str(data), *SMALL, "--epochs", "1"]
+    assert main([*options, "--name", "one"]) == 0
+    log = Path("log")
+    process = start([*torchrun(), *options, "--name", "two"], log)
+    try:
+        assert process.wait(timeout=120) == 0, log.read_text()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(log.read_text()) from None
+    one, _ = read(Path("runs/one/last.safetensors"), "model.")
+    two, _ = read(Path("runs/two/last.safetensors"), "model.")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-3)
+
+
+def test_missing_data_is_one_sentence(tmp_path: Path, capsys) -> None:
+    assert main(["--recipe", "cifar10_resnet_64d", *SMALL]) == 2
+    assert "give its folder with --data" in capsys.readouterr().err
