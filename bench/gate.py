@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.cases import cifar_network
 from encnet_triton import kernels
 from encnet_triton.kernels import reference
 
@@ -63,7 +64,17 @@ def check_upsample(device: torch.device) -> str | None:
     )
 
 
-CHECKS = {"encode": check_encode, "upsample": check_upsample}
+def check_cifar(device: torch.device) -> str | None:
+    """Logits of both networks on the CPU, in float32: the same weights, the same images."""
+    images = torch.randn(4, 3, 32, 32)
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        ours, peer = (cifar_network(cpu, other).eval()(images) for other in (False, True))
+    error = float((ours - peer).abs().max() / peer.abs().max())
+    return None if error <= TOLERANCE else f"logits differ by {error:.1e} of the largest"
+
+
+CHECKS = {"encode": check_encode, "upsample": check_upsample, "cifar": check_cifar}
 
 
 def check(case: str, device: torch.device) -> str | None:
