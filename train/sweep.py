@@ -1,9 +1,9 @@
 """All rows of a table of the paper in one command: ``--sweep table1``.
 
 Rows that are complete are left as they are, others are resumed or started. Afterwards the sweep's
-folder holds ``table.md`` and ``table.json`` with the paper's figures beside, ``figure.png`` where
-the rows are points of curves (and matplotlib is installed), and ``grid.png``, what two of the
-networks predict for the same images.
+folder holds ``<sweep>.md`` and ``<sweep>.json`` with the paper's figures beside, ``<sweep>.png``
+where the rows are points of curves (and matplotlib is installed), and ``<sweep>_grid.png``, what
+two of the networks predict for the same images.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ def run(name: str, planned: list[Planned], world: distributed.World) -> None:
     if not world.main:
         return
     folder = planned_folder(planned)
-    _write_tables(sweep, planned, measured, folder)
-    _draw_curves(planned, measured, folder)
+    _write_tables(sweep, planned, measured, folder / name)
+    _draw_curves(planned, measured, folder / f"{name}.png")
     if sweep.grid is not None:
-        _draw_grid(sweep.grid, planned, world, folder)
+        _draw_grid(sweep.grid, planned, world, folder / f"{name}_grid.png")
     Console().print(f"table and pictures: {folder}")
 
 
@@ -192,7 +192,7 @@ def _validation_set(config: Config) -> Dataset:
 
 
 def _write_tables(
-    sweep: Sweep, planned: list[Planned], measured: list[dict[str, float]], folder: Path
+    sweep: Sweep, planned: list[Planned], measured: list[dict[str, float]], path: Path
 ) -> None:
     header = ("", "pixAcc %", "mIoU %", "paper")
     rows = [
@@ -209,12 +209,12 @@ def _write_tables(
         table.add_row(*row)
     Console().print(table)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * 4, *rows)]
-    _write_text(f"{sweep.title}\n\n" + "\n".join(lines) + "\n", folder / "table.md")
+    _write_text(f"{sweep.title}\n\n" + "\n".join(lines) + "\n", path.with_suffix(".md"))
     document = [
         {"label": one.row.label, "run": one.row.run, "paper": list(one.row.paper), **found}
         for one, found in zip(planned, measured, strict=True)
     ]
-    write_json({"title": sweep.title, "rows": document}, folder / "table.json")
+    write_json({"title": sweep.title, "rows": document}, path.with_suffix(".json"))
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -223,7 +223,7 @@ def _write_text(text: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _draw_curves(planned: list[Planned], measured: list[dict[str, float]], folder: Path) -> None:
+def _draw_curves(planned: list[Planned], measured: list[dict[str, float]], path: Path) -> None:
     """mIoU and pixAcc over the place of each row, one panel a curve (paper, figure 5)."""
     curves = list(dict.fromkeys(one.row.curve for one in planned if one.row.curve))
     if not curves:
@@ -240,19 +240,17 @@ def _draw_curves(planned: list[Planned], measured: list[dict[str, float]], folde
             if one.row.curve == curve
         )
         places = np.arange(len(points))
-        panel.plot(places, [p[1] for p in points], marker="o", color="tab:blue", label="mIoU")
-        panel.set(xlabel=curve, ylabel="mIoU, %", xticks=places)
+        panel.plot(places, [p[1] for p in points], marker="o", label="mIoU")
+        panel.plot(places, [p[2] for p in points], marker="s", label="pixAcc")
+        panel.set(xlabel=curve, ylabel="%", xticks=places)
         panel.set_xticklabels([f"{p[0]:g}" for p in points])
-        other = panel.twinx()
-        other.plot(places, [p[2] for p in points], marker="s", color="tab:orange", label="pixAcc")
-        other.set_ylabel("pixAcc, %")
-        lines = [*panel.get_lines(), *other.get_lines()]
-        panel.legend(lines, [line.get_label() for line in lines], loc="lower right")
-    figure.savefig(folder / "figure.png", dpi=110)
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
 
 
 def _draw_grid(
-    names: tuple[str, str], planned: list[Planned], world: distributed.World, folder: Path
+    names: tuple[str, str], planned: list[Planned], world: distributed.World, path: Path
 ) -> None:
     """Image, label and the predictions of two runs, for a few validation images (figures 4, 6)."""
     chosen = [next(one for one in planned if one.row.run == name) for name in names]
@@ -269,4 +267,4 @@ def _draw_grid(
         for s, *predictions in zip(samples, *columns, strict=True)
     ]
     headings = ("image", "label", *(one.row.label for one in chosen))
-    save_png(comparison(rows, headings, data.classes, data.palette), folder / "grid.png")
+    save_png(comparison(rows, headings, data.classes, data.palette), path)

@@ -125,14 +125,14 @@ def test_a_sweep_trains_each_run_once_and_writes_its_table(
     monkeypatch.setattr(sweep, "SWEEPS", Path("sweeps"))
     assert main(["--sweep", "tiny_sweep"]) == 0
     folder = Path("runs/tiny_sweep")
-    table = (folder / "table.md").read_text()
+    table = (folder / "tiny_sweep.md").read_text()
     assert table.count("50 / 25.5") == 3
-    document = json.loads((folder / "table.json").read_text())
+    document = json.loads((folder / "tiny_sweep.json").read_text())
     single, multi = document["rows"][1:]
     validated = json.loads((folder / "b" / "result.json").read_text())
     assert single["miou"] == pytest.approx(100 * validated["miou"])
     assert (folder / "b" / "multi_scale.json").is_file() and multi["run"] == "b"
-    for picture in ("figure.png", "grid.png"):
+    for picture in ("tiny_sweep.png", "tiny_sweep_grid.png"):
         assert Image.open(folder / picture).size[0] > 300
     before = (folder / "a" / "last.safetensors").stat().st_mtime_ns
     assert main(["--sweep", "tiny_sweep"]) == 0
