@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from encnet_triton import checkpoint
 from encnet_triton.checkpoint import CheckpointError, ModelInfo
-from encnet_triton.train.config import Config, ConfigError
+from encnet_triton.train.config import Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, gather
 
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -139,8 +139,7 @@ def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -
 def _check_fingerprint(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [
         f"{key} was {saved.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
+        for key in changed_fields(saved, now)
     ]
     if changed:
         raise ConfigError(

@@ -13,6 +13,7 @@ import math
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Union
 
@@ -303,6 +304,20 @@ class Config:
             for f in fields(cls)
             if not f.metadata.get("free")
         }
+
+
+def changed_fields(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the fields of two fingerprints that differ.
+
+    A field that did not exist when one was made had its default then.
+    """
+    known = all_fields()
+    defaults = {name: _plain(f.default) for name, (_, f) in known.items()}
+    return [
+        key
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key, defaults.get(key)) != now.get(key, defaults.get(key))
+    ]
 
 
 def _plain(value: Any) -> Any:

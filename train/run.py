@@ -16,7 +16,7 @@ from encnet_triton.inference import WHOLE_IMAGE_WARNING
 from encnet_triton.models import CifarNet, create_model
 from encnet_triton.train import checkpoint, distributed, setup
 from encnet_triton.train.classify import Classifier, draw_errors
-from encnet_triton.train.config import SECTIONS, Config, ConfigError
+from encnet_triton.train.config import SECTIONS, Config, ConfigError, changed_fields
 from encnet_triton.train.forecast import peak_memory
 from encnet_triton.train.log import Log
 from encnet_triton.train.loop import Trainer
@@ -128,12 +128,13 @@ def finished(config: Config) -> bool:
         return False
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     then = {key: value for section in SECTIONS for key, value in saved[section].items()}
-    changed = [key for key, now in config.fingerprint().items() if then.get(key) != now]
+    now = config.fingerprint()
+    changed = changed_fields({key: value for key, value in then.items() if key in now}, now)
     if changed:
         key = changed[0]
         raise ConfigError(
             f"run {folder} is complete, but with {key} = {then.get(key)!r} where it is now "
-            f"{config.fingerprint()[key]!r}; give another --name"
+            f"{now[key]!r}; give another --name"
         )
     return True
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from encnet_triton.train import command
-from encnet_triton.train.config import ConfigError, all_fields, field_docs
+from encnet_triton.train.config import ConfigError, all_fields, changed_fields, field_docs
 from encnet_triton.train.recipe import build, recipe_names
 
 
@@ -86,3 +86,11 @@ def test_fingerprint_leaves_out_what_does_not_alter_the_run() -> None:
     other = build("scenes", {"lr": 0.3}).fingerprint()
     assert first == same
     assert first != other
+
+
+def test_a_field_that_is_newer_than_a_run_had_its_default() -> None:
+    now = build("scenes", {}).fingerprint()
+    older = {key: value for key, value in now.items() if key != "schedule"}
+    assert changed_fields(older, now) == []
+    assert changed_fields(older, {**now, "schedule": "cosine"}) == ["schedule"]
+    assert changed_fields(now, {**now, "lr": 1.0}) == ["lr"]
