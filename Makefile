@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TRAIN_ARGS ?=
+# One process a core, each with one thread; a process takes about 1.5 GiB.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # Idle CPU threads sleep rather than spin: on a machine that does other work too, spinning costs
 # several times the throughput; on an idle one sleeping costs about a tenth.
 export OMP_WAIT_POLICY ?= passive
@@ -19,9 +21,10 @@ help:
 train: $(VENV)/.installed
 	$(BIN)/python -m encnet_triton.train --resume $(TRAIN_ARGS)
 
+test: export OMP_NUM_THREADS ?= 1
 test: check
-	$(BIN)/python -m pytest
-	@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter or triton"
+	$(BIN)/python -m pytest $(PARALLEL)
+	@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "interpreter or triton"
 
 test-gpu: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a GPU: torch %s finds no CUDA device" % torch.__version__)'
