@@ -88,8 +88,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="compile: element types of x",
     )  # fmt: skip
     parser.add_argument(
-        "--shape", type=compile_report.parse_shape, nargs="+", metavar="CxK",
-        help="compile: channels x codewords of encode, for example 512x32",
+        "--shape", type=compile_report.parse_shape, nargs="+",
+        metavar="CxK[xN]",
+        help="compile: channels x codewords (x pixels) of encode, for example 512x32",
     )  # fmt: skip
     parser.add_argument(
         "--op", nargs="+", choices=compile_report.OPS, default=compile_report.OPS,

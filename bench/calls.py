@@ -1,6 +1,7 @@
 """Calls of the operators as the reports make them: lists of launches that nothing runs.
 
-Launches are made on meta tensors or, for the interpreter, on memory that is never written.
+Launches are made on meta tensors or, for the interpreter, on memory that is never written but for
+counters.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from encnet_triton.kernels.launch import Config, Launch
 
 DIRECTIONS = ("forward", "backward")
-IMAGES, PIXELS = 16, 3600
-ENCODE_SHAPES = ((512, 32), (1024, 32), (512, 64), (1024, 64))  # channels, codewords
-MORE_ENCODE_SHAPES = ((2048, 256), (16, 32), (64, 16), (100, 7))  # large, small and awkward ones
 
 
 def _module(name: str) -> Any:
@@ -30,61 +28,123 @@ def _module(name: str) -> Any:
 
 
 @dataclass(frozen=True)
+class EncodeShape:
+    """Channels, codewords, pixels and images of `encode`; x is channels last."""
+
+    C: int
+    K: int
+    N: int = 3600
+    B: int = 16
+
+    def __str__(self) -> str:
+        return f"C{self.C} K{self.K} N{self.N}"
+
+    def empty(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, codewords, scale and the gradient of E."""
+        x = torch.empty(self.B, self.N, self.C, dtype=dtype, device=device)
+        sizes = ((self.K, self.C), (self.K,), (self.B, self.K, self.C))
+        codewords, scale, grad = (torch.empty(size, device=device) for size in sizes)
+        return x.transpose(1, 2), codewords, scale, grad
+
+
+# Segmentation networks, and the three stages of the CIFAR-10 networks.
+CIFAR_ENCODE_SHAPES = (
+    EncodeShape(16, 16, 1024, 128),
+    EncodeShape(32, 16, 256, 128),
+    EncodeShape(64, 16, 64, 128),
+)
+ENCODE_SHAPES = (
+    EncodeShape(512, 32),
+    EncodeShape(1024, 32),
+    EncodeShape(512, 64),
+    EncodeShape(1024, 64),
+    *CIFAR_ENCODE_SHAPES,
+)
+# Large, small and awkward ones; the CIFAR-10 network of twice the width.
+MORE_ENCODE_SHAPES = (
+    EncodeShape(2048, 256),
+    EncodeShape(16, 32),
+    EncodeShape(64, 16),
+    EncodeShape(100, 7),
+    EncodeShape(16, 64),
+    EncodeShape(32, 32, 1024, 128),
+    EncodeShape(64, 32, 256, 128),
+    EncodeShape(128, 32, 64, 128),
+)
+
+
+def encode_launches(
+    shape: EncodeShape,
+    dtype: torch.dtype,
+    direction: str,
+    arch: int,
+    config: Config | None = None,
+    *,
+    return_stats: bool = False,
+    device: str = "meta",
+) -> list[Launch]:
+    """What one call launches."""
+    operator = _module("encode_triton")
+    x, codewords, scale, grad = shape.empty(dtype, device)
+    machine = {"arch": arch, "processors": LIMITS[arch].processors, "config": config}
+    if direction == "forward":
+        return list(operator.forward_launches(x, codewords, scale, return_stats, **machine)[0])
+    counters = x.new_zeros(shape.B + 1, dtype=torch.int32)
+    return list(
+        operator.backward_launches(grad, x, codewords, scale, None, True, counters, **machine)[0]
+    )
+
+
+@dataclass(frozen=True)
 class EncodeCall:
-    """`encode` on 16 images of 60 x 60 pixels, channels last; `config` counts in `configs`."""
+    """`encode`; `config` counts in `configs`."""
 
     direction: str
     dtype: str
     arch: int
-    channels: int
-    codewords: int
+    size: EncodeShape
     config: int = 0
 
     op = "encode"
 
     @property
     def shape(self) -> str:
-        return f"C{self.channels} K{self.codewords}"
+        return str(self.size)
 
     def configs(self) -> list[Config]:
         """What the launcher may choose from, the default first."""
-        choose = getattr(_module("encode_triton"), f"{self.direction}_configs")
-        return list(choose(self.arch, getattr(torch, self.dtype), self.channels, self.codewords))
+        choose = getattr(_module("encode_configs"), f"{self.direction}_configs")
+        size = self.size
+        return list(choose(self.arch, getattr(torch, self.dtype), size.C, size.K, size.N))
 
     def launches(self) -> list[Launch]:
         """Forward, those with statistics come after those without."""
-        operator = _module("encode_triton")
-        dtype = getattr(torch, self.dtype)
-        x = _meta(IMAGES, PIXELS, self.channels, dtype=dtype).transpose(1, 2)
-        codewords, scale = _meta(self.codewords, self.channels), _meta(self.codewords)
-        machine = {"arch": self.arch, "processors": LIMITS[self.arch].processors}
-        config = self.configs()[self.config]
-        made: list[Launch] = []
-        if self.direction == "forward":
-            for return_stats in (False, True):
-                made += operator.forward_launches(
-                    x, codewords, scale, return_stats, **machine, config=config
-                )[0]
-            return made
-        grad = _meta(IMAGES, self.codewords, self.channels)
-        made += operator.backward_launches(
-            grad, x, codewords, scale, None, True, **machine, config=config
-        )[0]
-        return made
+        return [
+            launch
+            for return_stats in ((False, True) if self.direction == "forward" else (False,))
+            for launch in encode_launches(
+                self.size,
+                getattr(torch, self.dtype),
+                self.direction,
+                self.arch,
+                self.configs()[self.config],
+                return_stats=return_stats,
+            )
+        ]
 
 
 def encode_calls(
-    archs: list[int], dtypes: list[str], shapes: list[tuple[int, int]], every_config: bool
+    archs: list[int], dtypes: list[str], shapes: list[EncodeShape], every_config: bool
 ) -> Iterator[EncodeCall]:
     """With the default configuration alone or with every one."""
-    supports = _module("encode_triton").supports
+    supports = _module("encode_configs").supports
     for direction in DIRECTIONS:
-        for channels, codewords in shapes:
+        for size in shapes:
             for dtype in dtypes:
-                for arch in archs if supports(getattr(torch, dtype), channels, codewords) else ():
-                    call = EncodeCall(direction, dtype, arch, channels, codewords)
+                for arch in archs if supports(getattr(torch, dtype), size.C, size.K) else ():
+                    call = EncodeCall(direction, dtype, arch, size)
                     for config in range(len(call.configs()) if every_config else 1):
-                        yield EncodeCall(direction, dtype, arch, channels, codewords, config)
+                        yield EncodeCall(direction, dtype, arch, size, config)
 
 
 @dataclass(frozen=True)
@@ -372,7 +432,3 @@ def upsample_calls(
 
 
 Call = EncodeCall | BatchNormCall | UpsampleCall
-
-
-def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")

@@ -33,6 +33,7 @@ from bench.calls import (
     MORE_UPSAMPLE_SHAPES,
     UPSAMPLE_SHAPES,
     Call,
+    EncodeShape,
     batch_norm_calls,
     encode_calls,
     upsample_calls,
@@ -85,12 +86,14 @@ def kernels(calls: Iterable[Call]) -> dict[Kernel, str]:
     return found
 
 
-def parse_shape(text: str) -> tuple[int, int]:
-    """(channels, codewords) of "512x32"."""
-    channels, _, codewords = text.partition("x")
-    if not channels.isdecimal() or not codewords.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not channels x codewords, such as 512x32")
-    return int(channels), int(codewords)
+def parse_shape(text: str) -> EncodeShape:
+    """The shape of "512x32", channels and codewords, or "16x16x1024", with pixels."""
+    numbers = text.split("x")
+    if len(numbers) not in (2, 3) or not all(n.isdecimal() for n in numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not channels x codewords, such as 512x32, or with pixels 16x16x1024"
+        )
+    return EncodeShape(*map(int, numbers))
 
 
 @cache
@@ -191,7 +194,7 @@ def _calls(
     archs: list[int],
     dtypes: list[str],
     ops: list[str],
-    shapes: list[tuple[int, int]] | None,
+    shapes: list[EncodeShape] | None,
     everything: bool,
 ) -> Iterator[Call]:
     if "encode" in ops:
@@ -209,7 +212,7 @@ def run(
     archs: list[int],
     dtypes: list[str],
     ops: list[str],
-    shapes: list[tuple[int, int]] | None,
+    shapes: list[EncodeShape] | None,
     everything: bool,
     json_file: Path | None,
 ) -> int:

@@ -26,13 +26,12 @@ from numpy.typing import NDArray
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
+from bench.races import Integers, Kind, RaceDetector
+
 SECTOR = 32
 _BUILDER = interpreter.interpreter_builder
 _NOT_KERNELS = (str(Path(triton.__file__).parent), __file__)
-_ATOMICS = ("create_atomic_rmw", "create_atomic_cas")
-
-Kind = Literal["load", "store"]
-Integers = NDArray[np.int64]
+_ACQUIRES, _RELEASES = ("ACQUIRE", "ACQUIRE_RELEASE"), ("RELEASE", "ACQUIRE_RELEASE")
 
 
 class OutOfBounds(RuntimeError):
@@ -44,7 +43,7 @@ class Race(RuntimeError):
 
 
 class UnwatchedOperation(RuntimeError):
-    """A kernel used atomics; Watch follows loads and stores."""
+    """A kernel used atomics on floats, whose sums depend on the order, or compared and swapped."""
 
 
 @dataclass
@@ -103,50 +102,6 @@ class _Region:
             traffic.by_launch = SECTOR * int(np.count_nonzero(self._last[kind]))
 
 
-class _RaceDetector:
-    """The program that loaded and the program that stored each unit of a launch's memory.
-
-    A unit is the smallest element size of the arguments; programs are numbered from 1. It does not
-    matter in which order the programs run.
-    """
-
-    _SEVERAL = -1
-
-    def __init__(self, regions: list[_Region]) -> None:
-        self._unit = min((r.itemsize for r in regions), default=1)
-        spans: list[list[int]] = []
-        for start, end in sorted((r.start, r.end) for r in regions):
-            if spans and start < spans[-1][1]:
-                spans[-1][1] = max(spans[-1][1], end)
-            else:
-                spans.append([start, end])
-        self._starts = np.array([start for start, _ in spans], np.int64)
-        lengths = [(end - start) // self._unit for start, end in spans]
-        self._offsets = np.cumsum([0, *lengths])
-        self._stored = np.zeros(self._offsets[-1], np.int32)
-        self._loaded = np.zeros(self._offsets[-1], np.int32)
-
-    def check(
-        self, kind: Kind, addresses: Integers, size: int, program: int
-    ) -> tuple[int, int] | None:
-        """Note an access; (address, the other program or -1) if it races."""
-        span = np.searchsorted(self._starts, addresses, side="right") - 1
-        units = (addresses - self._starts[span]) // self._unit + self._offsets[span]
-        units = (units[:, None] + np.arange(size // self._unit)).ravel()
-        stored, loaded = self._stored[units], self._loaded[units]
-        other = np.where(stored != program, stored, 0)
-        if kind == "store":
-            other = np.where(other == 0, np.where(loaded != program, loaded, 0), other)
-            self._stored[units] = program
-        else:
-            alone = (loaded == 0) | (loaded == program)
-            self._loaded[units] = np.where(alone, program, self._SEVERAL)
-        if not other.any():
-            return None
-        first = int(np.flatnonzero(other)[0])
-        return int(addresses[first // (size // self._unit)]), int(other[first])
-
-
 class Watch:
     """While it is entered, every launch is checked and recorded in ``launches``.
 
@@ -156,6 +111,7 @@ class Watch:
         races: raise Race where programs of a launch disturb one another.
         values: False computes on zeros, without loads, stores, products and bfloat16 casts. It is
             twice as quick and enough to follow the addresses of kernels that load no addresses.
+            Atomics are done all the same: which program is last decides what it does.
     """
 
     def __init__(
@@ -169,7 +125,7 @@ class Watch:
         self.launches: list[LaunchRecord] = []
         self._patches = ExitStack()
         self._regions: list[_Region] = []
-        self._detector: _RaceDetector | None = None
+        self._detector: RaceDetector | None = None
         self._patched: set[int] = set()
         self._sequence: Integers = np.zeros(0, np.int64)
         self._program = 0
@@ -180,8 +136,8 @@ class Watch:
         self._replace(_BUILDER, "create_masked_load", self._load)
         self._replace(_BUILDER, "create_masked_store", self._store)
         self._replace(_BUILDER, "set_grid_idx", self._start_program)
-        for name in _ATOMICS:
-            self._replace(_BUILDER, name, _refuse_atomic)
+        self._replace(_BUILDER, "create_atomic_rmw", self._atomic)
+        self._replace(_BUILDER, "create_atomic_cas", _refuse_atomic)
         self._replace(interpreter, "_patch_lang", self._patch_once)
         self._replace(interpreter.GridExecutor, "_init_args_hst", self._start)
         self._replace(interpreter.GridExecutor, "__call__", self._launch)
@@ -216,7 +172,7 @@ class Watch:
         tensors = [(n, t) for n, value in arguments.items() for t in _tensors(value)]
         regions = [_Region(name, tensor) for name, tensor in tensors if tensor.numel()]
         self._regions = sorted(regions, key=lambda region: region.end - region.start)
-        self._detector = _RaceDetector(regions) if self.races else None
+        self._detector = None
         self._patched.clear()
         return values, named
 
@@ -242,6 +198,10 @@ class Watch:
         grid = _BUILDER.grid_dim
         if (x, y, z) == (0, 0, 0):
             self._sequence = np.arange(math.prod(grid))
+            if self.races:
+                spans = [(region.start, region.end) for region in self._regions]
+                unit = min((region.itemsize for region in self._regions), default=1)
+                self._detector = RaceDetector(spans, unit, len(self._sequence))
             if self.order == "reverse":
                 self._sequence = self._sequence[::-1]
             elif self.order is not None:
@@ -262,6 +222,26 @@ class Watch:
         self._access("store", pointers, mask)
         if self.values:
             former(pointers, value, mask, *options)
+
+    def _atomic(
+        self, former: Any, operation: Any, pointers: Any, value: Any, mask: Any, sem: Any,
+        *scope: Any,
+    ) -> Any:  # fmt: skip
+        """An exchange between programs; its result is true even where nothing else computes."""
+        if np.issubdtype(value.data.dtype, np.floating):
+            _refuse_atomic(former)
+        wanted = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
+        addresses = pointers.data[wanted].view(np.int64).tolist() if self._detector else []
+        if self._detector and sem.name in _ACQUIRES:
+            for address in addresses:
+                self._detector.acquire(address, self._program)
+        self._access("load", pointers, mask)
+        self._access("store", pointers, mask)
+        result = former(operation, pointers, value, mask, sem, *scope)
+        if self._detector and sem.name in _RELEASES:
+            for address in addresses:
+                self._detector.release(address, self._program)
+        return result
 
     def _access(self, kind: Kind, pointers: Any, mask: Any) -> None:
         wanted = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
@@ -349,5 +329,5 @@ def _convert_to_zeros(_: Any, data: Any, source: Any, target: Any, *rounding: An
 
 def _refuse_atomic(former: Any, *_: Any) -> None:
     raise UnwatchedOperation(
-        f"{former.__name__} at {_line()}: Watch follows loads and stores, not atomics"
+        f"{former.__name__} at {_line()}: Watch follows loads, stores and atomics on integers alone"
     )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,13 +26,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.calls import (
+    CIFAR_ENCODE_SHAPES,
     DIRECTIONS,
     VARIANTS,
     BatchNormShape,
+    EncodeShape,
     UpsampleOptions,
     UpsampleShape,
     Variant,
     batch_norm_launches,
+    encode_launches,
     upsample_launches,
 )
 
@@ -49,16 +52,6 @@ STREAMED = {
     # of them read the others find in the L2 cache.
     "upsample": (),
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One encoding problem; x is B x C x N, channels last."""
-
-    B: int
-    N: int
-    C: int
-    K: int
 
 
 @dataclass(frozen=True)
@@ -94,27 +87,13 @@ class Row:
     least_bytes: int
 
 
-def _encode_launches(shape: Shape, dtype: torch.dtype, direction: str) -> list[Launch]:
-    # Not at the top: it imports triton, which not every system has.
-    encode: Any = importlib.import_module("encnet_triton.kernels.encode_triton")
-    machine = {"arch": 90, "processors": PROCESSORS}
-    x = torch.empty(shape.B, shape.N, shape.C, dtype=dtype).transpose(1, 2)
-    codewords, scale = torch.empty(shape.K, shape.C), torch.empty(shape.K)
-    if direction == "forward":
-        made, _ = encode.forward_launches(x, codewords, scale, False, **machine)
-    else:
-        grad = torch.empty(shape.B, shape.K, shape.C)
-        made, _ = encode.backward_launches(grad, x, codewords, scale, None, True, **machine)
-    return list(made)
-
-
-def _least_of_encode(shape: Shape, dtype: torch.dtype, direction: str) -> int:
+def _least_of_encode(shape: EncodeShape, dtype: torch.dtype, direction: str) -> int:
     x = shape.B * shape.N * shape.C * dtype.itemsize
     code, codewords = 4 * shape.B * shape.K * shape.C, 4 * shape.K * shape.C
     return x + code + codewords if direction == "forward" else 2 * x + code + 2 * codewords
 
 
-def encode_cases(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+def encode_cases(shape: EncodeShape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
     """Both directions."""
     for direction in DIRECTIONS:
         yield Case(
@@ -124,7 +103,7 @@ def encode_cases(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Iterator[
             dtype,
             asdict(shape),
             _least_of_encode(shape, dtype, direction),
-            partial(_encode_launches, shape, dtype, direction),
+            partial(encode_launches, shape, dtype, direction, 90, device="cpu"),
         )
 
 
@@ -193,20 +172,22 @@ def cases(quick: bool) -> Iterator[Case]:
     """What the table lists."""
     if quick:
         yield from upsample_cases(UpsampleShape(1, 20, 5, 6, 40, 48))
-        yield from encode_cases(Shape(2, 200, 64, 32))
-        yield from encode_cases(Shape(2, 200, 64, 32), torch.float32)
+        yield from encode_cases(EncodeShape(128, 32, 300, 2))
+        yield from encode_cases(EncodeShape(128, 32, 300, 2), torch.float32)
+        yield from encode_cases(EncodeShape(16, 16, 1024, 2))
         for variant in VARIANTS:
             yield from batch_norm_cases(BatchNormShape(2, 64, 900), variant)
         yield from batch_norm_cases(BatchNormShape(2, 16, 900, channels_last=False), Variant())
         return
     for shape in (
-        Shape(16, 3600, 512, 32),
-        Shape(16, 900, 512, 64),
-        Shape(16, 900, 1024, 32),
-        Shape(16, 900, 1024, 64),
+        EncodeShape(512, 32),
+        EncodeShape(512, 64, 900),
+        EncodeShape(1024, 32, 900),
+        EncodeShape(1024, 64, 900),
+        *CIFAR_ENCODE_SHAPES,
     ):
         yield from encode_cases(shape)
-    yield from encode_cases(Shape(16, 900, 512, 32), torch.float32)
+    yield from encode_cases(EncodeShape(512, 32, 900), torch.float32)
     yield from upsample_cases(UpsampleShape(1, 150, 15, 60, 120, 480))
     for channels_last in (True, False):
         for variant in VARIANTS[:2]:

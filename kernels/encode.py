@@ -32,6 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._namespace import add_op_namespace_prefix
 from ._tiles import Scratch, accumulation_dtype, tiles
+from .encode_configs import supports
 from .launch import takes_triton
 
 with contextlib.suppress(ImportError):  # no Triton for this platform: takes_triton says so
@@ -222,8 +223,13 @@ def _backward(
     return grad_x, grad_codewords.to(codewords.dtype), grad_scale.to(scale.dtype)
 
 
+def _counters(x: Tensor) -> Tensor:
+    """B + 1 zeros. The backward kernels count in them which of them is last, and put them back."""
+    return x.new_zeros(x.shape[0] + 1, dtype=torch.int32)
+
+
 def _takes_triton(x: Tensor, codewords: Tensor) -> bool:
-    return takes_triton(x) and encode_triton.supports(x.dtype, x.shape[1], codewords.shape[0])
+    return takes_triton(x) and supports(x.dtype, x.shape[1], codewords.shape[0])
 
 
 @torch.library.custom_op(add_op_namespace_prefix("encode_forward"), mutates_args=())
@@ -233,8 +239,11 @@ def _encode_forward(
     scale: Tensor,
     backward_scale: Optional[Tensor],
     return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """E and, if asked for, its sum and M2 over C (else two empty tensors); x is B x C x N."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E and, if asked for, its sum and M2 over C (else two empty tensors); x is B x C x N.
+
+    The fourth output is for the backward pass, see `_counters`.
+    """
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
     if _takes_triton(x, codewords):
         return encode_triton.forward(x, codewords, scale, return_stats)
@@ -242,8 +251,8 @@ def _encode_forward(
     with torch.autocast(x.device.type, enabled=False):
         code = _forward(x, codewords, scale)
         if return_stats:
-            return code, *_statistics(code)
-    return code, code.new_empty(0), code.new_empty(0)
+            return code, *_statistics(code), _counters(x)
+    return code, code.new_empty(0), code.new_empty(0), _counters(x)
 
 
 @_encode_forward.register_fake
@@ -253,12 +262,12 @@ def _encode_forward_fake(
     scale: Tensor,
     backward_scale: Optional[Tensor],
     return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
     images, channels, num = x.shape[0], x.shape[1], codewords.shape[0]
     code = x.new_empty((images, num, channels), dtype=accumulation_dtype(x))
     stats = (images, num) if return_stats else (0,)
-    return code, code.new_empty(stats), code.new_empty(stats)
+    return code, code.new_empty(stats), code.new_empty(stats), _counters(x)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("encode_backward"), mutates_args=())
@@ -270,11 +279,14 @@ def _encode_backward(
     backward_scale: Optional[Tensor],
     need_x: bool,
     need_codewords: bool,
+    counters: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (empty unless needed), codewords (meaningless unless needed) and scale."""
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
     if _takes_triton(x, codewords):
-        return encode_triton.backward(grad.float(), x, codewords, scale, backward_scale, need_x)
+        return encode_triton.backward(
+            grad.float(), x, codewords, scale, backward_scale, need_x, counters
+        )
     with torch.autocast(x.device.type, enabled=False):
         grad = grad.to(accumulation_dtype(x))
         return _backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)
@@ -289,6 +301,7 @@ def _encode_backward_fake(
     backward_scale: Optional[Tensor],
     need_x: bool,
     need_codewords: bool,
+    counters: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     return grad_x, codewords.new_empty(codewords.shape), scale.new_empty(scale.shape)
@@ -296,15 +309,15 @@ def _encode_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, codewords, scale, backward_scale, _ = inputs
-    ctx.save_for_backward(x, codewords, scale, backward_scale)
+    ctx.save_for_backward(x, codewords, scale, backward_scale, output[3])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Optional[Tensor], ...]:
-    x, codewords, scale, backward_scale = ctx.saved_tensors
+    x, codewords, scale, backward_scale, counters = ctx.saved_tensors
     need_x, need_codewords, need_scale = ctx.needs_input_grad[:3]
     grad_x, grad_codewords, grad_scale = _encode_backward(
-        grad, x, codewords, scale, backward_scale, need_x, need_codewords
+        grad, x, codewords, scale, backward_scale, need_x, need_codewords, counters
     )
     need_scale = need_scale and backward_scale is None
     return (
@@ -334,7 +347,8 @@ def _backward_flops(
     backward_scale: Any,
     need_x: bool,
     need_codewords: bool,
-    **_: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     images, channels, pixels = x
     products = 2 + 2 * need_x + need_codewords
@@ -403,5 +417,5 @@ def encode(
     channels = x.shape[1] if x.dim() == 4 else x.shape[2]
     _check_inputs(x, channels, codewords, scale, backward_scale)
     features = x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
-    code, total, m2 = _encode_forward(features, codewords, scale, backward_scale, return_stats)
+    code, total, m2, _ = _encode_forward(features, codewords, scale, backward_scale, return_stats)
     return (code, total, m2) if return_stats else code

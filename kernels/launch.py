@@ -37,6 +37,7 @@ class Config:
         num_warps: warps of a program.
         fused: one kernel that keeps its sums in registers, or separate kernels that store the
             weights in between.
+        whole: fused, and one program takes all pixels of an image and finishes what it sums.
         max_registers: a limit for the compiler, of a thread, or None.
     """
 
@@ -45,9 +46,10 @@ class Config:
     num_warps: int
     fused: bool = True
     max_registers: Optional[int] = None
+    whole: bool = False
 
     def __str__(self) -> str:
-        kind = "fused" if self.fused else "split"
+        kind = "whole" if self.whole else "fused" if self.fused else "split"
         limit = "" if self.max_registers is None else f" r{self.max_registers}"
         return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}"
 

@@ -310,7 +310,7 @@ def test_temporaries_are_those_of_one_tile(monkeypatch: pytest.MonkeyPatch) -> N
     assert largest.elements == x.numel()
 
 
-def test_only_x_and_the_parameters_are_saved() -> None:
+def test_only_x_the_parameters_and_counters_are_saved() -> None:
     x, codewords, scale, _ = example("channels_last", torch.float32)
     saved: list[Tensor] = []
 
@@ -321,7 +321,9 @@ def test_only_x_and_the_parameters_are_saved() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         encode(x.requires_grad_(), codewords, scale)
     owned = {t.untyped_storage().data_ptr() for t in (x, codewords, scale)}
-    assert {t.untyped_storage().data_ptr() for t in saved} == owned
+    copies = [t for t in saved if t.untyped_storage().data_ptr() not in owned]
+    # One counter an image, and one for all.
+    assert [(t.dtype, t.numel()) for t in copies] == [(torch.int32, len(x) + 1)]
 
 
 @pytest.mark.parametrize("case", ["contiguous", "channels_last"])
@@ -334,7 +336,8 @@ def test_opcheck(case: str, return_stats: bool, regularised: bool) -> None:
     inputs = (features, codewords.requires_grad_(), scale.requires_grad_(), other, return_stats)
     torch.library.opcheck(_encode_forward, inputs)
     plain = [t.detach() for t in (grad, features, codewords, scale)]
-    torch.library.opcheck(_encode_backward, (*plain, other, True, not return_stats))
+    counters = torch.zeros(len(x) + 1, dtype=torch.int32)
+    torch.library.opcheck(_encode_backward, (*plain, other, True, not return_stats, counters))
 
 
 @pytest.mark.parametrize("case", ["contiguous", "channels_last", "BxNxC", "spatial transpose"])

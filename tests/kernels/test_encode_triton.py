@@ -12,8 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from bench.calls import CIFAR_ENCODE_SHAPES, EncodeShape, encode_launches
 from bench.interpreter import Watch
-from encnet_triton.kernels import encode, encode_triton, launch, reference
+from encnet_triton.kernels import encode, encode_configs, encode_triton, launch, reference
 from encnet_triton.kernels.encode import _encode_backward, _encode_forward
 from encnet_triton.kernels.launch import Config
 
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = "cpu" if launch.interpreting() else "cuda"
 HALF = (torch.bfloat16, torch.float16)
 FUSED, SPLIT = Config(16, 32, 4), Config(16, 32, 4, fused=False)
+WHOLE = Config(16, 32, 4, whole=True)
 
 # Shape B, N, C, K and what is awkward about it.
 CASES = {
@@ -34,6 +36,7 @@ CASES = {
     "one image, many tiles": (1, 300, 16, 8),
     "two programs share the channels": (1, 20, 520, 33),
     "many codewords": (1, 19, 24, 65),
+    "two groups of images": (18, 5, 16, 3),
 }
 WIDE = "two programs share the channels"
 
@@ -48,7 +51,7 @@ def watched(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[FUSED, SPLIT, None], ids=["fused", "split", "default"])
+@pytest.fixture(params=[FUSED, SPLIT, WHOLE, None], ids=["fused", "split", "whole", "default"])
 def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Config | None:
     """The configuration that every launch takes; small tiles, so that there are several."""
     if request.param is not None:
@@ -114,9 +117,33 @@ def test_error_is_at_most_twice_that_of_the_matrix_products(
 
 
 @pytest.mark.usefixtures("config", "watched")
-def test_programs_may_run_in_any_order(assert_accurate: Callable[..., None]) -> None:
-    *inputs, grad = example("nothing fits a tile", torch.bfloat16)
+@pytest.mark.parametrize("case", ["nothing fits a tile", "two groups of images"])
+def test_programs_may_run_in_any_order(case: str, assert_accurate: Callable[..., None]) -> None:
+    *inputs, grad = example(case, torch.bfloat16)
     check([*inputs, grad], assert_accurate, run(encode, *inputs, grad=grad))
+
+
+def test_a_program_an_image_gives_the_same_bits_in_any_order() -> None:
+    *inputs, grad = example("two groups of images", torch.bfloat16)
+    orders = (None, "reverse", 3) if launch.interpreting() else (None,) * 3
+    results = []
+    for order in orders:
+        with Watch(order=order) if launch.interpreting() else contextlib.nullcontext():
+            results.append(run(encode, *inputs, grad=grad))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(other[name], value), name
+
+
+def test_the_backward_pass_can_be_repeated() -> None:
+    """Its programs count themselves in a tensor that the forward pass left at zero."""
+    x, codewords, scale, grad = example("two groups of images", torch.float32)
+    leaves = [t.requires_grad_() for t in (x, codewords, scale)]
+    code = encode(*leaves)
+    first = torch.autograd.grad(code, leaves, grad, retain_graph=True)
+    again = torch.autograd.grad(code, leaves, grad)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("watched")
@@ -214,7 +241,9 @@ def test_no_images_or_no_pixels() -> None:
         assert not ours["codewords"].any() and not ours["scale"].any()
 
 
-@pytest.mark.parametrize("config", [FUSED, SPLIT], ids=["fused", "split"], indirect=True)
+@pytest.mark.parametrize(
+    "config", [FUSED, SPLIT, WHOLE], ids=["fused", "split", "whole"], indirect=True
+)
 @pytest.mark.parametrize("far", ["images", "pixels"])
 def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
     """Rows that lie 2^31 elements apart in memory that is mapped but for its ends never touched."""
@@ -229,8 +258,11 @@ def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
     near = run(encode, x.contiguous(), codewords, scale, grad=grad)
     launched = {
         "E": encode_triton.forward(x.transpose(1, 2), codewords, scale, False)[0],
-        "x": encode_triton.backward(grad, x.transpose(1, 2), codewords, scale, None, True)[0],
     }
+    counters = torch.zeros(shape[0] + 1, dtype=torch.int32, device=DEVICE)
+    launched["x"] = encode_triton.backward(
+        grad, x.transpose(1, 2), codewords, scale, None, True, counters
+    )[0]
     assert torch.equal(launched["E"], near["E"])
     assert torch.equal(launched["x"].transpose(1, 2), near["x"])
 
@@ -238,7 +270,7 @@ def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
 def test_too_many_codewords_take_the_pytorch_code() -> None:
     x, codewords, scale = torch.randn(1, 9, 4), torch.randn(257, 4), -torch.rand(257)
     inputs = [t.to(DEVICE) for t in (x, codewords, scale)]
-    assert not encode_triton.supports(torch.bfloat16, 4, 257)
+    assert not encode_configs.supports(torch.bfloat16, 4, 257)
     expected = reference.encode(*(t.double() for t in inputs))
     torch.testing.assert_close(encode(*inputs).double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -249,7 +281,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     leaves = [t.requires_grad_() for t in (x.transpose(1, 2), codewords, scale)]
     torch.library.opcheck(_encode_forward._opoverload, (*leaves, None, True))
     inputs = [t.detach() for t in (grad, *leaves)]
-    torch.library.opcheck(_encode_backward._opoverload, (*inputs, None, True, True))
+    counters = torch.zeros(len(x) + 1, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(_encode_backward._opoverload, (*inputs, None, True, True, counters))
 
 
 def test_compiles_in_one_graph() -> None:
@@ -272,13 +305,16 @@ def test_exports() -> None:
 
 def test_launches_within_the_budget() -> None:
     """At most 2 forward and 4 backward, whatever the architecture and the shape's route."""
-    x = torch.empty(16, 3600, 512, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    codewords, scale = torch.empty(32, 512, device="meta"), torch.empty(32, device="meta")
-    grad = torch.empty(16, 32, 512, device="meta")
     for arch in (80, 89, 90, 100, 120):
-        machine = {"arch": arch, "processors": 132}
-        forward, _ = encode_triton.forward_launches(x, codewords, scale, True, **machine)
-        backward, _ = encode_triton.backward_launches(
-            grad, x, codewords, scale, None, True, **machine
-        )
-        assert len(forward) <= 2 and len(backward) <= 4
+        shape = EncodeShape(512, 32)
+        assert len(encode_launches(shape, torch.bfloat16, "forward", arch)) <= 2
+        assert len(encode_launches(shape, torch.bfloat16, "backward", arch)) <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", CIFAR_ENCODE_SHAPES, ids=str)
+def test_small_images_are_one_launch_each_way(shape: EncodeShape, dtype: torch.dtype) -> None:
+    for arch in (80, 89, 90, 100, 120):
+        for direction in ("forward", "backward"):
+            (made,) = encode_launches(shape, dtype, direction, arch, return_stats=True)
+            assert made.grid == (shape.B,)

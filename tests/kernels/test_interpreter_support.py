@@ -86,6 +86,15 @@ def atomic_kernel(Y):
 
 
 @triton.jit
+def last_sums_kernel(X, Y, COUNT, N: tl.constexpr, SEM: tl.constexpr):
+    """The program that is the last to store its X adds them up."""
+    tl.store(X + tl.program_id(0), 1.0)
+    if tl.atomic_add(COUNT, 1, sem=SEM) == N - 1:
+        tl.store(COUNT, 0)
+        tl.store(Y, tl.sum(tl.load(X + tl.arange(0, N)), 0))
+
+
+@triton.jit
 def assert_kernel(X):
     tl.device_assert(tl.load(X) > 0.0, "x must be positive")
 
@@ -220,9 +229,27 @@ def test_two_stores_to_one_address_are_a_race() -> None:
         shared_kernel[(2,)](torch.zeros(1))
 
 
-def test_atomics_are_refused_and_the_interpreter_is_put_back() -> None:
+@pytest.mark.parametrize("order", [None, "reverse", 5])
+def test_what_an_atomic_hands_over_is_no_race(order) -> None:
+    x, y, count = torch.zeros(8), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    with Watch(order=order, races=True) as watch:
+        last_sums_kernel[(8,)](x, y, count, 8, "acq_rel")
+    assert y.item() == 8 and count.item() == 0
+    # Eight atomics, each a load and a store of 4 bytes, and the last program's reset.
+    assert watch.launches[0].loads["COUNT"].requested == 32
+    assert watch.launches[0].stores["COUNT"].requested == 36
+
+
+@pytest.mark.parametrize("sem", ["relaxed", "acquire", "release"])
+def test_an_atomic_that_orders_nothing_prevents_no_race(sem) -> None:
+    x, y, count = torch.zeros(8), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(Race), Watch(races=True):
+        last_sums_kernel[(8,)](x, y, count, 8, sem)
+
+
+def test_atomics_on_floats_are_refused_and_the_interpreter_is_put_back() -> None:
     y = torch.zeros(1)
-    with pytest.raises(UnwatchedOperation, match="loads and stores, not atomics"), Watch():
+    with pytest.raises(UnwatchedOperation, match="atomics on integers alone"), Watch():
         atomic_kernel[(1,)](y)
     atomic_kernel[(1,)](y)
     assert y.item() == 1

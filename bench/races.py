@@ -1,0 +1,96 @@
+"""Which programs of a launch disturb one another: an order of events, from what programs exchange.
+
+What a program does is ordered after what another did only if it acquired, by an atomic operation,
+what the other released at the same address; everything else may happen at any time. It does not
+matter in which order the programs really ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["load", "store"]
+Integers = NDArray[np.int64]
+
+_SEVERAL = -1
+
+
+class RaceDetector:
+    """The program that loaded and the program that stored each unit of a launch's memory.
+
+    A unit is the smallest element size of the arguments; programs are numbered from 1. A program's
+    clock counts its releases.
+
+    Args:
+        spans: first and last byte (exclusive) of each argument; they may overlap.
+        unit: bytes.
+        programs: how many there are.
+    """
+
+    def __init__(self, spans: Iterable[tuple[int, int]], unit: int, programs: int) -> None:
+        self._unit = unit
+        joined: list[list[int]] = []
+        for start, end in sorted(spans):
+            if joined and start < joined[-1][1]:
+                joined[-1][1] = max(joined[-1][1], end)
+            else:
+                joined.append([start, end])
+        self._starts = np.array([start for start, _ in joined], np.int64)
+        lengths = [(end - start) // unit for start, end in joined]
+        self._offsets = np.cumsum([0, *lengths])
+        size = int(self._offsets[-1])
+        # Program and its clock at the time.
+        self._stored, self._stored_at = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self._loaded, self._loaded_at = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self._clock = np.ones(programs + 1, np.int32)
+        # By program, and by address: the clock of every program up to which its deeds are known.
+        self._known: dict[int, NDArray[np.int32]] = {}
+        self._released: dict[int, NDArray[np.int32]] = {}
+
+    def acquire(self, address: int, program: int) -> None:
+        """From here on the program comes after all that was released at the address."""
+        if address in self._released:
+            known = self._known.setdefault(program, np.zeros_like(self._clock))
+            np.maximum(known, self._released[address], out=known)
+
+    def release(self, address: int, program: int) -> None:
+        """What the program did and knows can be acquired at the address."""
+        released = self._released.setdefault(address, np.zeros_like(self._clock))
+        if program in self._known:
+            np.maximum(released, self._known[program], out=released)
+        released[program] = self._clock[program]
+        self._clock[program] += 1
+
+    def check(
+        self, kind: Kind, addresses: Integers, size: int, program: int
+    ) -> tuple[int, int] | None:
+        """Note an access; (address, the other program or -1) if it races."""
+        span = np.searchsorted(self._starts, addresses, side="right") - 1
+        units = (addresses - self._starts[span]) // self._unit + self._offsets[span]
+        units = (units[:, None] + np.arange(size // self._unit)).ravel()
+        other = self._unordered(self._stored[units], self._stored_at[units], program)
+        loaded = self._unordered(self._loaded[units], self._loaded_at[units], program)
+        if kind == "store":
+            other = np.where(other == 0, loaded, other)
+            self._stored[units], self._stored_at[units] = program, self._clock[program]
+        else:
+            self._loaded[units] = np.where(loaded == 0, program, _SEVERAL)
+            self._loaded_at[units] = self._clock[program]
+        if not other.any():
+            return None
+        first = int(np.flatnonzero(other)[0])
+        return int(addresses[first // (size // self._unit)]), int(other[first])
+
+    def _unordered(
+        self, programs: NDArray[np.int32], at: NDArray[np.int32], program: int
+    ) -> NDArray[np.int32]:
+        """These programs, but 0 for this one and those whose access comes before."""
+        others = np.where(programs != program, programs, 0)
+        if program not in self._known:
+            return others
+        before = (others > 0) & (self._known[program][others] >= at)
+        return np.where(before, 0, others)

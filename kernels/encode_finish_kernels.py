@@ -1,0 +1,138 @@
+"""Triton kernels of the Encoding Layer that add up what programs left; see encode_kernels.py.
+
+Either a kernel of its own does it, or the programs that come last: the last of a group of images
+adds up the group's rows, and the last of the groups theirs. Which program is last varies from run
+to run, the order of the sums does not. Count holds the number of programs that have arrived, of
+all groups in Count[0] and of group i in Count[1 + i]; it is zero before and after a launch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def clear_counters(Count, b):
+    """Image b's part of the counters that the backward pass wants to find at zero."""
+    tl.store(Count + 1 + b, 0)
+    if b == 0:
+        tl.store(Count, 0)
+
+
+@triton.jit
+def _sum_rows(P, first, count, entries, WIDTH: tl.constexpr):
+    """Sum of `count` rows of P from `first` on, at these entries; a row has WIDTH of them."""
+    total = tl.zeros(entries.shape, tl.float32)
+    for begin in range(0, count, 16):
+        for s in tl.static_range(16):
+            row = (first + begin + s).to(tl.int64) * WIDTH
+            mask = (entries < WIDTH) & (begin + s < count)
+            # Other programs wrote them: to be read from the cache that all share.
+            total += tl.load(P + row + entries, mask, 0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _arrive(Count, of):
+    """Note that this program's stores are done; whether it is the last of so many programs."""
+    tl.debug_barrier()
+    last = tl.atomic_add(Count, 1, sem="acq_rel") == of - 1
+    if last:
+        tl.store(Count, 0)
+    return last
+
+
+@triton.jit
+def add_images(
+    P, dD, dS, Count, b, images, group,
+    C: tl.constexpr, K: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """dD and dS from the rows of P, one an image; those behind them are for sums of groups."""
+    WIDTH: tl.constexpr = K * (C + 1)
+    number = b // group
+    members = tl.minimum(group, images - number * group)
+    if _arrive(Count + 1 + number, members):
+        for begin in range(0, WIDTH, BE):
+            entries = begin + tl.arange(0, BE)
+            total = _sum_rows(P, number * group, members, entries, WIDTH)
+            tl.store(P + (images + number) * WIDTH + entries, total, mask=entries < WIDTH)
+        groups = tl.cdiv(images, group)
+        if _arrive(Count, groups):
+            for begin in range(0, WIDTH, BE):
+                entries = begin + tl.arange(0, BE)
+                total = _sum_rows(P, images, groups, entries, WIDTH)
+                to_d, to_s = entries < K * C, (entries >= K * C) & (entries < WIDTH)
+                tl.store(dD + entries, total.to(dD.dtype.element_ty), mask=to_d)
+                tl.store(dS + entries - K * C, total.to(dS.dtype.element_ty), mask=to_s)
+
+
+@triton.jit
+def finish_forward_kernel(
+    P, PM, D, E, ESUM, EM2, Count, splits, mass_splits,
+    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, BS: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """E[b, k] = sum of partial sums - mass d_k, and its sum and M2 over the channels."""
+    b = (tl.program_id(0) // K).to(tl.int64)
+    k = tl.program_id(0) % K
+    c, s = tl.arange(0, CP), tl.arange(0, BS)
+    in_c = c < C
+    total = tl.zeros((CP,), tl.float32)
+    for begin in range(0, splits, BS):
+        slots = b * splits + begin + s
+        mask = (begin + s < splits)[:, None] & in_c[None, :]
+        total += tl.sum(tl.load(P + ((slots * K + k) * C)[:, None] + c[None, :], mask, 0.0), 0)
+    masses = tl.zeros((BS,), tl.float32)
+    for begin in range(0, mass_splits, BS):
+        slots = b * mass_splits + begin + s
+        masses += tl.load(PM + slots * K + k, mask=begin + s < mass_splits, other=0.0)
+    d = tl.load(D + k * C + c, mask=in_c, other=0.0).to(tl.float32)
+    code = total - tl.sum(masses, 0) * d
+    row = b * K + k
+    tl.store(E + row * C + c, code, mask=in_c)
+    if STATS:
+        code_sum = tl.sum(code, 0)
+        centred = tl.where(in_c, code - code_sum / C, 0.0)
+        tl.store(ESUM + row, code_sum)
+        tl.store(EM2 + row, tl.sum(centred * centred, 0))
+    if k == 0:
+        clear_counters(Count, b)
+
+
+@triton.jit
+def finish_backward_kernel(
+    P, PM, G, D, dD, dS, images, splits, mass_splits,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """dD_k = -sum_b mass_bk G_bk - sum of w x + (sum of w) d_k, and dS_k."""
+    k = (tl.program_id(0) // tl.cdiv(C, BC)).to(tl.int64)
+    column = tl.program_id(0) % tl.cdiv(C, BC) * BC
+    c, s = column + tl.arange(0, BC), tl.arange(0, BS)
+    in_c = c < C
+    total = tl.zeros((BC,), tl.float32)
+    for begin in range(0, images * splits, BS):
+        slots = (begin + s).to(tl.int64)
+        mask = (slots < images * splits)[:, None] & in_c[None, :]
+        total += tl.sum(tl.load(P + ((slots * K + k) * C)[:, None] + c[None, :], mask, 0.0), 0)
+    m = tl.arange(0, BM)
+    moment = tl.zeros((BM,), tl.float32)
+    slope = tl.zeros((BM,), tl.float32)
+    for begin in range(0, images * mass_splits, BM):
+        slots = (begin + m).to(tl.int64)
+        moment += tl.load(PM + (slots * 3 + 1) * K + k, slots < images * mass_splits, 0.0)
+        slope += tl.load(PM + (slots * 3 + 2) * K + k, slots < images * mass_splits, 0.0)
+    for first in range(0, images, BS):
+        b = (first + s).to(tl.int64)
+        mass = tl.zeros((BS,), tl.float32)
+        for begin in range(0, mass_splits, BS):
+            slots = b[:, None] * mass_splits + (begin + s)[None, :]
+            mask = (b < images)[:, None] & (begin + s < mass_splits)[None, :]
+            mass += tl.sum(tl.load(PM + slots * 3 * K + k, mask, 0.0), 1)
+        mask = (b < images)[:, None] & in_c[None, :]
+        g = tl.load(G + ((b * K + k) * C)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+        total += tl.sum(mass[:, None] * g, 0)
+    d = tl.load(D + k * C + c, mask=in_c, other=0.0).to(tl.float32)
+    gradient = tl.sum(moment, 0) * d - total
+    tl.store(dD + k * C + c, gradient.to(dD.dtype.element_ty), mask=in_c)
+    if column == 0:
+        tl.store(dS + k, tl.sum(slope, 0).to(dS.dtype.element_ty))

@@ -1,0 +1,120 @@
+"""Triton kernels of the Encoding Layer that store the weights in between; see encode_kernels.py.
+
+For more channels or codewords than a fused kernel takes, and where one does not fit. One kernel
+makes the weights (and dx) a tile at a time and stores the weights, B N KP entries; another sums
+over pixels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .encode_kernels import load_rows, softmax, store_rows
+
+
+@triton.jit
+def weights_kernel(
+    X, T, TQ, S, R, dX, PW, PM, sxb, sxn, N, tiles,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BACKWARD: tl.constexpr, NEED_X: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Split form: one tile a program. Forward: PW = a. Backward: PW = w, and dX.
+
+    Forward: T are the codewords. Backward: see tables_kernel.
+    """
+    EVEN: tl.constexpr = C % BC == 0
+    t = tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
+    in_k, in_n = k < K, rows < N - t * BN
+    scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
+    tile = X + b * sxb + t * (tl.cast(sxn, tl.int64) * BN)
+    G = T + (b + 1) * K * C
+    xd = tl.zeros((KP, BN), tl.float32)
+    x2 = tl.zeros((BN,), tl.float32)
+    d2 = tl.zeros((KP,), tl.float32)
+    xg = tl.zeros((KP, BN), tl.float32)
+    for column in range(0, C, BC):
+        x = load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
+        d = load_rows(T, k, cols, in_k, column, C, C, EVEN)
+        xd = tl.dot(d.to(X.dtype.element_ty), tl.trans(x), xd, input_precision=PRECISION)
+        x2 += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        if BACKWARD:
+            g = load_rows(G, k, cols, in_k, column, C, C, EVEN)
+            xg = tl.dot(g, tl.trans(x), xg, input_precision=PRECISION)
+        else:
+            d2 += tl.sum(d.to(tl.float32) * d.to(tl.float32), 1)
+    if BACKWARD:
+        d2 = tl.load(TQ + k, mask=in_k, other=0.0)
+    distance = x2[None, :] - 2 * xd + d2[:, None]
+    a = softmax(distance, scale, in_k, in_n)
+    slot = tl.program_id(0).to(tl.int64)
+    if BACKWARD:
+        factor = 2 * tl.load(R + k, mask=in_k, other=0.0).to(tl.float32)
+        dg = tl.load(TQ + (b + 1) * K + k, mask=in_k, other=0.0)
+        da = xg - dg[:, None]
+        dl = a * (da - tl.sum(a * da, 0)[None, :])
+        tl.store(PM + slot * 3 * K + k, tl.sum(a, 1), mask=in_k)
+        w = (factor[:, None] * dl).to(X.dtype.element_ty)
+        a = a.to(X.dtype.element_ty)
+        tl.store(PM + slot * 3 * K + K + k, tl.sum(w.to(tl.float32), 1), mask=in_k)
+        tl.store(PM + slot * 3 * K + 2 * K + k, tl.sum(dl * distance, 1), mask=in_k)
+        if NEED_X:
+            at, wt = tl.trans(a), tl.trans(-w)
+            total = tl.sum(w.to(tl.float32), 0)
+            for column in range(0, C, BC):
+                x = load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
+                d = load_rows(T, k, cols, in_k, column, C, C, EVEN)
+                g = load_rows(G, k, cols, in_k, column, C, C, EVEN)
+                dx = tl.dot(wt, d, input_precision=PRECISION)
+                dx = tl.dot(at, g, dx, input_precision=PRECISION)
+                dx = (dx + total[:, None] * x.to(tl.float32)).to(X.dtype.element_ty)
+                out = dX + (b * N + t * BN) * C
+                store_rows(out, rows, cols, in_n, column, C, dx, C, EVEN)
+        weights = w
+    else:
+        weights = a.to(X.dtype.element_ty)
+        tl.store(PM + slot * K + k, tl.sum(weights.to(tl.float32), 1), mask=in_k)
+    stored = PW + (b * N + t * BN) * KP + (rows[:, None] * KP + k[None, :])
+    tl.store(stored, tl.trans(weights), mask=in_n[:, None])
+
+
+@triton.jit
+def aggregate_kernel(
+    X, PW, P, sxb, sxn, N, splits,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Split form: P[b, split, k, c] = sum over the split's pixels of PW x, for BC channels."""
+    EVEN: tl.constexpr = C % BC == 0
+    CHUNKS: tl.constexpr = (C + BC - 1) // BC
+    column = tl.program_id(0) % CHUNKS * BC
+    split = tl.program_id(0) // CHUNKS % splits
+    b = (tl.program_id(0) // CHUNKS // splits).to(tl.int64)
+    rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
+    total = tl.zeros((KP, BC), tl.float32)
+    step = tl.cast(sxn, tl.int64) * BN
+    tiles = tl.cdiv(N, BN)
+    for t in range(split * tiles // splits, (split + 1) * tiles // splits):
+        in_n = rows < N - t * BN
+        tile = X + b * sxb + t * step
+        x = load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
+        stored = PW + (b * N + t * BN) * KP + (rows[:, None] * KP + k[None, :])
+        w = tl.load(stored, mask=in_n[:, None], other=0.0)
+        total = tl.dot(tl.trans(w), x, total, input_precision=PRECISION)
+    out = P + (b * splits + split) * K * C
+    store_rows(out, k, cols, k < K, column, C, total, C, EVEN)
+
+
+@triton.jit
+def tables_kernel(D, G, T, TQ, C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr):
+    """T = codewords, then G, in X's dtype; TQ = |d|^2, then d.G; one row of C a program."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, CP)
+    d = tl.load(D + row % K * C + c, mask=c < C, other=0.0).to(tl.float32)
+    value = d
+    if row >= K:
+        value = tl.load(G + (row - K) * C + c, mask=c < C, other=0.0)
+    tl.store(T + row * C + c, value.to(T.dtype.element_ty), mask=c < C)
+    tl.store(TQ + row, tl.sum(value * d, 0))
