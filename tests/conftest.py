@@ -84,6 +84,7 @@ batch_size = 4
 epochs = 2
 [run]
 device = "cpu"
+amp = "off"
 log_every = 1
 val_every = 1
 pictures = 2
