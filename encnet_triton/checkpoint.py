@@ -33,7 +33,7 @@ class ModelInfo:
     """What evaluate and predict need to use a model on new images.
 
     Attributes:
-        options: arguments of ``create_model``.
+        options: arguments of ``create_model``, or of `CifarNet` for a classifier.
         classes, palette: names, and RGB triples (0..255), one per class.
         mean, std: of the RGB input in 0..1.
         crop: (height, width) the network was trained on, in pixels; the size of its windows.

@@ -1,4 +1,7 @@
-"""Label photos: ``python -m encnet_triton.predict --checkpoint FILE photo.jpg``."""
+"""Label photos: ``python -m encnet_triton.predict --checkpoint FILE photo.jpg``.
+
+Checkpoints of classifiers name them instead, see `encnet_triton.classification`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 
+from encnet_triton import classification
 from encnet_triton.checkpoint import load_model
+from encnet_triton.classification import ImageClassifier
 from encnet_triton.command_line import exit_status
 from encnet_triton.evaluate import add_view_arguments, pick_device, views_of
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
+from encnet_triton.models import CifarNet
 from encnet_triton.pictures import overlay, palette_image, save_png
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -83,6 +89,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Load, label every image, and say what was found."""
     device = pick_device(options.device)
     model, info = load_model(options.checkpoint, device)
+    if isinstance(model, CifarNet):
+        pictures = ((path, read_image(path)) for path in find_images(options.inputs))
+        classifier = ImageClassifier(model, info, device)
+        classification.predict(classifier, pictures, options, console)
+        return
     if options.whole_image:
         console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
     predictor = Predictor(

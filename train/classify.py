@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encnet_triton.checkpoint import ModelInfo, save_model
+from encnet_triton.classification import Standardise
 from encnet_triton.data import default_palette
 from encnet_triton.data.cifar10 import CLASSES, MEAN, STD, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
@@ -29,7 +29,7 @@ from encnet_triton.train.distributed import (
     data_parallel,
     gather,
 )
-from encnet_triton.train.log import METRICS, Log
+from encnet_triton.train.log import Log
 from encnet_triton.train.loop import TrainingError
 from encnet_triton.train.meter import peak_memory
 from encnet_triton.train.setup import autocast_dtype, compile_obstacle
@@ -80,13 +80,11 @@ class Classifier:
         self.steps = self.steps_per_epoch * config.optim.epochs
         self.model = make_classifier(config, world)
         self.optimizer = optim.make_optimizer(self.model, config.optim)
-        self.info = classifier_info(self.model)
+        self.info = classifier_info(self.model, root)
         self.autocast = autocast_dtype(config, self.device)
         self.progress = Progress()
         self._stop = StopRequest()
-        mean = torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
-        std = torch.tensor(STD, device=self.device).view(1, 3, 1, 1)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._standardise = Standardise(MEAN, STD, self.device)
 
     def restore(self) -> bool:
         """Load ``last.safetensors`` if it is there; returns whether it was."""
@@ -178,8 +176,7 @@ class Classifier:
         return torch.stack([loss.detach() * len(labels), wrong.to(loss.dtype), count])
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        x = torch.addcmul(self._shift, images, self._scale)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self._standardise(images)
         kind, dtype = self.device.type, self.autocast
         with torch.autocast(kind, dtype=dtype) if dtype else nullcontext():
             logits: Tensor = network(x)
@@ -253,8 +250,8 @@ def make_classifier(config: Config, world: World) -> CifarNet:
     return model
 
 
-def classifier_info(model: CifarNet) -> ModelInfo:
-    """What is stored beside the weights."""
+def classifier_info(model: CifarNet, root: str) -> ModelInfo:
+    """What is stored beside the weights; ``root`` is the folder of CIFAR-10."""
     return ModelInfo(
         options=dict(model.options),
         classes=list(CLASSES),
@@ -262,33 +259,10 @@ def classifier_info(model: CifarNet) -> ModelInfo:
         mean=list(MEAN),
         std=list(STD),
         crop=[32, 32],
-        data={"name": "cifar10", "root": None, "split": "test", "options": {}},
+        data={
+            "name": "cifar10",
+            "root": str(Path(root).resolve()),
+            "split": "test",
+            "options": {},
+        },
     )
-
-
-def draw_errors(folders: dict[str, Path], path: Path) -> bool:
-    """Training (dashed) and test error of runs over epochs (paper, figure 7).
-
-    Args:
-        folders: label -> folder of a run.
-        path: of the picture. Returns False where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for number, (label, folder) in enumerate(folders.items()):
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        colour = f"C{number}"
-        for kind, key, style in (("train", "train_error", "--"), ("val", "error", "-")):
-            points = [(r["epoch"], 100 * r[key]) for r in records if r["kind"] == kind]
-            name = label if kind == "val" else None
-            axes.plot(*zip(*points, strict=True), style, color=colour, label=name)
-    axes.set(xlabel="epoch", ylabel="error, % (dashed: training)", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    return True

@@ -15,8 +15,9 @@ from encnet_triton.evaluate import score_table, write_json
 from encnet_triton.inference import WHOLE_IMAGE_WARNING
 from encnet_triton.models import CifarNet, create_model
 from encnet_triton.train import checkpoint, distributed, setup
-from encnet_triton.train.classify import Classifier, draw_errors
+from encnet_triton.train.classify import Classifier
 from encnet_triton.train.config import SECTIONS, Config, ConfigError, changed_fields
+from encnet_triton.train.error_curves import draw_errors
 from encnet_triton.train.forecast import peak_memory
 from encnet_triton.train.log import Log
 from encnet_triton.train.loop import Trainer
@@ -109,7 +110,7 @@ def train_classifier(config: Config, world: distributed.World) -> bool:
     if world.main:
         document = {"step": classifier.progress.step, **asdict(result)}
         write_json(document, folder / RESULT)
-        draw_errors({config.run.name: folder}, folder / "curves.png")
+        draw_errors({config.run.name: [folder]}, folder / "curves.png")
         log.say(
             f"test error after the last epoch {result.error:.2%} (lowest {result.best_error:.2%} "
             f"after epoch {result.best_epoch}, chosen on the test set)"

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from encnet_triton import evaluate, predict
 from encnet_triton.checkpoint import load_model, read
-from encnet_triton.data.cifar10 import Images
+from encnet_triton.classification import ImageClassifier
+from encnet_triton.data.cifar10 import Images, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
 from encnet_triton.models import CifarNet
+from encnet_triton.train import sweep
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.optim import rate_at
@@ -22,6 +26,7 @@ from tests.train.launch import assert_same_state, start, torchrun
 
 SMALL = (
     "--width", "16", "--epochs", "4", "--batch-size", "16", "--device", "cpu", "--lr", "0.05",
+    "--amp", "off",
 )  # fmt: skip
 
 
@@ -122,6 +127,30 @@ def test_a_run_learns_and_reports_the_last_epoch(data: Path, capsys) -> None:
     assert isinstance(model, CifarNet) and info.classes[0] == "airplane"
 
 
+def test_evaluate_and_predict_take_a_classifier(data: Path, capsys) -> None:
+    assert train(data) == 0
+    folder = Path("runs/cifar10_encnet_16k64d")
+    checkpoint = ["--checkpoint", str(folder / "last.safetensors"), "--device", "cpu"]
+    assert evaluate.main([*checkpoint, "--json", "scores.json"]) == 0
+    scores = json.loads(Path("scores.json").read_text())
+    assert scores["error"] == json.loads((folder / "result.json").read_text())["error"]
+    assert scores["images"] == 20 and len(scores["errors"]) == 10
+    images = load_cifar10(data, "train")
+    for number in range(10):
+        picture = Image.fromarray(images.images[number].transpose(1, 2, 0))
+        picture.save(f"{number}.png")
+    capsys.readouterr()
+    assert predict.main([*checkpoint, *(f"{i}.png" for i in range(10))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model, info = load_model(folder / "last.safetensors")
+    classifier = ImageClassifier(model, info, torch.device("cpu"))
+    named = classifier(images.images[:10]).argmax(1).tolist()
+    for number, line in enumerate(lines):
+        assert line.startswith(f"{number}.png: {info.classes[named[number]]} ")
+    assert predict.main([*checkpoint, "--multi-scale", "0.png"]) == 2
+    assert "--multi-scale is for segmentation networks" in capsys.readouterr().err
+
+
 def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(data: Path) -> None:
     assert train(data, "--name", "whole") == 0
     assert train(data, "--name", "parts", "--resume", "--stop-at", "9") == 0
@@ -149,3 +178,31 @@ def test_two_processes_train_as_one(data: Path) -> None:
 def test_missing_data_is_one_sentence(tmp_path: Path, capsys) -> None:
     assert main(["--recipe", "cifar10_resnet_64d", *SMALL]) == 2
     assert "give its folder with --data" in capsys.readouterr().err
+
+
+def test_a_sweep_averages_over_seeds_and_draws_the_curves(
+    data: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    rows = "".join(
+        f'[[row]]\nlabel = "{label}"\nrecipe = "cifar10_{recipe}"\nrun = "{label}"\n'
+        f"seeds = {seeds}\npaper = [4.93]\nset = {{ width = 16, epochs = 2, batch_size = 16 }}\n"
+        for label, recipe, seeds in (("R", "resnet_64d", [0, 1]), ("S", "seresnet_64d", [0]))
+    )
+    Path("tiny.toml").write_text('title = "T"\n' + rows)
+    monkeypatch.setattr(sweep, "SWEEPS", Path())
+    options = ["--sweep", "tiny", "--data", str(data), "--device", "cpu", "--lr", "0.05"]
+    assert main(options) == 0
+    folder = Path("runs/tiny")
+    lines = json.loads((folder / "tiny.json").read_text())["rows"]
+    results = [json.loads((folder / f"R_{s}" / "result.json").read_text()) for s in (0, 1)]
+    assert lines[0]["errors"] == [100 * r["error"] for r in results]
+    assert lines[0]["parameters"] == sum(p.numel() for p in CifarNet("none", width=16).parameters())
+    one, other = lines[0]["errors"]
+    assert (
+        f"{(one + other) / 2:.2f} ± {abs(one - other) / 2:.2f}" in (folder / "tiny.md").read_text()
+    )
+    assert lines[1]["runs"] == ["S_0"] and lines[1]["paper"] == [4.93]
+    assert Image.open(folder / "tiny.png").size[0] > 300
+    assert main([*options, "--seed", "3"]) == 2
+    assert "seeds of its own" in capsys.readouterr().err

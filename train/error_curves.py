@@ -1,0 +1,53 @@
+"""Training and test error of classifiers over the epochs (paper, figure 7)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from encnet_triton.train.log import METRICS
+
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 40, 60, 90)
+_KINDS = (("train", "train_error", "--"), ("val", "error", "-"))
+
+
+def errors(folder: Path, kind: str, key: str) -> NDArray[np.float64]:
+    """One error an epoch, in percent, from a run's ``metrics.jsonl``."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return np.array([100 * r[key] for r in records if r["kind"] == kind])
+
+
+def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
+    """Draw the mean over the runs of each label; runs that differ in length to the shortest.
+
+    Args:
+        runs: label -> folders of runs.
+        path: of the picture. Returns False where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, folders) in enumerate(runs.items()):
+        for kind, key, style in _KINDS:
+            curves = [errors(folder, kind, key) for folder in folders]
+            length = min(map(len, curves))
+            mean = np.mean([curve[:length] for curve in curves], 0)
+            name = label if kind == "val" else None
+            axes.plot(np.arange(1, length + 1), mean, style, color=f"C{number}", label=name)
+    axes.set(xlabel="epoch", ylabel="error, % (dashed: training)", yscale="log")
+    axes.yaxis.set_major_locator(FixedLocator(_TICKS))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    return True
