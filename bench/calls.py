@@ -67,6 +67,8 @@ MORE_ENCODE_SHAPES = (
     EncodeShape(64, 16),
     EncodeShape(100, 7),
     EncodeShape(16, 64),
+    EncodeShape(20, 9, 100),
+    EncodeShape(24, 17, 256),
     EncodeShape(32, 32, 1024, 128),
     EncodeShape(64, 32, 256, 128),
     EncodeShape(128, 32, 64, 128),

@@ -32,6 +32,9 @@ SECTOR = 32
 _BUILDER = interpreter.interpreter_builder
 _NOT_KERNELS = (str(Path(triton.__file__).parent), __file__)
 _ACQUIRES, _RELEASES = ("ACQUIRE", "ACQUIRE_RELEASE"), ("RELEASE", "ACQUIRE_RELEASE")
+_BETWEEN_PROGRAMS = ("GPU", "SYSTEM")
+
+_Direction = Literal["load", "store"]
 
 
 class OutOfBounds(RuntimeError):
@@ -39,7 +42,7 @@ class OutOfBounds(RuntimeError):
 
 
 class Race(RuntimeError):
-    """Two programs of a launch used one address and at least one of them stored to it."""
+    """Programs of a launch used one address in no order, one of them by a store."""
 
 
 class UnwatchedOperation(RuntimeError):
@@ -80,14 +83,21 @@ class _Region:
         self.start: int = tensor.data_ptr()
         steps = ((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         self.end = self.start + (sum(steps) + 1) * self.itemsize
-        self.traffic: dict[Kind, Traffic] = {"load": Traffic(), "store": Traffic()}
+        self.traffic: dict[_Direction, Traffic] = {"load": Traffic(), "store": Traffic()}
         self._first = self.start // SECTOR
         sectors = (self.end - 1) // SECTOR - self._first + 1
-        self._last: dict[Kind, NDArray[np.int32]] = {
+        self._last: dict[_Direction, NDArray[np.int32]] = {
             kind: np.zeros(sectors, np.int32) for kind in self.traffic
         }
 
     def count(self, kind: Kind, addresses: Integers, size: int, program: int) -> None:
+        if kind != "atomic":
+            self._count(kind, addresses, size, program)
+            return
+        self._count("load", addresses, size, program)
+        self._count("store", addresses, size, program)
+
+    def _count(self, kind: _Direction, addresses: Integers, size: int, program: int) -> None:
         sectors = addresses // SECTOR - self._first
         # Neighbours mostly share a sector: what is left to sort is a fraction.
         sectors = sectors[np.flatnonzero(np.diff(sectors, prepend=-1))]
@@ -183,7 +193,7 @@ class Watch:
         self._patched.add(id(function.__globals__))
         return former(function)
 
-    def _sum(self, kind: Kind) -> dict[str, Traffic]:
+    def _sum(self, kind: _Direction) -> dict[str, Traffic]:
         found: dict[str, Traffic] = {}
         for region in self._regions:
             part = region.traffic[kind]
@@ -225,22 +235,22 @@ class Watch:
 
     def _atomic(
         self, former: Any, operation: Any, pointers: Any, value: Any, mask: Any, sem: Any,
-        *scope: Any,
+        scope: Any,
     ) -> Any:  # fmt: skip
-        """An exchange between programs; its result is true even where nothing else computes."""
+        """Its result is true even where nothing else computes."""
         if np.issubdtype(value.data.dtype, np.floating):
             _refuse_atomic(former)
         wanted = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
-        addresses = pointers.data[wanted].view(np.int64).tolist() if self._detector else []
-        if self._detector and sem.name in _ACQUIRES:
+        addresses = pointers.data[wanted].view(np.int64).tolist()
+        detector = self._detector if scope.name in _BETWEEN_PROGRAMS else None
+        if detector and sem.name in _ACQUIRES:
             for address in addresses:
-                self._detector.acquire(address, self._program)
-        self._access("load", pointers, mask)
-        self._access("store", pointers, mask)
-        result = former(operation, pointers, value, mask, sem, *scope)
-        if self._detector and sem.name in _RELEASES:
+                detector.acquire(address, self._program)
+        self._access("atomic", pointers, mask)
+        result = former(operation, pointers, value, mask, sem, scope)
+        if detector and sem.name in _RELEASES:
             for address in addresses:
-                self._detector.release(address, self._program)
+                detector.release(address, self._program)
         return result
 
     def _access(self, kind: Kind, pointers: Any, mask: Any) -> None:

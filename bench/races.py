@@ -2,7 +2,8 @@
 
 What a program does is ordered after what another did only if it acquired, by an atomic operation,
 what the other released at the same address; everything else may happen at any time. It does not
-matter in which order the programs really ran.
+matter in which order the programs really ran. Atomic operations never race with one another, but
+they do with loads and stores.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["load", "store"]
+Kind = Literal["load", "store", "atomic"]
 Integers = NDArray[np.int64]
+Programs = NDArray[np.int32]
 
 _SEVERAL = -1
+_CONFLICTS: dict[Kind, tuple[Kind, ...]] = {
+    "load": ("store", "atomic"),
+    "store": ("store", "load", "atomic"),
+    "atomic": ("store", "load"),
+}
 
 
 class RaceDetector:
-    """The program that loaded and the program that stored each unit of a launch's memory.
+    """The program that last did something of a kind to each unit of a launch's memory.
 
     A unit is the smallest element size of the arguments; programs are numbered from 1. A program's
-    clock counts its releases.
+    clock counts its releases. Of several programs that loaded a unit in no order only that there
+    are several is kept: whoever stores there races, even a program that comes after all of them.
 
     Args:
         spans: first and last byte (exclusive) of each argument; they may overlap.
@@ -42,14 +50,12 @@ class RaceDetector:
         self._starts = np.array([start for start, _ in joined], np.int64)
         lengths = [(end - start) // unit for start, end in joined]
         self._offsets = np.cumsum([0, *lengths])
-        size = int(self._offsets[-1])
-        # Program and its clock at the time.
-        self._stored, self._stored_at = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self._loaded, self._loaded_at = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        # By kind: the program, and its clock at the time.
+        self._last: dict[Kind, tuple[Programs, Programs]] = {}
         self._clock = np.ones(programs + 1, np.int32)
         # By program, and by address: the clock of every program up to which its deeds are known.
-        self._known: dict[int, NDArray[np.int32]] = {}
-        self._released: dict[int, NDArray[np.int32]] = {}
+        self._known: dict[int, Programs] = {}
+        self._released: dict[int, Programs] = {}
 
     def acquire(self, address: int, program: int) -> None:
         """From here on the program comes after all that was released at the address."""
@@ -72,25 +78,29 @@ class RaceDetector:
         span = np.searchsorted(self._starts, addresses, side="right") - 1
         units = (addresses - self._starts[span]) // self._unit + self._offsets[span]
         units = (units[:, None] + np.arange(size // self._unit)).ravel()
-        other = self._unordered(self._stored[units], self._stored_at[units], program)
-        loaded = self._unordered(self._loaded[units], self._loaded_at[units], program)
-        if kind == "store":
-            other = np.where(other == 0, loaded, other)
-            self._stored[units], self._stored_at[units] = program, self._clock[program]
-        else:
-            self._loaded[units] = np.where(loaded == 0, program, _SEVERAL)
-            self._loaded_at[units] = self._clock[program]
+        if kind not in self._last:
+            all_units = int(self._offsets[-1])
+            self._last[kind] = np.zeros(all_units, np.int32), np.zeros(all_units, np.int32)
+        unordered = {
+            former: self._unordered(programs[units], clock[units], program)
+            for former, (programs, clock) in self._last.items()
+        }
+        other = np.zeros(len(units), np.int32)
+        for former in _CONFLICTS[kind]:
+            if former in unordered:
+                other = np.where(other == 0, unordered[former], other)
+        programs, clock = self._last[kind]
+        programs[units] = np.where(unordered[kind] == 0, program, _SEVERAL)
+        clock[units] = self._clock[program]
         if not other.any():
             return None
         first = int(np.flatnonzero(other)[0])
         return int(addresses[first // (size // self._unit)]), int(other[first])
 
-    def _unordered(
-        self, programs: NDArray[np.int32], at: NDArray[np.int32], program: int
-    ) -> NDArray[np.int32]:
+    def _unordered(self, programs: Programs, clock: Programs, program: int) -> Programs:
         """These programs, but 0 for this one and those whose access comes before."""
         others = np.where(programs != program, programs, 0)
         if program not in self._known:
             return others
-        before = (others > 0) & (self._known[program][others] >= at)
+        before = (others > 0) & (self._known[program][others] >= clock)
         return np.where(before, 0, others)

@@ -68,7 +68,7 @@ class Report:
         load_widths, store_widths: global accesses, "LDG.16" for 16 bytes a thread, counted.
         accesses: bytes a thread of each access to a tensor argument, counted; only plain loads,
             stores and asynchronous copies, which name an address.
-        fits: it can be launched, and it stores something.
+        fits: it can be launched, stores something, and hands over what it stored.
         note: why not; else empty.
     """
 
@@ -209,6 +209,8 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
         note = "does not fit a multiprocessor"
     elif not stores and not atomics:
         note = f"an empty program: {len(program)} instructions, no global store"
+    elif hasty_releases(ptx):
+        note = "an atomic releases before the other threads' stores are known to be done"
     return Report(
         kernel=name,
         arch=arch,
@@ -311,3 +313,25 @@ def accesses(ptx: str, pointers: dict[int, str]) -> dict[str, dict[int, int]]:
         for name in origin.get(source or address, ()):
             found.setdefault(name, Counter())[width] += 1
     return {name: dict(counted) for name, counted in sorted(found.items())}
+
+
+_GLOBAL_STORE = re.compile(r"\bst\.(?:\w+\.)*global")
+_BARRIER = re.compile(r"\b(?:bar|barrier\.cta)\.sync")
+_RELEASE = re.compile(r"\b(?:atom|red)\.[\w.:]*(?:release|acq_rel)")
+
+
+def hasty_releases(ptx: str) -> int:
+    """Releasing atomics with a global store before them and no barrier of the block in between.
+
+    One thread releases what others stored only after it has met them at a barrier. Counted in the
+    order of the text.
+    """
+    waiting, hasty = False, 0
+    for line in ptx.splitlines():
+        if _GLOBAL_STORE.search(line):
+            waiting = True
+        elif _BARRIER.search(line):
+            waiting = False
+        elif _RELEASE.search(line):
+            hasty += waiting
+    return hasty

@@ -13,9 +13,9 @@ On CUDA these are the kernels of encode_kernels.py; what follows is for everythi
 
 All of it runs as matrix products on tiles of pixels that stay in the cache. Forward: one for the
 logits, one for E. Backward: one with 2K rows for distances and da together, one of inner size 2K
-for dx, one for dd. Nothing of size B N K C exists, temporaries are those of one tile, and only x
-and the parameters are saved: the weights are computed again. Bytes: forward reads x once, backward
-reads x once and writes dx once.
+for dx, one for dd. Nothing of size B N K C exists, temporaries are those of one tile, and only x,
+the parameters and B + 1 integers are saved: the weights are computed again. Bytes: forward reads x
+once, backward reads x once and writes dx once.
 
 A tile is first shifted by the mean codeword. Distances and residuals stay the same, and the
 expanded square |x|^2 - 2 x.d + |d|^2 no longer cancels when x and d share a large offset.
@@ -224,7 +224,12 @@ def _backward(
 
 
 def _counters(x: Tensor) -> Tensor:
-    """B + 1 zeros. The backward kernels count in them which of them is last, and put them back."""
+    """B + 1 zeros, in which the programs of the backward kernels count who is last.
+
+    They are put back to zero, so that the operator that writes them may say that it changes nothing
+    and a second backward pass finds them as the first one did. Two at once, on two streams, would
+    disturb one another.
+    """
     return x.new_zeros(x.shape[0] + 1, dtype=torch.int32)
 
 
@@ -281,7 +286,10 @@ def _encode_backward(
     need_codewords: bool,
     counters: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (empty unless needed), codewords (meaningless unless needed) and scale."""
+    """Gradients of x (empty unless needed), codewords (meaningless unless needed) and scale.
+
+    `counters` are those of the forward pass, see `_counters`.
+    """
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
     if _takes_triton(x, codewords):
         return encode_triton.backward(

@@ -58,14 +58,17 @@ def _small_config(dtype: torch.dtype, channels: int, num: int, pixels: int) -> C
     block_c = max(padded(channels), 2 * height)
     if single:
         block_n = 32 if height == 16 else 16
+    elif height == 16:
+        block_n = 128 if pixels > 64 else 64
     else:
-        block_n = 128 if height == 16 and pixels > 64 else 64
+        # Masks of single channels take registers.
+        block_n = 32 if channels % 32 else 64
     return Config(block_n, block_c, 4, max_registers=_MOST_REGISTERS)
 
 
 def _is_small(dtype: torch.dtype, channels: int, num: int) -> bool:
-    if dtype == torch.float32 and channels % 8 and channels > 32 and num > 16:
-        return False  # spills on sm_100 and sm_120
+    if dtype == torch.float32 and num > 16 and (num < 32 or channels % 8):
+        return False  # masks and 3xTF32 products together spill
     return channels <= 64 and padded(num) <= 32
 
 

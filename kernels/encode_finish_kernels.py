@@ -2,8 +2,9 @@
 
 Either a kernel of its own does it, or the programs that come last: the last of a group of images
 adds up the group's rows, and the last of the groups theirs. Which program is last varies from run
-to run, the order of the sums does not. Count holds the number of programs that have arrived, of
-all groups in Count[0] and of group i in Count[1 + i]; it is zero before and after a launch.
+to run, the order of the sums does not. Count[1 + i] is how many images of group i have arrived,
+Count[0] how many groups; all are zero before and after a launch, and there are enough of them for
+groups of one image.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def _sum_rows(P, first, count, entries, WIDTH: tl.constexpr):
 @triton.jit
 def _arrive(Count, of):
     """Note that this program's stores are done; whether it is the last of so many programs."""
+    # One thread counts, and releases with it what the whole program stored: it has to wait for the
+    # other threads' stores, and Triton puts a barrier here only where it shares memory with them.
     tl.debug_barrier()
     last = tl.atomic_add(Count, 1, sem="acq_rel") == of - 1
     if last:

@@ -55,6 +55,23 @@ def too_large(X, Y, N, BLOCK: tl.constexpr):
     tl.store(Y + i * 64 + tl.arange(0, 64)[None, :], tl.dot(x, tl.trans(other)))
 
 
+@triton.jit
+def hasty(X, Y, N, BLOCK: tl.constexpr):
+    """Says that its stores are done when only those of one thread are."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Y + 1 + i, tl.load(X + i, mask=i < N), mask=i < N)
+    tl.atomic_add(Y.to(tl.pointer_type(tl.int32)), 1, sem="acq_rel")
+
+
+@triton.jit
+def patient(X, Y, N, BLOCK: tl.constexpr):
+    """Waits for the stores of all threads before it says that they are done."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Y + 1 + i, tl.load(X + i, mask=i < N), mask=i < N)
+    tl.debug_barrier()
+    tl.atomic_add(Y.to(tl.pointer_type(tl.int32)), 1, sem="acq_rel")
+
+
 def launch(kernel, x, n=4096, block=1024, warps=4) -> Launch:
     arguments = {"X": x, "Y": torch.empty(4096, device="meta"), "N": n}
     return Launch(kernel, (1,), arguments, {"BLOCK": block}, warps, 1)
@@ -70,6 +87,8 @@ def main() -> None:
         "nothing": launch(nothing, x),
         "refused": launch(refused, x),
         "too large": launch(too_large, x, warps=16),
+        "hasty": launch(hasty, x),
+        "patient": launch(patient, x),
     }
     programs = {n: identity(launch(copy, x, n), 90) for n in (1, 3600, 3601, 3602, 7200, 1 << 40)}
     found = {name: asdict(report(made, 90)) for name, made in planted.items()}

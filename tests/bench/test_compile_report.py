@@ -27,9 +27,10 @@ def planted() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Default configurations of encode at 512 channels and 32 codewords, as the command says."""
+    """Default configurations of encode, as the command says: large, small, small and padded."""
     file = tmp_path_factory.mktemp("compile") / "rows.json"
-    return compiled(file, "--op", "encode", "--dtype", *DTYPES, "--shape", "512x32")
+    shapes = ("512x32", "16x16x1024", "24x17x256")
+    return compiled(file, "--op", "encode", "--dtype", *DTYPES, "--shape", *shapes)
 
 
 each_call = pytest.mark.parametrize(
@@ -114,12 +115,19 @@ def test_a_copy_is_wide_where_its_address_allows(planted) -> None:
         ("nothing", "an empty program"),
         ("refused", "does not compile: CompileTimeAssertionFailure: planted"),
         ("too large", "does not fit a multiprocessor"),
+        ("hasty", "an atomic releases before the other threads' stores"),
     ],
 )
 def test_what_cannot_be_launched_is_reported(planted, name: str, note: str) -> None:
     assert not planted["reports"][name]["fits"]
     assert planted["reports"][name]["note"].startswith(note)
     assert compile_report.bad(planted["reports"][name])
+
+
+@needs_triton
+@pytest.mark.slow
+def test_an_atomic_behind_a_barrier_is_well(planted) -> None:
+    assert not compile_report.bad(planted["reports"]["patient"])
 
 
 @needs_triton

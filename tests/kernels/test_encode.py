@@ -322,7 +322,7 @@ def test_only_x_the_parameters_and_counters_are_saved() -> None:
         encode(x.requires_grad_(), codewords, scale)
     owned = {t.untyped_storage().data_ptr() for t in (x, codewords, scale)}
     copies = [t for t in saved if t.untyped_storage().data_ptr() not in owned]
-    # One counter an image, and one for all.
+    # Counters for up to as many groups as there are images, and one for the groups.
     assert [(t.dtype, t.numel()) for t in copies] == [(torch.int32, len(x) + 1)]
 
 

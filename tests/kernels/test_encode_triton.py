@@ -123,7 +123,8 @@ def test_programs_may_run_in_any_order(case: str, assert_accurate: Callable[...,
     check([*inputs, grad], assert_accurate, run(encode, *inputs, grad=grad))
 
 
-def test_a_program_an_image_gives_the_same_bits_in_any_order() -> None:
+@pytest.mark.parametrize("config", [WHOLE], ids=["whole"], indirect=True)
+def test_a_program_an_image_gives_the_same_bits_in_any_order(config: Config) -> None:
     *inputs, grad = example("two groups of images", torch.bfloat16)
     orders = (None, "reverse", 3) if launch.interpreting() else (None,) * 3
     results = []
@@ -135,15 +136,41 @@ def test_a_program_an_image_gives_the_same_bits_in_any_order() -> None:
             assert torch.equal(other[name], value), name
 
 
-def test_the_backward_pass_can_be_repeated() -> None:
-    """Its programs count themselves in a tensor that the forward pass left at zero."""
-    x, codewords, scale, grad = example("two groups of images", torch.float32)
-    leaves = [t.requires_grad_() for t in (x, codewords, scale)]
-    code = encode(*leaves)
-    first = torch.autograd.grad(code, leaves, grad, retain_graph=True)
-    again = torch.autograd.grad(code, leaves, grad)
-    for one, other in zip(first, again, strict=True):
+@pytest.mark.parametrize("config", [WHOLE], ids=["whole"], indirect=True)
+def test_many_groups_of_images(
+    config: Config, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the 16 rows that a program has under way at once."""
+    monkeypatch.setattr(encode_triton, "_GROUP", 1)
+    *inputs, grad = example("two groups of images", torch.bfloat16)
+    with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
+        ours = run(encode, *inputs, grad=grad)
+    check([*inputs, grad], assert_accurate, ours)
+
+
+@pytest.mark.parametrize("forward", [FUSED, SPLIT, WHOLE], ids=["fused", "split", "whole"])
+def test_every_forward_pass_leaves_counters_that_the_backward_pass_can_count_in(
+    forward: Config, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second backward pass finds them at zero too."""
+    monkeypatch.setattr(encode_triton, "forward_configs", lambda *_: [forward])
+    monkeypatch.setattr(encode_triton, "backward_configs", lambda *_: [WHOLE])
+    monkeypatch.setattr(launch, "_chosen", {})
+    *inputs, grad = example("two groups of images", torch.float32)
+    x, codewords, scale = inputs
+    features = x.transpose(1, 2)
+    code, _, _, counters = encode_triton.forward(features, codewords, scale, False)
+    assert not counters.any()
+    passes = []
+    for _ in range(2):
+        made = encode_triton.backward(grad, features, codewords, scale, None, True, counters)
+        assert not counters.any()
+        passes.append(made)
+    for one, other in zip(*passes, strict=True):
         assert torch.equal(one, other)
+    gradients = dict(zip(("x", "codewords", "scale"), passes[0], strict=True))
+    gradients["x"] = gradients["x"].transpose(1, 2)
+    check([*inputs, grad], assert_accurate, {"E": code, **gradients})
 
 
 @pytest.mark.usefixtures("watched")

@@ -86,12 +86,20 @@ def atomic_kernel(Y):
 
 
 @triton.jit
-def last_sums_kernel(X, Y, COUNT, N: tl.constexpr, SEM: tl.constexpr):
+def last_sums_kernel(X, Y, COUNT, N: tl.constexpr, SEM: tl.constexpr, SCOPE: tl.constexpr):
     """The program that is the last to store its X adds them up."""
     tl.store(X + tl.program_id(0), 1.0)
-    if tl.atomic_add(COUNT, 1, sem=SEM) == N - 1:
-        tl.store(COUNT, 0)
+    if tl.atomic_add(COUNT, 1, sem=SEM, scope=SCOPE) == N - 1:
         tl.store(Y, tl.sum(tl.load(X + tl.arange(0, N)), 0))
+        tl.store(COUNT, 0)
+
+
+@triton.jit
+def counted_kernel(COUNT, LOOK: tl.constexpr):
+    """Every program counts itself; the first one may look at the count meanwhile."""
+    tl.atomic_add(COUNT, 1, sem="relaxed")
+    if LOOK and tl.program_id(0) == 0:
+        tl.store(COUNT + 1, tl.load(COUNT))
 
 
 @triton.jit
@@ -229,22 +237,35 @@ def test_two_stores_to_one_address_are_a_race() -> None:
         shared_kernel[(2,)](torch.zeros(1))
 
 
+@pytest.mark.parametrize("scope", ["gpu", "sys"])
 @pytest.mark.parametrize("order", [None, "reverse", 5])
-def test_what_an_atomic_hands_over_is_no_race(order) -> None:
+def test_what_an_atomic_hands_over_is_no_race(order, scope) -> None:
     x, y, count = torch.zeros(8), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
     with Watch(order=order, races=True) as watch:
-        last_sums_kernel[(8,)](x, y, count, 8, "acq_rel")
+        last_sums_kernel[(8,)](x, y, count, 8, "acq_rel", scope)
     assert y.item() == 8 and count.item() == 0
     # Eight atomics, each a load and a store of 4 bytes, and the last program's reset.
     assert watch.launches[0].loads["COUNT"].requested == 32
     assert watch.launches[0].stores["COUNT"].requested == 36
 
 
-@pytest.mark.parametrize("sem", ["relaxed", "acquire", "release"])
-def test_an_atomic_that_orders_nothing_prevents_no_race(sem) -> None:
+@pytest.mark.parametrize(
+    ("sem", "scope"),
+    [("relaxed", "gpu"), ("acquire", "gpu"), ("release", "gpu"), ("acq_rel", "cta")],
+)
+def test_an_atomic_that_orders_nothing_hands_nothing_over(sem, scope) -> None:
     x, y, count = torch.zeros(8), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(Race), Watch(races=True):
-        last_sums_kernel[(8,)](x, y, count, 8, sem)
+    with pytest.raises(Race, match="argument X"), Watch(races=True):
+        last_sums_kernel[(8,)](x, y, count, 8, sem, scope)
+
+
+def test_atomics_race_with_loads_and_not_with_one_another() -> None:
+    count = torch.zeros(2, dtype=torch.int32)
+    with Watch(races=True):
+        counted_kernel[(4,)](count, False)
+    assert count.tolist() == [4, 0]
+    with pytest.raises(Race, match="atomic by program.*used by"), Watch(races=True):
+        counted_kernel[(4,)](count, True)
 
 
 def test_atomics_on_floats_are_refused_and_the_interpreter_is_put_back() -> None:
