@@ -22,6 +22,9 @@ from encnet_triton.data.cifar10 import Images, load_cifar10
 
 BATCH = 500
 MOST_NAMED = 3
+_FOR_SEGMENTATION = (
+    "multi_scale", "scales", "flip", "whole_image", "batch", "protocol", "workers", "output",
+)  # fmt: skip
 
 
 class Standardise:
@@ -81,13 +84,18 @@ def evaluate(
     """What the command evaluate does with a classifier; returns what it writes as JSON.
 
     Raises:
-        ValueError: an option is for segmentation networks, or no folder is known.
+        ValueError: the data set is another one, or its folder is not known or not there.
     """
     info, checkpoint = classifier.info, options.checkpoint
-    refuse_segmentation_options(options, "protocol", "dataset")
+    if options.dataset not in (None, info.data["name"]):
+        raise ValueError(
+            f"--dataset {options.dataset}: {checkpoint} is a classifier for {info.data['name']}"
+        )
     root = options.data or info.data["root"]
     if root is None:
         raise ValueError(f"{checkpoint} does not say where its images are: give --data")
+    if options.data is None and not Path(root).is_dir():
+        raise ValueError(f"{checkpoint} was trained on {root}, which is not here: give --data")
     split = options.split or info.data["split"]
     images = load_cifar10(root, split)
     wrong = classifier.errors(images)
@@ -110,28 +118,27 @@ def evaluate(
         "split": split,
         "images": len(wrong),
         "error": float(wrong.mean()),
-        "errors": by_class,
+        "error_by_class": by_class,
     }
 
 
 def predict(
     classifier: ImageClassifier,
     pictures: Iterable[tuple[Path, Image.Image]],
-    options: argparse.Namespace,
     console: Console,
 ) -> None:
     """What the command predict does with a classifier: a line a picture; nothing is written."""
-    refuse_segmentation_options(options)
     for path, picture in pictures:
         named = ", ".join(f"{name} {share:.1%}" for name, share in classifier.name(picture))
         console.print(f"{path}: {named}", highlight=False, markup=False)
 
 
-def refuse_segmentation_options(options: argparse.Namespace, *more: str) -> None:
+def refuse_segmentation_options(
+    options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> None:
     """A ValueError for the first option that was given and means nothing for a classifier."""
-    given = vars(options)
-    for name in ("multi_scale", "scales", "flip", "whole_image", *more):
-        if given[name] and given[name] not in ("softmax", "cifar10"):
+    for name, value in vars(options).items():
+        if name in _FOR_SEGMENTATION and value != parser.get_default(name):
             raise ValueError(
                 f"--{name.replace('_', '-')} is for segmentation networks, but "
                 f"{options.checkpoint} holds a classifier"

@@ -75,7 +75,7 @@ def score_table(scores: Scores, classes: list[str], title: str) -> Table:
     return table
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m encnet_triton.evaluate", description="Score a checkpoint on a data set."
@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def add_view_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +126,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     device = pick_device(options.device)
     model, info = load_model(options.checkpoint, device)
     if isinstance(model, CifarNet):
+        classification.refuse_segmentation_options(options, make_parser())
         if rank == 0:  # the images are few and small
             found = classification.evaluate(ImageClassifier(model, info, device), options, console)
             if options.json:
@@ -220,7 +221,7 @@ def pick_device(name: str) -> torch.device:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = parse(arguments)
+    options = make_parser().parse_args(arguments)
     return exit_status(lambda: run(options, Console()))
 
 

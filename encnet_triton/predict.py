@@ -70,11 +70,12 @@ def predict(predictor: Predictor, path: Path, output: Path) -> list[tuple[str, f
     return sorted(shares, key=lambda item: -item[1])
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m encnet_triton.predict",
-        description="Label photos: writes a palette PNG and an overlay of each.",
+        description="Label photos: writes a palette PNG and an overlay of each. With a classifier: "
+        "prints the likeliest classes.",
     )
     parser.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
@@ -82,7 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--whole-image", action="store_true", help="no windows; see the warning")
     add_view_arguments(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -90,9 +91,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
     device = pick_device(options.device)
     model, info = load_model(options.checkpoint, device)
     if isinstance(model, CifarNet):
+        classification.refuse_segmentation_options(options, make_parser())
         pictures = ((path, read_image(path)) for path in find_images(options.inputs))
         classifier = ImageClassifier(model, info, device)
-        classification.predict(classifier, pictures, options, console)
+        classification.predict(classifier, pictures, console)
         return
     if options.whole_image:
         console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
@@ -115,7 +117,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = parse(arguments)
+    options = make_parser().parse_args(arguments)
     return exit_status(lambda: run(options, Console(soft_wrap=True)))
 
 

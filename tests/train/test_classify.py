@@ -134,7 +134,7 @@ def test_evaluate_and_predict_take_a_classifier(data: Path, capsys) -> None:
     assert evaluate.main([*checkpoint, "--json", "scores.json"]) == 0
     scores = json.loads(Path("scores.json").read_text())
     assert scores["error"] == json.loads((folder / "result.json").read_text())["error"]
-    assert scores["images"] == 20 and len(scores["errors"]) == 10
+    assert scores["images"] == 20 and len(scores["error_by_class"]) == 10
     images = load_cifar10(data, "train")
     for number in range(10):
         picture = Image.fromarray(images.images[number].transpose(1, 2, 0))
@@ -145,10 +145,31 @@ def test_evaluate_and_predict_take_a_classifier(data: Path, capsys) -> None:
     model, info = load_model(folder / "last.safetensors")
     classifier = ImageClassifier(model, info, torch.device("cpu"))
     named = classifier(images.images[:10]).argmax(1).tolist()
+    assert len(lines) == 10
     for number, line in enumerate(lines):
         assert line.startswith(f"{number}.png: {info.classes[named[number]]} ")
-    assert predict.main([*checkpoint, "--multi-scale", "0.png"]) == 2
-    assert "--multi-scale is for segmentation networks" in capsys.readouterr().err
+
+
+def test_what_a_classifier_cannot_do_is_one_sentence(data: Path, capsys) -> None:
+    Path("here").mkdir()
+    (data / "cifar-10-batches-bin").rename("here/cifar-10-batches-bin")
+    assert train(Path("here"), "--stop-at", "1") == 0
+    checkpoint = ["--checkpoint", "runs/cifar10_encnet_16k64d/last.safetensors", "--device", "cpu"]
+    for command, option in (
+        (predict, ["0.png", "--multi-scale"]),
+        (predict, ["0.png", "--output", "labels"]),
+        (evaluate, ["--protocol", "released"]),
+        (evaluate, ["--workers", "2"]),
+    ):
+        assert command.main([*checkpoint, *option]) == 2
+        name = next(part for part in option if part.startswith("--"))
+        assert f"{name} is for segmentation networks" in capsys.readouterr().err
+    assert evaluate.main([*checkpoint, "--dataset", "ade20k"]) == 2
+    assert "is a classifier for cifar10" in capsys.readouterr().err
+    Path("here").rename("elsewhere")
+    assert evaluate.main(checkpoint) == 2
+    assert "which is not here: give --data" in capsys.readouterr().err
+    assert evaluate.main([*checkpoint, "--data", "elsewhere"]) == 0
 
 
 def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(data: Path) -> None:
