@@ -39,6 +39,7 @@ verify: test
 	$(BIN)/python -m bench encode
 	$(BIN)/python -m bench upsample
 	$(BIN)/python -m bench crop
+	$(BIN)/python -m bench cifar
 	$(BIN)/python -m bench compile --all
 	$(BIN)/python -m bench traffic
 

@@ -117,27 +117,47 @@ class _Workspace(Scratch):
         return torch._softmax_backward_data(grad, weights, 1, grad.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _products(bias: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out [b, r, n] = bias + left [b, r, m] right [b, m, n]; bias is broadcast, or is out.
+
+    Of many small images one call multiplies all where the result is contiguous, and one call an
+    image where it is not: hence the transposed product where that is.
+    """
+    turned = out.transpose(1, 2)
+    if out.shape[0] > 1 and turned.is_contiguous():
+        bias, left, right = (t.transpose(1, 2) for t in (bias, right, left))
+        torch.baddbmm(bias, left, right, out=turned)
+    else:
+        torch.baddbmm(bias, left, right, out=out)
+    return out
+
+
+def _add_in_runs(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [b, C, K] += left [b, C, n] right^T [b, n, K], in runs of pixels summed by torch.sum.
 
     E adds up weights and features that may all be positive. One long product does so one pixel
     after another and its error grows with their number; the plain formula's sum does not. (The
     products of the backward pass have terms of both signs and need no such care.)
     """
-    runs = left.shape[2] // _RUN
+    images, channels, pixels = left.shape
+    runs = pixels // _RUN
     if runs < 4:
-        total.baddbmm_(left, right.transpose(1, 2))
+        _products(total, left, right.transpose(1, 2), total)
         return
     whole = runs * _RUN
-    for image in range(total.shape[0]):
-        a = left[image, :, :whole].unflatten(1, (runs, _RUN)).transpose(0, 1)  # [runs, C, RUN]
-        b = right[image, :, :whole].unflatten(1, (runs, _RUN)).permute(1, 2, 0)  # [runs, RUN, K]
-        if a.stride(1) == 1:
-            total[image] += torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).sum(0).t()
+    step = images if whole == pixels else 1  # images whose runs lie at equal distances
+    for start in range(0, images, step):
+        part = slice(start, start + step)
+        a = left[part, :, :whole].transpose(1, 2).reshape(-1, _RUN, channels)  # [b runs, RUN, C]
+        b = right[part, :, :whole].transpose(1, 2).reshape(-1, _RUN, right.shape[1])
+        if left.stride(1) == 1:
+            products = torch.bmm(b.transpose(1, 2), a)  # [b runs, K, C]
+            total[part] += products.unflatten(0, (-1, runs)).sum(1).transpose(1, 2)
         else:
-            total[image] += torch.bmm(a, b).sum(0)
-    if whole < left.shape[2]:
-        total.baddbmm_(left[:, :, whole:], right[:, :, whole:].transpose(1, 2))
+            products = torch.bmm(a.transpose(1, 2), b)
+            total[part] += products.unflatten(0, (-1, runs)).sum(1)
+    if whole < pixels:
+        _products(total, left[:, :, whole:], right[:, :, whole:].transpose(1, 2), total)
 
 
 def _forward(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
@@ -157,9 +177,9 @@ def _forward(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
         tile = x[b, :, n]
         shifted, squares = scratch.shift(tile, center)
         logits = scratch.take("products", tile.shape[0], num, tile.shape[2])
-        torch.baddbmm(bias, left[b], shifted, out=logits)
+        _products(bias, left[b], shifted, logits)
         weights = scratch.softmax(logits.add_(squares).mul_(factor))
-        _add_product(code[b], shifted, weights)
+        _add_in_runs(code[b], shifted, weights)
         mass[b] += weights.sum(2)
     out = torch.empty(images, num, channels, dtype=dtype, device=x.device)
     return torch.sub(code.transpose(1, 2), mass[:, :, None] * shifted_d, out=out)
@@ -200,7 +220,7 @@ def _backward(
         tile = x[b, :, n]
         shifted, squares = scratch.shift(tile, center)
         products = scratch.take("products", tile.shape[0], 2 * num, tile.shape[2])
-        torch.baddbmm(bias[b], left[b], shifted, out=products)
+        _products(bias[b], left[b], shifted, products)
         distances = products[:, :num].add_(squares)
         weights = scratch.softmax(distances * factor)
         grad_logits = scratch.softmax_backward(products[:, num:], weights)
@@ -210,11 +230,11 @@ def _backward(
         mass[b] += both.sum(2)
         grad_scale += distances.mul_(grad_logits).sum((0, 2))
         if need_codewords:
-            moment[b].baddbmm_(shifted, both[:, num:].transpose(1, 2))
+            _products(moment[b], shifted, both[:, num:].transpose(1, 2), moment[b])
         if need_x:
             total = both[:, num:].sum(1, keepdim=True)
             target = grad_x[b, :, n] if x.dtype == dtype else scratch.take("spare", *tile.shape)
-            torch.mul(shifted, total, out=target).baddbmm_(right[b], both)
+            _products(torch.mul(shifted, total, out=target), right[b], both, target)
             if x.dtype != dtype:
                 grad_x[b, :, n] = target
     # E contributes -sum_i a G, the distances -sum_i w (x - d); both sums over i are already taken.
