@@ -15,8 +15,7 @@ LARGE = ("X", "R", "Y", "dY", "dX", "dR")
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    file = tmp_path_factory.mktemp("compile") / "rows.json"
-    return compiled(file, "--op", "batch_norm_act", "--dtype", "bfloat16")
+    return compiled(tmp_path_factory, "--op", "batch_norm_act", "--dtype", "bfloat16")
 
 
 each_call = pytest.mark.parametrize(

@@ -28,9 +28,8 @@ def planted() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """Default configurations of encode, as the command says: large, small, small and padded."""
-    file = tmp_path_factory.mktemp("compile") / "rows.json"
-    shapes = ("512x32", "16x16x1024", "24x17x256")
-    return compiled(file, "--op", "encode", "--dtype", *DTYPES, "--shape", *shapes)
+    shapes = ("512x32", "16x16x1024", "48x17x256")
+    return compiled(tmp_path_factory, "--op", "encode", "--dtype", *DTYPES, "--shape", *shapes)
 
 
 each_call = pytest.mark.parametrize(

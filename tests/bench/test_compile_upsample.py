@@ -15,8 +15,7 @@ ARCHS = ("90", "120")
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    file = tmp_path_factory.mktemp("compile") / "rows.json"
-    return compiled(file, "--op", "upsample", "--dtype", "bfloat16", "--arch", *ARCHS)
+    return compiled(tmp_path_factory, "--op", "upsample", "--dtype", "bfloat16", "--arch", *ARCHS)
 
 
 each_call = pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
@@ -30,8 +31,21 @@ def run_apart(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def compiled(file: Path, *arguments: str) -> list[Row]:
-    """Rows of ``python -m bench compile``, whose exit status says whether any is bad."""
+def compiled(factory: pytest.TempPathFactory, *arguments: str) -> list[Row]:
+    """Rows of ``python -m bench compile``, made once for all processes of a test run."""
+    base = factory.getbasetemp()
+    # Processes of pytest-xdist have folders of their own beside one another.
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    file = folder / ("compile " + " ".join(arguments).strip("-") + ".json")
+    with FileLock(f"{file}.lock"):
+        if file.exists():
+            found: list[Row] = json.loads(file.read_text())
+            return found
+        return _compile(file, arguments)
+
+
+def _compile(file: Path, arguments: tuple[str, ...]) -> list[Row]:
+    """The command's exit status says whether any row is bad."""
     run = run_apart("-m", "bench", "compile", *arguments, "--json", str(file))
     assert file.exists(), run.stderr
     found: list[Row] = json.loads(file.read_text())
