@@ -13,7 +13,7 @@ import pytest
 
 from bench import compile as compile_report
 from bench.resources import LIMITS, accesses, blocks_per_sm, widths
-from tests.support.compiled import Row, compiled, needs_triton, run_apart, select
+from tests.support.compiled import FAR_APART, Row, compiled, needs_triton, run_apart, select
 
 DTYPES = ("bfloat16", "float32")
 
@@ -27,9 +27,13 @@ def planted() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Default configurations of encode, as the command says: large, small, small and padded."""
-    shapes = ("512x32", "16x16x1024", "48x17x256")
-    return compiled(tmp_path_factory, "--op", "encode", "--dtype", *DTYPES, "--shape", *shapes)
+    """Default configurations of encode, as the command says; small images on two architectures."""
+    large = compiled(tmp_path_factory, "--op", "encode", "--dtype", *DTYPES, "--shape", "512x32")
+    small = compiled(
+        tmp_path_factory, "--op", "encode", "--dtype", "bfloat16", "--arch", *FAR_APART,
+        "--shape", "16x16x1024", "48x17x256",
+    )  # fmt: skip
+    return large + small
 
 
 each_call = pytest.mark.parametrize(

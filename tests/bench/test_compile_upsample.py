@@ -5,22 +5,21 @@ from __future__ import annotations
 import pytest
 
 from bench import compile as compile_report
-from tests.support.compiled import Row, compiled, needs_triton, select
+from tests.support.compiled import FAR_APART, Row, compiled, needs_triton, select
 
 pytestmark = [needs_triton, pytest.mark.slow]
-
-# With the most registers and shared memory, and with the least.
-ARCHS = ("90", "120")
 
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    return compiled(tmp_path_factory, "--op", "upsample", "--dtype", "bfloat16", "--arch", *ARCHS)
+    return compiled(
+        tmp_path_factory, "--op", "upsample", "--dtype", "bfloat16", "--arch", *FAR_APART
+    )
 
 
 each_call = pytest.mark.parametrize(
     ("direction", "arch"),
-    [(v, a) for v in ("forward", "backward") for a in map(int, ARCHS)],
+    [(v, a) for v in ("forward", "backward") for a in map(int, FAR_APART)],
 )
 
 
@@ -35,7 +34,7 @@ def test_defaults_fit_and_do_not_spill(rows: list[Row], direction: str, arch: in
     assert len(chosen) >= 4 and not wrong, f"sm_{arch}"
 
 
-@pytest.mark.parametrize("arch", map(int, ARCHS))
+@pytest.mark.parametrize("arch", map(int, FAR_APART))
 def test_the_gradient_uses_the_matrix_unit_and_16_warps(rows: list[Row], arch: int) -> None:
     for row in select(rows, "backward", "bfloat16", arch):
         assert row["mma"], row["config"]

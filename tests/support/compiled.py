@@ -16,6 +16,10 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
 
+# The architectures with the most registers and shared memory, and with the least; `make verify`
+# compiles for all.
+FAR_APART = ("90", "120")
+
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
