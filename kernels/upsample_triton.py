@@ -1,4 +1,6 @@
-"""Which kernels the upsampling operators launch on a GPU; they are in upsample_kernels.py.
+"""Which kernels the upsampling operators launch on a GPU.
+
+They are in upsample_kernels.py and upsample_backward_kernels.py.
 
 Letters as in upsample_loss.py.
 """
@@ -13,6 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from . import upsample_backward_kernels as backward_kernels
 from . import upsample_kernels as kernels
 from .launch import Config, Launch, architecture, cdiv, run_chosen
 from .upsample_pytorch import label_dtype
@@ -266,7 +269,7 @@ def backward_launches(
     precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(logits.dtype, "ieee")
     constants = {"BX": config.block_n, "BM": _LOW_COLUMNS, "MAP": grad.dim() > 0}
     launch = Launch(
-        kernels.backward_kernel,
+        backward_kernels.backward_kernel,
         (images * segments * strips * chunks,),
         arguments | sizes | problem.arguments() | options.arguments(logits),
         constants
