@@ -81,6 +81,34 @@ def softmax(distance, scale, in_k, in_n):
 
 
 @triton.jit
+def _store_code(
+    E, ESUM, EM2, D, sums, mass, b,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
+    STATS: tl.constexpr,
+):  # fmt: skip
+    """E[b] from the sums over all its pixels and the mass of each codeword; its sum and M2."""
+    EVEN: tl.constexpr = C == CHUNKS * BC
+    cols, k = tl.arange(0, BC), tl.arange(0, KP)
+    in_k = k < K
+    code_sum = tl.zeros((KP,), tl.float32)
+    codes = ()
+    for j in tl.static_range(CHUNKS):
+        d = load_rows(D, k, cols, in_k, j * BC, C, C, EVEN).to(tl.float32)
+        code = sums[j] - mass[:, None] * d
+        store_rows(E + b * K * C, k, cols, in_k, j * BC, C, code, C, EVEN)
+        code_sum += tl.sum(code, 1)
+        codes = codes + (code,)
+    if STATS:
+        m2 = tl.zeros((KP,), tl.float32)
+        for j in tl.static_range(CHUNKS):
+            centred = codes[j] - (code_sum / C)[:, None]
+            centred = tl.where((cols + j * BC < C)[None, :], centred, 0.0)
+            m2 += tl.sum(centred * centred, 1)
+        tl.store(ESUM + b * K + k, code_sum, mask=in_k)
+        tl.store(EM2 + b * K + k, m2, mask=in_k)
+
+
+@triton.jit
 def forward_kernel(
     X, D, S, P, PM, E, ESUM, EM2, Count, sxb, sxn, N, splits,
     C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
@@ -145,23 +173,7 @@ def forward_kernel(
             x = following
 
     if WHOLE:
-        total = tl.sum(mass, 1)
-        code_sum = tl.zeros((KP,), tl.float32)
-        codes = ()
-        for j in tl.static_range(CHUNKS):
-            d = load_rows(D, k, cols, in_k, j * BC, C, C, EVEN).to(tl.float32)
-            code = sums[j] - total[:, None] * d
-            store_rows(E + b * K * C, k, cols, in_k, j * BC, C, code, C, EVEN)
-            code_sum += tl.sum(code, 1)
-            codes = codes + (code,)
-        if STATS:
-            m2 = tl.zeros((KP,), tl.float32)
-            for j in tl.static_range(CHUNKS):
-                centred = codes[j] - (code_sum / C)[:, None]
-                centred = tl.where((cols + j * BC < C)[None, :], centred, 0.0)
-                m2 += tl.sum(centred * centred, 1)
-            tl.store(ESUM + b * K + k, code_sum, mask=in_k)
-            tl.store(EM2 + b * K + k, m2, mask=in_k)
+        _store_code(E, ESUM, EM2, D, sums, tl.sum(mass, 1), b, C, K, KP, BC, CHUNKS, STATS)
         clear_counters(Count, b)
     else:
         slot = b * splits + split
@@ -170,6 +182,24 @@ def forward_kernel(
         for j in tl.static_range(OWN):
             column = _column(part, j, OWN, CHUNKS, BC)
             store_rows(P + slot * K * C, k, cols, in_k, column, C, sums[j], C, EVEN)
+
+
+@triton.jit
+def _store_share(
+    P, D, G, sums, mass, moment, slope, b,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Image b's row of P: its share of dD and dS from the sums over all its pixels."""
+    EVEN: tl.constexpr = C == CHUNKS * BC
+    cols, k = tl.arange(0, BC), tl.arange(0, KP)
+    in_k = k < K
+    share = P + b * (K * (C + 1))
+    for j in tl.static_range(CHUNKS):
+        d = load_rows(D, k, cols, in_k, j * BC, C, C, EVEN).to(tl.float32)
+        g = load_rows(G + b * K * C, k, cols, in_k, j * BC, C, C, EVEN)
+        grad_d = moment[:, None] * d - mass[:, None] * g - sums[j]
+        store_rows(share, k, cols, in_k, j * BC, C, grad_d, C, EVEN)
+    tl.store(share + K * C + k, slope, mask=in_k)
 
 
 @triton.jit
@@ -245,13 +275,7 @@ def backward_kernel(
         sums = added
 
     if WHOLE:
-        share = P + b * (K * (C + 1))
-        for j in tl.static_range(CHUNKS):
-            d = load_rows(D, k, cols, in_k, j * BC, C, C, EVEN).to(tl.float32)
-            g = load_rows(G + b * K * C, k, cols, in_k, j * BC, C, C, EVEN)
-            grad_d = moment[:, None] * d - mass[:, None] * g - sums[j]
-            store_rows(share, k, cols, in_k, j * BC, C, grad_d, C, EVEN)
-        tl.store(share + K * C + k, slope, mask=in_k)
+        _store_share(P, D, G, sums, mass, moment, slope, b, C, K, KP, BC, CHUNKS)
         add_images(P, dD, dS, Count, b, images, group, C, K, BE)
     else:
         slot = b * splits + split
