@@ -136,6 +136,25 @@ def _batch_moments(
     return unpack(packed, x, running_mean, running_var, momentum)
 
 
+def _check_batch(x: Tensor, group: Optional[ProcessGroup]) -> None:
+    if group is None and x.numel() // x.shape[1] < 2:
+        raise ValueError(
+            "batch_norm_act: training needs more than one value per channel, got x of shape "
+            f"{tuple(x.shape)}; the batch is too small."
+        )
+
+
+def _running_moments(
+    x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    if running_mean is None or running_var is None:
+        raise ValueError(
+            "batch_norm_act: running_mean and running_var are needed when training is False."
+        )
+    dtype = accumulation_dtype(x)
+    return running_mean.to(dtype), running_var.to(dtype)
+
+
 def batch_norm_act(
     x: Tensor,
     weight: Optional[Tensor],
@@ -189,23 +208,15 @@ def batch_norm_act(
     _check_inputs(x, per_channel, residual, activation)
     _check_statistics(x, statistics)
     features, added = _as_planes(x), None if residual is None else _as_planes(residual)
-    count = None
     if training:
-        if group is None and x.numel() // x.shape[1] < 2:
-            raise ValueError(
-                "batch_norm_act: training needs more than one value per channel, got x of shape "
-                f"{tuple(x.shape)}; the batch is too small."
-            )
+        _check_batch(x, group)
         with torch.no_grad():
             mean, var, count = _batch_moments(
                 features.detach(), running_mean, running_var, momentum, group, statistics
             )
-    elif running_mean is None or running_var is None:
-        raise ValueError(
-            "batch_norm_act: running_mean and running_var are needed when training is False."
-        )
     else:
-        mean, var = (t.to(accumulation_dtype(x)) for t in (running_mean, running_var))
+        mean, var = _running_moments(x, running_mean, running_var)
+        count = None
     relu = activation == "relu"
     y, _ = normalise(
         features,
