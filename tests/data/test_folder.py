@@ -38,7 +38,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def refusal(*parts):
+def assert_refused(*parts):
     """The error must name all of these, in order."""
     return pytest.raises(DataError, match=".*".join(re.escape(str(part)) for part in parts))
 
@@ -97,7 +97,7 @@ def test_folders_without_split_keep_every_tenth_for_validation(tmp_path):
     assert [name[-6:-4] for name in sorted(val_names)] == ["00", "10", "20"]
     assert len(train_names) == 18
     assert not train_names & val_names
-    with refusal("has no split 'test'"):
+    with assert_refused("has no split 'test'"):
         Folder(tmp_path, "test")
 
 
@@ -162,18 +162,18 @@ def test_images_of_other_modes_become_rgb(root, mode):
 
 
 def test_missing_root(tmp_path):
-    with refusal("data folder", tmp_path / "nowhere", "does not exist"):
+    with assert_refused("data folder", tmp_path / "nowhere", "does not exist"):
         Folder(tmp_path / "nowhere")
 
 
 def test_missing_split(root):
-    with refusal(root, "has no split 'test'", "test.txt", "images/test and labels/test"):
+    with assert_refused(root, "has no split 'test'", "test.txt", "images/test and labels/test"):
         Folder(root, "test")
 
 
 def test_empty_list(root):
     (root / "val.txt").write_text("\n")
-    with refusal("the data set is empty", root / "val.txt"):
+    with assert_refused("the data set is empty", root / "val.txt"):
         Folder(root, "val")
 
 
@@ -181,21 +181,23 @@ def test_empty_folders(root):
     (root / "val.txt").unlink()
     (root / "images/val").mkdir(parents=True)
     (root / "labels/val").mkdir(parents=True)
-    with refusal("the data set is empty", "'val'", root):
+    with assert_refused("the data set is empty", "'val'", root):
         Folder(root, "val")
 
 
 def test_missing_image_is_found_at_the_start(root):
     (root / "photos/a.png").unlink()
     (root / "masks/b.png").unlink()
-    with refusal(root / "train.txt", root / "photos/a.png", "does not exist (nor do 1 others)"):
+    with assert_refused(
+        root / "train.txt", root / "photos/a.png", "does not exist (nor do 1 others)"
+    ):
         Folder(root)
 
 
 def test_image_that_vanishes_later(root):
     dataset = Folder(root)
     (root / "photos/a.png").unlink()
-    with refusal("image", root / "photos/a.png", "does not exist"):
+    with assert_refused("image", root / "photos/a.png", "does not exist"):
         dataset[0]
 
 
@@ -203,7 +205,9 @@ def test_image_without_label(root):
     write_pair(root, "images/val/y.png", "labels/val/y.png")
     write_pair(root, "images/val/z.png", "labels/val/other.png")
     (root / "val.txt").unlink()
-    with refusal(root / "images/val/z.png", "has no label of the same name", root / "labels/val"):
+    with assert_refused(
+        root / "images/val/z.png", "has no label of the same name", root / "labels/val"
+    ):
         Folder(root, "val")
 
 
@@ -211,13 +215,13 @@ def test_two_images_of_one_name(root):
     write_pair(root, "images/val/y.png", "labels/val/y.png")
     write_pair(root, "images/val/y.jpg", "labels/val/y.png")
     (root / "val.txt").unlink()
-    with refusal("y.jpg", "y.png", "have the same name but for the suffix"):
+    with assert_refused("y.jpg", "y.png", "have the same name but for the suffix"):
         Folder(root, "val")
 
 
 def test_list_line_of_one_word(root):
     (root / "val.txt").write_text("photos/a.png masks/a.png\nphotos/b.jpg\n")
-    with refusal(root / "val.txt", "line 2", "photos/b.jpg"):
+    with assert_refused(root / "val.txt", "line 2", "photos/b.jpg"):
         Folder(root, "val")
 
 
@@ -235,7 +239,7 @@ def test_truncated_image(root, name, lazily):
     damage(path)
     dataset = Folder(root)
     index = 0 if name == "a.png" else 1
-    with refusal(path, "the image is truncated or damaged"):
+    with assert_refused(path, "the image is truncated or damaged"):
         if lazily:
             Augment(32)(*dataset.open(index), np.random.default_rng(0))
         else:
@@ -246,21 +250,21 @@ def test_truncated_label(root):
     values = np.random.default_rng(0).integers(0, 3, (48, 64), dtype=np.uint8)
     write_pair(root, "photos/a.png", "masks/a.png", values)
     damage(root / "masks/a.png")
-    with refusal("label", root / "masks/a.png", "is truncated or damaged"):
+    with assert_refused("label", root / "masks/a.png", "is truncated or damaged"):
         Folder(root)[0]
 
 
 @pytest.mark.parametrize("what", ["photos/a.png", "masks/a.png"], ids=["image", "label"])
 def test_file_that_is_no_image(root, what):
     (root / what).write_text("not a picture")
-    with refusal(root / what, "is not an image of a known format"):
+    with assert_refused(root / what, "is not an image of a known format"):
         Folder(root)[0]
 
 
 def test_image_and_label_of_different_size(root):
     Image.new("L", (5, 3)).save(root / "masks/a.png")
     parts = ("photos/a.png", "is 4 x 3 pixels", "masks/a.png", "is 5 x 3")
-    with refusal(*parts):
+    with assert_refused(*parts):
         Folder(root)[0]
 
 
@@ -278,25 +282,25 @@ def test_label_value_outside_the_classes(root, depth, value, offset, allowed):
     raw[2, 3] = value
     write_pair(root, "photos/a.png", "masks/a.png", raw)
     parts = (root / "masks/a.png", f"has the value {value}", root / "classes.txt", allowed)
-    with refusal(*parts):
+    with assert_refused(*parts):
         Folder(root, label_offset=offset)[0]
 
 
 def test_deep_label_value_outside_the_classes(root):
     write_pair(root, "photos/a.png", "masks/a.png", np.full((3, 4), 1000, np.uint16))
-    with refusal(root / "masks/a.png", "has the value 1000", "0..2"):
+    with assert_refused(root / "masks/a.png", "has the value 1000", "0..2"):
         Folder(root)[0]
 
 
 def test_colour_label(root):
     Image.new("RGB", (4, 3)).save(root / "masks/a.png")
-    with refusal(root / "masks/a.png", "pixel format RGB", "single-channel"):
+    with assert_refused(root / "masks/a.png", "pixel format RGB", "single-channel"):
         Folder(root)[0]
 
 
 def test_deep_image(root):
     Image.fromarray(np.zeros((3, 4), np.uint16)).save(root / "photos/a.png")
-    with refusal(root / "photos/a.png", "pixel format", "8 bits a channel"):
+    with assert_refused(root / "photos/a.png", "pixel format", "8 bits a channel"):
         Folder(root)[0]
 
 
@@ -315,18 +319,18 @@ def test_class_names(root, content, parts):
     (root / "classes.txt").unlink()
     if content is not None:
         (root / "classes.txt").write_text(content)
-    with refusal(*parts):
+    with assert_refused(*parts):
         Folder(root)
 
 
 def test_unknown_option(root):
-    with refusal("no option 'ignore_index'", "classes_file, ignore_label, label_offset"):
+    with assert_refused("no option 'ignore_index'", "classes_file, ignore_label, label_offset"):
         create_dataset("folder", "train", root, ignore_index=3)
 
 
 def test_a_bad_file_reaches_the_trainer_as_its_sentence(root):
     damage(root / "photos/b.jpg", 0.3)
     loader = TrainLoader(Folder(root), Augment(4), batch_size=2, seed=0, workers=1)
-    with refusal("photos/b.jpg"):
+    with assert_refused("photos/b.jpg"):
         next(loader.epoch(0))
     loader.close()

@@ -25,7 +25,7 @@ from tests.support.batch_norm import (
     LAYOUTS,
     OPTIONS,
     as_dtype,
-    compare,
+    assert_same,
     example,
     gradient_of,
     run,
@@ -42,8 +42,8 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 def test_float64_equals_torch_in_every_layout(layout: str, training: bool) -> None:
     tensors = example(layout, residual=True)
     ours = run(batch_norm_act, tensors, training=training)
-    compare(ours, run(torch_formula, tensors, training=training))
-    compare(ours, run(reference.batch_norm_act, tensors, training=training))
+    assert_same(ours, run(torch_formula, tensors, training=training))
+    assert_same(ours, run(reference.batch_norm_act, tensors, training=training))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
@@ -52,12 +52,14 @@ def test_float64_equals_torch_with_every_option(options: dict[str, Any], trainin
     options = dict(options)
     call = {"training": training, "activation": options.pop("activation", "relu")}
     tensors = example("channels_last", **options)
-    compare(run(batch_norm_act, tensors, **call), run(torch_formula, tensors, **call))
+    assert_same(run(batch_norm_act, tensors, **call), run(torch_formula, tensors, **call))
 
 
 def test_training_needs_no_running_statistics() -> None:
     tensors = example("contiguous", running=False)
-    compare(run(batch_norm_act, tensors, training=True), run(torch_formula, tensors, training=True))
+    assert_same(
+        run(batch_norm_act, tensors, training=True), run(torch_formula, tensors, training=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -87,7 +89,7 @@ def test_tiling_changes_nothing(
     tensors = example(layout, dtype, residual=True)
     whole = run(batch_norm_act, tensors, training=True)
     monkeypatch.setattr(_tiles, "_ELEMENTS_CPU", elements)
-    compare(run(batch_norm_act, tensors, training=True), whole)
+    assert_same(run(batch_norm_act, tensors, training=True), whole)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -209,7 +211,7 @@ def test_compiles_without_a_graph_break(training: bool, dynamic: bool) -> None:
     tensors = example("channels_last", torch.float32, residual=True)
     torch._dynamo.reset()
     compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    compare(
+    assert_same(
         run(compiled, tensors, training=training), run(batch_norm_act, tensors, training=training)
     )
 
@@ -293,7 +295,7 @@ def test_a_group_compiles_without_a_graph_break(own_group: Any) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
     ours = run(compiled, tensors, training=True, group=own_group)
-    compare(ours, run(batch_norm_act, tensors, training=True))
+    assert_same(ours, run(batch_norm_act, tensors, training=True))
 
 
 @needs_gloo

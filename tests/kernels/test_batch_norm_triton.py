@@ -30,7 +30,7 @@ from tests.support.batch_norm import (
     LAYOUTS,
     OPTIONS,
     as_dtype,
-    compare,
+    assert_same,
     example,
     run,
     torch_formula,
@@ -100,7 +100,7 @@ def test_two_values_a_channel(training: bool) -> None:
     tensors = example("two values", torch.float32, residual=True, device=DEVICE)
     ours = run(batch_norm_act, tensors, training=training)
     exact = run(reference.batch_norm_act, as_dtype(tensors, torch.float64), training=training)
-    compare({n: t.double() for n, t in ours.items()}, exact, rtol=1e-5, atol=1e-6)
+    assert_same({n: t.double() for n, t in ours.items()}, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -317,8 +317,8 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch, "run_all", run_all)
     tensors = example("channels_last", torch.float32, residual=True, device=DEVICE)
-    compare(run(batch_norm_act, tensors, training=True), run(torch_formula, tensors, training=True),
-            rtol=1e-3, atol=1e-4)  # fmt: skip
+    theirs = run(torch_formula, tensors, training=True)
+    assert_same(run(batch_norm_act, tensors, training=True), theirs, rtol=1e-3, atol=1e-4)
     assert names == [
         "statistics_kernel", "finish_statistics_kernel", "normalise_kernel",
         "backward_sums_kernel", "finish_backward_kernel", "backward_input_kernel",

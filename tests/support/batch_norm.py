@@ -108,7 +108,7 @@ def as_dtype(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str,
     return {n: None if t is None else t.to(dtype) for n, t in tensors.items()}
 
 
-def compare(ours: dict[str, Tensor], exact: dict[str, Tensor], **tolerance: float) -> None:
+def assert_same(ours: dict[str, Tensor], exact: dict[str, Tensor], **tolerance: float) -> None:
     assert ours.keys() == exact.keys()
     for name, value in exact.items():
         torch.testing.assert_close(
