@@ -7,11 +7,9 @@ are scored by `encnet_triton.classification`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from encnet_triton import classification
+from encnet_triton.atomic import write_json
 from encnet_triton.checkpoint import load_model
 from encnet_triton.classification import ImageClassifier
 from encnet_triton.command_line import exit_status
@@ -201,13 +200,6 @@ def describe(predictor: Predictor) -> str:
     if views.flip:
         text += ", mirrored too"
     return text + (", released protocol" if views.released else "")
-
-
-def write_json(document: dict[str, Any], path: Path) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def pick_device(name: str) -> torch.device:

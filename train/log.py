@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from encnet_triton.atomic import write_text
 from encnet_triton.metrics import Scores
 
 METRICS = "metrics.jsonl"
@@ -110,9 +110,7 @@ class Log:
                 continue  # the line that a killed process did not finish
             if record.get("step", 0) <= step:
                 kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text("".join(kept), path)
 
     def end(self) -> None:
         """Take the live line away; safe to call twice."""

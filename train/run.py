@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from encnet_triton.atomic import write_json
 from encnet_triton.data import DATASETS, create_dataset
 from encnet_triton.data.cifar10 import COUNT, load_cifar10
 from encnet_triton.environment import report
-from encnet_triton.evaluate import score_table, write_json
+from encnet_triton.evaluate import score_table
 from encnet_triton.inference import WHOLE_IMAGE_WARNING
 from encnet_triton.models import CifarNet, create_model
 from encnet_triton.train import checkpoint, distributed, setup
@@ -38,9 +38,7 @@ def open_folder(config: Config, world: distributed.World) -> Path:
 
 def write_config(config: Config, folder: Path) -> None:
     """Write ``config.json`` atomically; not before a resumed run has accepted the configuration."""
-    temporary = folder / ".config.json.tmp"
-    temporary.write_text(json.dumps(config.as_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")
+    write_json(config.as_dict(), folder / "config.json")
 
 
 def summary(config: Config, parts: setup.Parts, steps: int, world: distributed.World) -> str:

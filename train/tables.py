@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from encnet_triton.atomic import write_text
 
 
 def show_and_write(
@@ -19,6 +20,4 @@ def show_and_write(
         table.add_row(*row)
     Console().print(table)
     lines = ["| " + " | ".join(c) + " |" for c in (header, ("---",) * len(header), *rows)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(f"{title}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(f"{title}\n\n" + "\n".join(lines) + "\n", path)

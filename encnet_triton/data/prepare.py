@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from encnet_triton.atomic import write_text
 from encnet_triton.data import coco, pascal_context, voc
 from encnet_triton.data.base import IGNORE_INDEX, DataError
 from encnet_triton.data.files import find_root, open_image
@@ -242,6 +243,4 @@ def _write_png(label: NDArray[np.integer[Any]], path: Path) -> None:
 
 def _write_lines(lines: Iterable[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text("".join(f"{line}\n" for line in lines), path)
