@@ -14,7 +14,8 @@ from rich.console import Console
 
 from bench import compile as compile_report
 from bench import context, cost, gate, loader, memory, report, step, traffic
-from bench.cases import CASES, Case, compiled
+from bench.cases import CASES, Case
+from bench.passes import is_compiled
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
 
@@ -31,7 +32,7 @@ def worker(case: Case, variant: str, device: torch.device, data: str | None) -> 
 
 def measure_apart(name: str, variant: str, device: str, data: str | None) -> Measurement | str:
     """Measure one variant in a fresh process; a sentence where it could not be."""
-    if compiled(variant) and compile_obstacle(torch.device(device)):
+    if is_compiled(variant) and compile_obstacle(torch.device(device)):
         return "no compiled peer: there is no compiler for torch.compile here"
     command = [sys.executable, "-m", "bench", name, "--worker", variant, "--device", device]
     command += ["--data", data] if data else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench import peers
+from bench.passes import PASSES, VARIANTS, Pass, is_compiled, least_bytes
 from encnet_triton.data import Augment, create_dataset
-from encnet_triton.kernels import encode, upsample_cross_entropy
 from encnet_triton.models import CifarNet
 
 FILL = (124, 116, 104)
@@ -46,57 +45,17 @@ class Case:
     gpu_bytes: int = 0
 
 
-def compiled(variant: str) -> bool:
-    """Whether a variant needs torch.compile, hence a compiler."""
-    return variant.endswith("compiled")
+def _build_operator(
+    operator: str, shape: dict[str, Any], cpu_batch: int
+) -> Callable[[str, torch.device, str | None], Pass]:
+    """bfloat16 on a GPU; `cpu_batch` images in float32 on a CPU."""
 
+    def build(variant: str, device: torch.device, _: str | None) -> Pass:
+        if device.type == "cuda":
+            return PASSES[operator](variant, device, torch.bfloat16, **shape)
+        return PASSES[operator](variant, device, torch.float32, **{**shape, "B": cpu_batch})
 
-def _step(function: Callable[..., Tensor], inputs: list[Tensor], rest: list[Tensor]) -> None:
-    """Forward and backward; gradients are dropped before, as an optimiser does."""
-    for tensor in inputs:
-        tensor.grad = None
-    loss = function(*inputs, *rest)
-    loss.backward(torch.ones_like(loss))  # type: ignore[no-untyped-call]
-
-
-def build_encode(variant: str, device: torch.device, _: str | None) -> Callable[[], object]:
-    """B2 C512 60x60 K32 float32 on a CPU; B16 bfloat16 on a GPU."""
-    torch.manual_seed(0)
-    batch, dtype = (16, torch.bfloat16) if device.type == "cuda" else (2, torch.float32)
-    x = torch.randn(batch, 512, 60, 60, device=device).relu().to(dtype)
-    if device.type == "cuda":
-        x = x.contiguous(memory_format=torch.channels_last)
-    codewords = (torch.rand(32, 512, device=device) - 0.5) / 64
-    scale = -torch.rand(32, device=device)
-    functions: dict[str, Callable[..., Tensor]] = {
-        "ours": encode,
-        "materialising, eager": peers.encode_materialised,
-        "materialising, compiled": peers.encode_materialised,
-        "matrix products, compiled": peers.encode_matmul,
-    }
-    function = functions[variant]
-    if compiled(variant):
-        function = torch.compile(function, fullgraph=True)
-    inputs = [t.requires_grad_() for t in (x, codewords, scale)]
-    return partial(_step, function, inputs, [])
-
-
-def build_upsample(variant: str, device: torch.device, _: str | None) -> Callable[[], object]:
-    """B4 (GPU: B16) C150 60x60 -> 480x480, a tenth of the pixels ignored."""
-    torch.manual_seed(0)
-    batch, dtype = (16, torch.bfloat16) if device.type == "cuda" else (4, torch.float32)
-    logits = torch.randn(batch, 150, 60, 60, device=device, dtype=dtype) * 3
-    logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
-    target = torch.randint(0, 150, (batch, 480, 480), device=device)
-    target[:, :48] = 255
-    function: Callable[..., Tensor] = upsample_cross_entropy
-    if variant != "ours":
-        function = peers.upsample_then_cross_entropy
-    if compiled(variant):
-        function = torch.compile(function, fullgraph=True)
-    if variant == "ours":
-        target = target.to(torch.uint8)
-    return partial(_step, function, [logits], [target])
+    return build
 
 
 def build_crop(variant: str, _: torch.device, data: str | None) -> Callable[[], object]:
@@ -171,37 +130,54 @@ def cifar_network(device: torch.device, materialised: bool) -> nn.Module:
     return model
 
 
-def build_cifar(variant: str, device: torch.device, _: str | None) -> Callable[[], object]:
+def build_cifar(variant: str, device: torch.device, _: str | None) -> Pass:
     """A step without the optimiser: B128, bfloat16 autocast on a GPU; float32 on a CPU."""
     model = cifar_network(device, variant.startswith("materialising")).train()
     images = torch.randn(CIFAR_IMAGES, 3, 32, 32, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (CIFAR_IMAGES,), device=device)
-    if compiled(variant):
+    if is_compiled(variant):
         model.compile(fullgraph=True)
 
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
+    def loss(*_: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        return F.cross_entropy(logits.float(), labels)
 
-    return step
+    return Pass(loss, list(model.parameters()))
+
+
+# The shapes of the budgets: a training crop of 480 x 480, 16 images, of the networks of the paper.
+BUDGET: dict[str, dict[str, Any]] = {
+    "encode": {"B": 16, "C": 512, "size": 60, "K": 32},
+    "batch_norm": {"B": 16, "C": 256, "size": 120, "residual": True},
+    "upsample": {"B": 16, "C": 150, "low": 60, "high": 480},
+}
+
+
+def _operator_case(operator: str, title: str, cpu_batch: int) -> Case:
+    shape = BUDGET[operator]
+    build = _build_operator(operator, shape, cpu_batch)
+    least = sum(least_bytes(operator, torch.bfloat16.itemsize, shape))
+    return Case(title, VARIANTS[operator], build, gpu_bytes=least)
 
 
 CASES = {
-    "encode": Case(
+    "encode": _operator_case(
+        "encode",
         "Encoding layer, forward + backward (CPU: B2 C512 60x60 K32 fp32; GPU: B16 bf16)",
-        ("ours", "materialising, eager", "materialising, compiled", "matrix products, compiled"),
-        build_encode,
-        # bfloat16 x three times (forward reads it, backward reads it and writes dx), float32 E and
-        # its gradient, codewords once forward and twice backward.
-        gpu_bytes=3 * 2 * 16 * 3600 * 512 + 2 * 4 * 16 * 32 * 512 + 3 * 4 * 32 * 512,
+        2,
     ),
-    "upsample": Case(
+    "batch_norm": _operator_case(
+        "batch_norm",
+        "batch norm + residual + ReLU, forward + backward (C256 120x120; CPU: B2 fp32; GPU: B16 "
+        "bf16)",
+        2,
+    ),
+    "upsample": _operator_case(
+        "upsample",
         "upsample + cross-entropy, forward + backward (C150 60x60 -> 480x480; CPU: B4 fp32)",
-        ("ours", "interpolate + cross_entropy, eager", "interpolate + cross_entropy, compiled"),
-        build_upsample,
+        4,
     ),
     "crop": Case(
         "decode JPEG 683x512 + label PNG, augment to 480x480, one core",

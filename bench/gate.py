@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,6 +65,30 @@ def check_upsample(device: torch.device) -> str | None:
     )
 
 
+def _batch_norm(operator: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """On the batch's statistics, with a residual and ReLU."""
+    x, weight, bias, residual = tensors
+    return operator(
+        x, weight, bias, None, None, training=True, momentum=0.1, eps=1e-5, residual=residual
+    )
+
+
+def check_batch_norm(device: torch.device) -> str | None:
+    torch.manual_seed(0)
+    x, residual = (torch.randn(3, 40, 9, 7, device=device) for _ in range(2))
+    weight, bias = torch.rand(40, device=device) + 0.5, torch.randn(40, device=device)
+    ours = partial(_batch_norm, kernels.batch_norm_act)
+    truth = partial(_batch_norm, reference.batch_norm_act)
+    # A sum of y has a gradient of nearly nothing in x; weights of the sum give it one.
+    factor = torch.randn(3, 40, 9, 7, device=device)
+    return _compare(
+        lambda *tensors: ours(*tensors[:4]) * tensors[4],
+        lambda *tensors: truth(*tensors[:4]) * tensors[4],
+        [x, weight, bias, residual],
+        [factor],
+    )
+
+
 def check_cifar(device: torch.device) -> str | None:
     """Logits of both networks on the CPU, in float32: the same weights, the same images."""
     images = torch.randn(4, 3, 32, 32)
@@ -74,7 +99,12 @@ def check_cifar(device: torch.device) -> str | None:
     return None if error <= TOLERANCE else f"logits differ by {error:.1e} of the largest"
 
 
-CHECKS = {"encode": check_encode, "upsample": check_upsample, "cifar": check_cifar}
+CHECKS = {
+    "encode": check_encode,
+    "batch_norm": check_batch_norm,
+    "upsample": check_upsample,
+    "cifar": check_cifar,
+}
 
 
 def check(case: str, device: torch.device) -> str | None:

@@ -39,6 +39,16 @@ def upsample_then_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(full, target, ignore_index=255)
 
 
+def batch_norm_add_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None
+) -> Tensor:
+    """The end of a residual block as torchvision writes it: batch norm, `+=`, ReLU in place."""
+    y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.1, eps=1e-5)
+    if residual is not None:
+        y += residual
+    return F.relu_(y)
+
+
 def sequential_crop(
     image: Image.Image,
     label: Image.Image,

@@ -19,15 +19,20 @@ def machine(device: torch.device) -> str:
     """Processor or GPU, versions and the revision that was measured, in one line."""
     name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
     found = versions()
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return (
-        f"{name}{threads}; torch {found['torch']}, triton {found['triton']}; "
-        f"revision {revision or 'unknown'}"
+        f"{name}{threads}; torch {found['torch']}, triton {found['triton']}; revision {revision()}"
     )
+
+
+def revision() -> str:
+    """The commit that is checked out, "unknown" without git or a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
 
 
 def table(case: Case, results: Results, bandwidth: float = 0.0) -> Table:
@@ -43,7 +48,7 @@ def table(case: Case, results: Results, bandwidth: float = 0.0) -> Table:
     if case.per_call:
         made.add_column("images/s", justify="right", no_wrap=True)
     rates = bool(bandwidth and case.gpu_bytes)
-    for column in ("GB/s", "of the limit") if rates else ():
+    for column in ("GB/s", "of the limit", "host ms") if rates else ():
         made.add_column(column, justify="right", no_wrap=True)
     ours = results["ours"]
     assert isinstance(ours, Measurement)
@@ -58,7 +63,7 @@ def table(case: Case, results: Results, bandwidth: float = 0.0) -> Table:
             cells.append(f"{1e3 * case.per_call / result.median:.1f}")
         if rates:
             rate = 1e3 * case.gpu_bytes / result.median
-            cells += [f"{rate / 1e9:.0f}", f"{rate / bandwidth:.0%}"]
+            cells += [f"{rate / 1e9:.0f}", f"{rate / bandwidth:.0%}", f"{result.host:.2f}"]
         made.add_row(variant, *cells)
     reasons = sorted({r for r in results.values() if isinstance(r, str)})
     if reasons:

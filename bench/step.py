@@ -33,7 +33,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import peers, report, timing
-from bench.cases import compiled
+from bench.gpu.device import event
+from bench.passes import is_compiled
 from encnet_triton.models import SegmentationOutput, create_model
 from encnet_triton.nn import Encoding, SegmentationLoss, presence_target, set_norm_impl
 from encnet_triton.train.config import OptimConfig
@@ -43,6 +44,8 @@ from encnet_triton.train.setup import compile_obstacle
 VARIANTS = ("ours, eager", "ours, compiled", "stock, eager", "stock, compiled")
 PHASES = ("data", "forward", "loss", "backward", "optimiser")
 COMPARED, WARM_UP = 3, 3
+# Steps that follow one another on a GPU without waiting, as they do in a training.
+RUN = 5
 # Relative difference of the losses of the first steps; bfloat16 keeps eight bits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
@@ -77,6 +80,8 @@ class StepTimes:
         phases: median milliseconds of each phase.
         total: median milliseconds of a step.
         first: seconds of the first step, compilation included.
+        host: median milliseconds until a step returned to Python with nothing waiting before it;
+            the GPU's time where its queue was full.
         peak_mib: peak memory of the timed steps above the network and its weights: allocated on a
             GPU; resident on a CPU (with the compiler's own, where it compiled).
     """
@@ -86,6 +91,7 @@ class StepTimes:
     total: float
     first: float
     peak_mib: float
+    host: float
 
 
 class StockEncoding(nn.Module):
@@ -133,9 +139,9 @@ class PhaseClock:
         if self._device.type != "cuda":
             self._marks.append(time.perf_counter())
             return
-        event = timing.event()
-        event.record()
-        self._marks.append(event)
+        mark = event()
+        mark.record()
+        self._marks.append(mark)
 
     def read(self) -> list[float]:
         """Times between the marks since the last call; waits for the device."""
@@ -144,6 +150,11 @@ class PhaseClock:
         found = [_between(a, b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
         self._marks.clear()
         return found
+
+    def read_steps(self) -> list[list[float]]:
+        """The same by step: what lies between two steps is left out."""
+        found, length = self.read(), len(PHASES) + 1
+        return [found[i : i + len(PHASES)] for i in range(0, len(found), length)]
 
 
 def _between(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
@@ -172,7 +183,7 @@ class Step:
         self.loss: Callable[[SegmentationOutput, Tensor], Tensor] = stock_loss
         if not self.stock:
             self.loss = partial(our_loss, SegmentationLoss(shape.classes).to(device))
-        if compiled(variant):
+        if is_compiled(variant):
             self.model.compile()
             if self.stock:
                 self.loss = torch.compile(stock_loss)
@@ -232,10 +243,15 @@ def measure(
     else:
         timing.forget_peak()
     steps: list[list[float]] = []
+    hosts: list[float] = []
     end = time.perf_counter() + seconds
     while len(steps) < 3 or (time.perf_counter() < end and len(steps) < most):
-        step()
-        steps.append(step.clock.read())
+        for number in range(RUN if cuda else 1):
+            begin = time.perf_counter()
+            step()
+            if number == 0:
+                hosts.append(1e3 * (time.perf_counter() - begin))
+        steps += step.clock.read_steps()
     peak = torch.cuda.max_memory_allocated(device) if cuda else timing.peak_resident()
     medians = [statistics.median(phase) for phase in zip(*steps, strict=True)]
     return StepTimes(
@@ -244,6 +260,7 @@ def measure(
         total=statistics.median(sum(phases) for phases in steps),
         first=first,
         peak_mib=max(0, peak - before) / 2**20,
+        host=statistics.median(hosts),
     )
 
 
@@ -266,7 +283,7 @@ def disagreement(results: Results, tolerance: float) -> str | None:
 
 def measure_apart(variant: str, shape: Shape, device: torch.device) -> StepTimes | str:
     """Measure one variant in a fresh process; a sentence where it could not be."""
-    if compiled(variant) and compile_obstacle(device):
+    if is_compiled(variant) and compile_obstacle(device):
         return "no compiled variants: there is no compiler for torch.compile here"
     command = [sys.executable, "-m", "bench", "step", "--worker", variant]
     command += ["--device", device.type, *shape.arguments()]
@@ -288,7 +305,7 @@ def table(shape: Shape, device: torch.device, results: Results) -> Table:
         title_justify="left",
     )
     made.add_column("", no_wrap=True)
-    columns = ("images/s", "ms", *PHASES, "peak MiB", "first step s", "against stock")
+    columns = ("images/s", "ms", *PHASES, "host", "peak MiB", "first step s", "against stock")
     for column in columns:
         made.add_column(column, justify="right")
     base = results["stock, eager"]
@@ -297,7 +314,7 @@ def table(shape: Shape, device: torch.device, results: Results) -> Table:
             made.add_row(variant, *["-"] * len(columns))
             continue
         cells = [f"{1e3 * shape.batch / result.total:.1f}", f"{result.total:.1f}"]
-        cells += [f"{result.phases[name]:.1f}" for name in PHASES]
+        cells += [f"{result.phases[name]:.1f}" for name in PHASES] + [f"{result.host:.1f}"]
         cells += [f"{result.peak_mib:.0f}", f"{result.first:.1f}"]
         cells.append("-" if isinstance(base, str) else f"{base.total / result.total:.2f}x")
         made.add_row(variant, *cells)

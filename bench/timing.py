@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu.device import Gpu
+
 _MAX_REPEATS = 50
 
 
@@ -22,6 +24,7 @@ class Measurement:
         median, p20, p80: of `repeats` calls, after warm-up.
         extra_mib: peak resident memory (CPU) or allocated memory (GPU) of all calls, above the
             state before the first one.
+        host: median milliseconds until a call returned to Python on a GPU; 0 on a CPU.
     """
 
     median: float
@@ -29,6 +32,7 @@ class Measurement:
     p80: float
     repeats: int
     extra_mib: float
+    host: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -56,22 +60,27 @@ def peak_resident() -> int:
 def measure(
     call: Callable[[], object], device: torch.device, seconds: float = 4.0, warm_up: int = 2
 ) -> Measurement:
-    """Call at least three times and for about `seconds`; the first calls are not timed."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        forget_peak()
-        before = resident()
+    """Call at least three times and for about `seconds`; the first calls are not timed.
+
+    On a GPU time and memory are those of `bench.gpu.device.Gpu`.
+    """
+    if device.type == "cuda":
+        gpu = Gpu()
+        extra = gpu.extra_memory(call)
+        found = gpu.times(call, seconds)
+        return Measurement(
+            found.median, found.p20, found.p80, found.repeats, extra / 2**20, found.host
+        )
+    forget_peak()
+    before = resident()
     for _ in range(warm_up):
         call()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or (time.perf_counter() < end and len(times) < _MAX_REPEATS):
-        times.append(_once(call, device))
-    peak = torch.cuda.max_memory_allocated(device) if cuda else peak_resident()
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
     times.sort()
     cut = statistics.quantiles(times, n=5, method="inclusive")
     return Measurement(
@@ -79,7 +88,7 @@ def measure(
         p20=cut[0],
         p80=cut[3],
         repeats=len(times),
-        extra_mib=max(0, peak - before) / 2**20,
+        extra_mib=max(0, peak_resident() - before) / 2**20,
     )
 
 
@@ -88,21 +97,3 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * 2**30 / (measure(lambda: target.copy_(source), device, 1.0).median / 1e3)
-
-
-def _once(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = event(), event()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
-def event() -> torch.cuda.Event:
-    """A mark in the GPU's stream that keeps its time."""
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from bench.__main__ import main
 CPU = torch.device("cpu")
 SHAPE = step.Shape("demo", 2, 32, 5, "float32")
 FIXED = step.StepTimes(
+    host=1.0,
     losses=[2.0, 1.9, 1.8],
     phases=dict.fromkeys(step.PHASES, 20.0),
     total=100.0,

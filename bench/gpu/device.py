@@ -1,0 +1,229 @@
+"""What only a GPU can do: graphs, events, clocks, profilers. Each has a stand-in on a CPU.
+
+A rehearsal runs every line of the benchmark but those of `Gpu`.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Twice the largest L2 cache there is (126 MB), so that a fill leaves nothing of a call in it.
+_FLUSH_BYTES = 256 * 2**20
+# Fills and replays that wait in the stream at once: the GPU must never wait for Python.
+_IN_FLIGHT = 10
+_WARM_UP = 3
+_CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
+# Where the profilers are when they are not on the path.
+_TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call.
+
+    Attributes:
+        median, p20, p80: on the device; the data caches are cold on a GPU.
+        repeats: calls behind them.
+        host: median until the call returned to Python, with nothing waiting in the stream.
+        note: how it was measured, where that was not by replaying a graph.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+    host: float
+    note: str = ""
+
+
+def _times(found: Sequence[float], host: Sequence[float], note: str) -> Times:
+    cut = statistics.quantiles(found, n=5, method="inclusive")
+    return Times(
+        statistics.median(found), cut[0], cut[3], len(found), statistics.median(host), note
+    )
+
+
+def _host_times(call: Callable[[], object], wait: Callable[[], None], count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        wait()
+        start = time.perf_counter()
+        call()
+        found.append(1e3 * (time.perf_counter() - start))
+    wait()
+    return found
+
+
+class Gpu:
+    """The current CUDA device."""
+
+    kind = "cuda"
+    backend = "nccl"
+
+    def facts(self) -> dict[str, Any]:
+        """Name, size and what nvidia-smi says of driver, clocks, power and temperature."""
+        properties = torch.cuda.get_device_properties()
+        found: dict[str, Any] = {
+            "name": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "memory GiB": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "L2 MiB": round(properties.L2_cache_size / 2**20, 1),
+            "CUDA": torch.version.cuda,
+            "devices": torch.cuda.device_count(),
+            "ncu": self.tool("ncu") or "not found",
+            "compute-sanitizer": self.tool("compute-sanitizer") or "not found",
+        }
+        return found | self.clocks()
+
+    def clocks(self) -> dict[str, str]:
+        """What nvidia-smi reads now; empty where there is no nvidia-smi."""
+        query = f"--query-gpu={','.join(_CLOCKS)}"
+        command = ["nvidia-smi", query, "--format=csv,noheader", "-i", "0"]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        values = [value.strip() for value in run.stdout.split(",")]
+        return dict(zip(_CLOCKS, values, strict=True)) if len(values) == len(_CLOCKS) else {}
+
+    def tool(self, name: str) -> str | None:
+        """Path of a profiler, or None."""
+        return shutil.which(name) or next(
+            (found for folder in _TOOLS if (found := shutil.which(name, path=folder))), None
+        )
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def times(self, call: Callable[[], object], seconds: float, host_calls: int = 20) -> Times:
+        """Replay a CUDA graph of the call, with the L2 cache flushed before each replay.
+
+        The flush is a fill that takes longer than Python needs to launch what follows, so the time
+        between the two events holds no work of the host. A call that cannot be captured is
+        launched in the graph's place, and the note says so.
+        """
+        for _ in range(_WARM_UP):
+            call()
+        host = _host_times(call, self.wait, host_calls)
+        note = ""
+        try:
+            replay = self._captured(call)
+        except RuntimeError as error:
+            note = f"launched, not replayed: {str(error).splitlines()[0][:120]}"
+            self.wait()
+            replay = call
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.kind)
+        found: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(found) < _IN_FLIGHT or time.perf_counter() < end:
+            pairs = []
+            for _ in range(_IN_FLIGHT):
+                begin, stop = event(), event()
+                flush.zero_()
+                begin.record()
+                replay()
+                stop.record()
+                pairs.append((begin, stop))
+            self.wait()
+            found += [begin.elapsed_time(stop) for begin, stop in pairs]
+        return _times(found, host, note)
+
+    def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = call()
+        return _Replay(graph, kept)
+
+    def extra_memory(self, call: Callable[[], object]) -> int:
+        """Bytes that a call allocates at most, above what is allocated before it."""
+        call()
+        gc.collect()
+        self.wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        self.wait()
+        return max(0, torch.cuda.max_memory_allocated() - before)
+
+    def profile(self, call: Callable[[], object]) -> None:
+        """Run a call between the marks that ncu waits for."""
+        self.wait()
+        torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+        call()
+        self.wait()
+        torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class _Replay:
+    """A captured call; what it returned must live as long as the graph."""
+
+    graph: torch.cuda.CUDAGraph
+    kept: object
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+class StandIn:
+    """A CPU in place of the GPU: the same methods, simple ways."""
+
+    kind = "cpu"
+    backend = "gloo"
+    stands_for = (
+        "CUDA graphs, events and the L2 flush: calls timed by the host's clock",
+        "peak memory of the allocator: not measured",
+        "nvidia-smi: no clocks",
+        "ncu and compute-sanitizer: sentences as they print them",
+        "NCCL: gloo",
+    )
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": "rehearsal", "capability": "none"}
+
+    def clocks(self) -> dict[str, str]:
+        return {}
+
+    def tool(self, name: str) -> str | None:
+        return None
+
+    def wait(self) -> None:
+        pass
+
+    def times(self, call: Callable[[], object], seconds: float, host_calls: int = 20) -> Times:
+        found = _host_times(call, self.wait, 2)
+        return _times(found, found, "on the host's clock")
+
+    def extra_memory(self, call: Callable[[], object]) -> int:
+        call()
+        return 0
+
+    def profile(self, call: Callable[[], object]) -> None:
+        call()
+
+
+def place(rehearse: bool) -> Gpu | StandIn:
+    """The GPU, or what stands in for it."""
+    return StandIn() if rehearse else Gpu()
+
+
+def event() -> torch.cuda.Event:
+    """A mark in the GPU's stream that keeps its time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
