@@ -15,6 +15,7 @@ from rich.console import Console
 from bench import compile as compile_report
 from bench import context, cost, gate, loader, memory, report, step, traffic
 from bench.cases import CASES, Case
+from bench.gpu import command as gpu
 from bench.passes import is_compiled
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
@@ -104,13 +105,17 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options, extra = parse(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["gpu"]:
+        return gpu.main(given[1:])
+    options, extra = parse(given)
     if extra and options.case != "context":
         print(f"error: unknown argument {extra[0]}", file=sys.stderr)
         return 2
     if options.case is None:
         for name, case in CASES.items():
             print(f"{name:<10}{case.title}")
+        print(f"{'gpu':<10}all that is worth measuring on a GPU, in the time there is; see --help")
         print(f"{'step':<10}a training step of the network, phase by phase, against stock code")
         print(f"{'memory':<10}peak memory of a training step on a GPU, predicted without one")
         print(f"{'loader':<10}training batches a second from JPEGs, two workers")

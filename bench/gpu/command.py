@@ -1,0 +1,131 @@
+"""`python -m bench gpu`: measure everything worth measuring on this GPU, the best first."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import publish, report
+from bench.gpu.device import place
+from bench.gpu.job import Job, Outcome
+from bench.gpu.runner import Results, Runner
+from bench.gpu.stages import STAGES, jobs_of
+from bench.report import machine
+from encnet_triton.atomic import write_text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder for results.jsonl, report.md, log.txt")
+    parser.add_argument("--minutes", type=float, default=25.0, help="time there is (%(default)s)")
+    parser.add_argument(
+        "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="all by default"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    parser.add_argument("--rehearse", action="store_true", help="small shapes on a CPU, no figures")
+    parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10, to train on it as well")
+    parser.add_argument(
+        "--publish", type=Path, nargs="+", metavar="DIR",
+        help="put the results of these folders, of one machine, into docs/gpu",
+    )  # fmt: skip
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status: 1 where a result was wrong or a job failed."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.publish is not None:
+            print(f"published in {publish.publish(options.publish)}")
+            publish.write_documents()
+            return 0
+        if options.out is None:
+            raise ValueError("--out must name a folder for the results, for example gpu-results")
+        if not options.rehearse and not torch.cuda.is_available():
+            raise ValueError(
+                f"torch {torch.__version__} finds no CUDA device; --rehearse goes through all "
+                "stages on a CPU"
+            )
+        return run(options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the jobs, write the report after each; returns the exit status."""
+    deadline = time.monotonic() + 60 * options.minutes
+    jobs = jobs_of(options.stage, options.rehearse, options.cifar)
+    results = _results(options)
+    for line in plan(jobs, 60 * options.minutes, _together()):
+        print(line, flush=True)
+
+    def after(outcome: Outcome) -> None:
+        said = f"{outcome.stage}: {outcome.name}: {outcome.status}"
+        said += f": {outcome.reason}" if outcome.reason else ""
+        print(f"{outcome.seconds:6.1f} s  {said}", flush=True)
+        _write(options.out, results)
+
+    # What `timeout` or a batch system sends ends the workers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    Runner(results, deadline, options.rehearse, _together(), after).run(jobs)
+    _write(options.out, results)
+    print(f"report: {options.out / 'report.md'}")
+    bad = {o.status for o in results.outcomes.values()} & {"wrong", "failed", "timed out"}
+    return 1 if bad else 0
+
+
+def _results(options: argparse.Namespace) -> Results:
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out)
+    if results.header and not options.resume:
+        raise ValueError(f"{results.file} is there already: --resume, or another --out")
+    now = _header(options.rehearse)
+    same = ("device", "machine", "rehearsal")
+    if results.header and any(results.header.get(key) != now[key] for key in same):
+        raise ValueError(
+            f"{results.file} was made by {results.header.get('device')}, "
+            f"{results.header.get('machine')}; this is {now['device']}, {now['machine']}"
+        )
+    results.begin(now)
+    return results
+
+
+def _header(rehearse: bool) -> dict[str, Any]:
+    device = place(rehearse)
+    return {
+        "device": device.facts()["name"],
+        "machine": machine(torch.device(device.kind)),
+        "rehearsal": rehearse,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def _together() -> int:
+    """Jobs that share the device; each holds some GiB of memory and a core while it compiles."""
+    return max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+def plan(jobs: list[Job], seconds: float, together: int) -> list[str]:
+    """A line a stage: what it takes, and from where on the time will not do."""
+    lines, used = [], 0.0
+    for stage in dict.fromkeys(job.stage for job in jobs):
+        of_stage = [job for job in jobs if job.stage == stage]
+        need = sum(job.seconds if job.alone else job.seconds / together for job in of_stage)
+        fits = "fits" if used + need <= seconds else f"{max(0.0, seconds - used):.0f} s for it"
+        lines.append(f"{stage:<10}{len(of_stage):>4} jobs, about {need:4.0f} s: {fits}")
+        used += need
+    return lines
+
+
+def _write(folder: Path, results: Results) -> None:
+    write_text(report.whole(results.header, results.outcomes), folder / "report.md")

@@ -1,0 +1,70 @@
+"""A piece of work for a process of its own, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["ok", "wrong", "failed", "timed out", "does not fit", "left out"]
+
+
+class Wrong(Exception):
+    """The result of a job is not right; the message says what differs, and by how much."""
+
+
+class LeftOut(Exception):
+    """A job cannot run on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker runs.
+
+    Attributes:
+        stage, name: together unique.
+        function: "module:function"; called with (arguments, rehearse), returns
+            what JSON can hold.
+        arguments: what JSON can hold.
+        seconds: what it takes on a current GPU, about.
+        limit: seconds after which it is ended.
+        alone: whether it measures time, so that nothing else may run beside it.
+        environment: variables of its process.
+    """
+
+    stage: str
+    name: str
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 10.0
+    limit: float = 120.0
+    alone: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.stage, self.name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of results.jsonl.
+
+    Attributes:
+        seconds: what the job took.
+        result: what its function returned, if it ended well.
+        reason: one sentence where it did not.
+    """
+
+    stage: str
+    name: str
+    status: Status
+    seconds: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.stage, self.name
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if v not in ({}, "")}

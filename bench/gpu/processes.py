@@ -1,0 +1,120 @@
+"""Worker processes with time limits, of which nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.job import Job, Outcome
+
+ROOT = Path(__file__).parents[2]
+_SAID = 4000  # characters of a job's output that are kept
+
+
+def child_environment(more: dict[str, str]) -> dict[str, str]:
+    """Variables for a child: ours, `more`, and this checkout on the path of modules."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
+
+
+def _parents() -> dict[int, int]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # The name in parentheses may hold spaces.
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                found[int(entry.name)] = int(fields[1])
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all its descendants, those in sessions of their own as well."""
+    doomed, parents = {pid}, _parents()
+    while more := {child for child, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= more
+    for one in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+class Worker:
+    """A process that has imported what jobs need and waits for one."""
+
+    def __init__(self, environment: dict[str, str], rehearse: bool) -> None:
+        self.environment = environment
+        self._rehearse = rehearse
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.gpu.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+            env=child_environment(environment),
+        )
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
+
+    def run(self, job: Job, limit: float) -> tuple[Outcome, str]:
+        """What came of the job, and the end of what it printed; no later than after `limit`."""
+        start = time.monotonic()
+        line = {"function": job.function, "arguments": job.arguments, "rehearse": self._rehearse}
+        assert self._process.stdin is not None
+        answer: dict[str, Any]
+        self._log.seek(0)
+        self._log.truncate()
+        try:
+            self._process.stdin.write(json.dumps(line) + "\n")
+            self._process.stdin.flush()
+            text = self._answers.get(timeout=limit)
+            answer = json.loads(text) if text else self._death()
+        except BrokenPipeError:
+            answer = self._death()
+        except queue.Empty:
+            answer = {"status": "timed out", "reason": f"ended after {limit:.0f} s"}
+        if answer["status"] == "timed out":
+            self.stop()
+        seconds = round(time.monotonic() - start, 2)
+        return Outcome(job.stage, job.name, seconds=seconds, **answer), self._printed()
+
+    def _death(self) -> dict[str, Any]:
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return {"status": "failed", "reason": "the process closed its output and went on"}
+        cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        last = (self._printed().strip().splitlines() or ["it printed nothing"])[-1]
+        return {"status": "failed", "reason": f"the process ended with {cause}: {last[:300]}"}
+
+    def _printed(self) -> str:
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - _SAID))
+        return self._log.read()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End the process and all that it started."""
+        if self.alive:
+            kill_tree(self._process.pid)
+        self._process.wait()

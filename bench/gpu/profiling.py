@@ -1,0 +1,150 @@
+"""Nsight Compute on the kernels of each operator, and compute-sanitizer on awkward shapes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from bench.gpu.device import place
+from bench.gpu.job import LeftOut, Wrong
+from bench.gpu.processes import ROOT, child_environment
+from bench.passes import PASSES
+
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats")
+# What is kept of each kernel: a name of ours and the metric as ncu calls it.
+METRICS = {
+    "us": r"gpu__time_duration\.sum",
+    "memory %": r"gpu__dram_throughput\.avg\.pct_of_peak_sustained_elapsed",
+    "multiprocessor %": r"sm__throughput\.avg\.pct_of_peak_sustained_elapsed",
+    "tensor %": r"sm__(inst_executed_)?pipe_tensor.*\.pct_of_peak_sustained_active",
+    "occupancy %": r"sm__warps_active\.avg\.pct_of_peak_sustained_active",
+    "registers": r"launch__registers_per_thread",
+}
+_STALL = re.compile(r"smsp__average_warps?_issue_stalled_(\w+?)_per_(issue|warp)\w*\.ratio")
+_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+
+# As the tools print it; the stand-in of a machine without them.
+SAMPLE_NCU = (
+    "==PROF== Connected to process 1\n"
+    '"ID","Kernel Name","Block Size","Grid Size","gpu__time_duration.sum",'
+    '"gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed","launch__registers_per_thread",'
+    '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",'
+    '"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"\n'
+    '"","","","","us","%","register/thread","inst","inst"\n'
+    '"0","a_kernel","(256, 1, 1)","(132, 1, 1)","1,012.5","61.2","244","7.5","1.25"\n'
+)
+SAMPLE_SANITIZER = "========= ERROR SUMMARY: 0 errors\n"
+
+
+def _command(arguments: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu.profiling", json.dumps(arguments)]
+
+
+def ncu(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
+    """Throughput, occupancy and the largest stall reasons of each kernel of one pass."""
+    if rehearse:
+        run_once(arguments["small"], rehearse)
+        return {"kernels": read_ncu(SAMPLE_NCU)}
+    program = place(rehearse).tool("ncu")
+    if program is None:
+        raise LeftOut("there is no ncu on the path")
+    command = [program, "--csv", "--page", "raw", "--target-processes", "all"]
+    command += ["--profile-from-start", "off", "--clock-control", "none"]
+    for section in SECTIONS:
+        command += ["--section", section]
+    printed = _run([*command, *_command(arguments)])
+    kernels = read_ncu(printed)
+    if not kernels:
+        raise LeftOut(f"ncu profiled nothing: {_last_complaint(printed)}")
+    return {"kernels": kernels}
+
+
+def sanitize(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
+    """Errors that a tool of compute-sanitizer finds in one pass."""
+    if rehearse:
+        run_once(arguments["small"], rehearse)
+        return {"errors": read_sanitizer(SAMPLE_SANITIZER)}
+    program = place(rehearse).tool("compute-sanitizer")
+    if program is None:
+        raise LeftOut("there is no compute-sanitizer on the path")
+    command = [program, "--tool", arguments["tool"], *_command(arguments)]
+    # One allocation a tensor, so that what lies beyond a tensor is nobody's.
+    printed = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    errors = read_sanitizer(printed)
+    if errors is None:
+        raise LeftOut(f"compute-sanitizer did not run: {_last_complaint(printed)}")
+    if errors:
+        found = [line for line in printed.splitlines() if line.startswith("========= ")]
+        raise Wrong(f"{arguments['tool']}: {errors} errors; first: {found[1][10:200]}")
+    return {"errors": 0}
+
+
+def _run(command: list[str], **variables: str) -> str:
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=child_environment(variables)
+    )
+    print(run.stdout[-2000:], run.stderr[-1000:])
+    return run.stdout + run.stderr
+
+
+def _last_complaint(printed: str) -> str:
+    lines = printed.strip().splitlines() or ["it printed nothing"]
+    return next((line for line in lines if "rror" in line), lines[-1])[:200]
+
+
+def read_ncu(printed: str) -> list[dict[str, Any]]:
+    """A row a kernel, out of ncu's page of raw values as CSV."""
+    lines = printed.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return []
+    rows = list(csv.DictReader(io.StringIO("\n".join(x for x in lines[start:] if x[:1] == '"'))))
+    return [_kernel(row, units=rows[0]) for row in rows[1:]]
+
+
+def _kernel(row: dict[str, str], units: dict[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"kernel": row["Kernel Name"], "grid": row.get("Grid Size", "")}
+    for name, pattern in METRICS.items():
+        column = next((c for c in row if re.fullmatch(pattern, c)), None)
+        if column is not None and (value := _number(row[column])) is not None:
+            nanoseconds = name == "us" and units[column] in ("ns", "nsecond")
+            found[name] = value / 1e3 if nanoseconds else value
+    stalls = {}
+    for column, text in row.items():
+        if (match := _STALL.fullmatch(column)) and (value := _number(text)) is not None:
+            stalls[match[1]] = value
+    found["stalls"] = dict(sorted(stalls.items(), key=lambda one: -one[1])[:3])
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def read_sanitizer(printed: str) -> int | None:
+    """The number in the last line of a tool of compute-sanitizer; None where there is none."""
+    found = _SUMMARY.findall(printed)
+    return int(found[-1]) if found else None
+
+
+def run_once(arguments: dict[str, Any], rehearse: bool) -> None:
+    """Forward and backward of one operator, between the marks that ncu waits for."""
+    device = place(rehearse)
+    make, dtype = PASSES[arguments["operator"]], getattr(torch, arguments["dtype"])
+    step = make("ours", torch.device(device.kind), dtype, **arguments["shape"])
+    step()
+    device.profile(step)
+
+
+if __name__ == "__main__":
+    run_once(json.loads(sys.argv[1]), rehearse=False)

@@ -1,0 +1,116 @@
+"""`bench gpu --publish DIR`: results into docs/gpu, and the tables of the documents from there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.processes import ROOT
+from bench.gpu.report import Outcomes, markdown, whole
+from bench.gpu.runner import Results
+from encnet_triton.atomic import write_text
+
+FOLDER = ROOT / "docs" / "gpu"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "gpu.md")
+BEGIN, END = "<!-- gpu results: made by `bench gpu --publish` -->", "<!-- end of gpu results -->"
+LARGEST = 300 * 1024
+NOTHING = "No GPU has run this yet: every figure for a GPU in these documents is predicted."
+
+
+def publish(sources: Sequence[Path], folder: Path = FOLDER) -> Path:
+    """Join results of one machine in docs/gpu/<device>; what a later folder measured again counts.
+
+    Raises:
+        ValueError: a folder holds no results, those of a rehearsal or of another device, or all
+            together are more than 300 KB.
+    """
+    found = [_read(source) for source in sources]
+    devices = {str(results.header["device"]) for results in found}
+    if len(devices) > 1:
+        raise ValueError(f"the folders hold results of several devices: {', '.join(devices)}")
+    outcomes = {key: one for results in found for key, one in results.outcomes.items()}
+    header = found[-1].header
+    lines = [header, *(one.as_dict() for one in outcomes.values())]
+    made = {
+        "results.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+        "report.md": whole(header, outcomes),
+    }
+    size = sum(len(text.encode()) for text in made.values())
+    if size > LARGEST:
+        raise ValueError(f"the results are {size} bytes; at most {LARGEST} are allowed")
+    target = folder / slug(devices.pop())
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in made.items():
+        write_text(text, target / name)
+    return target
+
+
+def _read(source: Path) -> Results:
+    results = Results(source)
+    if "device" not in results.header:
+        raise ValueError(f"{source} holds no results.jsonl of `bench gpu`")
+    if results.header.get("rehearsal"):
+        raise ValueError(f"{source} holds a rehearsal; only results of a GPU are published")
+    return results
+
+
+def slug(device: str) -> str:
+    """The name of a device as a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def write_documents() -> None:
+    """Put the tables between the marks of each document."""
+    for document in DOCUMENTS:
+        write_text(filled(document.read_text(), tables(FOLDER)), document)
+
+
+def filled(text: str, table: str) -> str:
+    """A document with the part between its marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"a document has no part between {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{table}\n{end}{after}"
+
+
+def tables(folder: Path) -> str:
+    """One table for all published machines, or a sentence where there is none."""
+    found = [Results(file.parent) for file in sorted(folder.glob("*/results.jsonl"))]
+    if not found:
+        return NOTHING
+    rows = [row for results in found for row in _rows(results.header, results.outcomes)]
+    return "\n".join(markdown(("measured", "ours", "best peer", "ratio"), rows)).rstrip()
+
+
+def _rows(header: dict[str, Any], outcomes: Outcomes) -> list[tuple[str, ...]]:
+    """Each operator's forward + backward, and images a second of each training step."""
+    device, rows = str(header["device"]), []
+    good = {o.key: o.result for o in outcomes.values() if o.status == "ok"}
+    for stage, least in (("operators", True), ("step", False)):
+        groups: dict[str, dict[str, float]] = {}
+        for (of, name), result in good.items():
+            group, _, variant = name.partition(": ")
+            value = result["both"]["us"] if "both" in result else result.get("images/s")
+            if of == stage and value is not None:
+                groups.setdefault(group, {})[variant] = value
+        for group, values in groups.items():
+            rows += _row(f"{device}: {group}", values, "us" if least else "images/s", least)
+    return rows
+
+
+def _row(name: str, values: dict[str, float], unit: str, least: bool) -> list[tuple[str, ...]]:
+    best = min if least else max
+    ours = [v for k, v in values.items() if k.startswith("ours")]
+    peers = {k: v for k, v in values.items() if not k.startswith("ours")}
+    if not ours:
+        return []
+    mine = best(ours)
+    if not peers:
+        return [(name, f"{mine:.1f} {unit}", "-", "-")]
+    peer = best(peers, key=lambda k: peers[k])
+    ratio = peers[peer] / mine if least else mine / peers[peer]
+    return [(name, f"{mine:.1f} {unit}", f"{peers[peer]:.1f} {unit} ({peer})", f"{ratio:.2f}x")]

@@ -1,0 +1,186 @@
+"""The jobs of every stage, the most valuable first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.job import Job
+from bench.gpu.operators import SHAPES, variants
+from bench.passes import is_compiled
+from bench.step import Shape
+
+PARTS = 12  # processes that the tests are spread over
+
+# Programs that use wgmma have run nowhere yet: they come first. Then the shapes of the budgets,
+# then sizes that fit no tile.
+_OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "encode C16 K16, whole images": ("encode", "bfloat16", {"B": 2, "C": 16, "size": 32, "K": 16}),
+    "encode C64 K16, whole images": ("encode", "bfloat16", {"B": 2, "C": 64, "size": 8, "K": 16}),
+    "encode C512 K64": ("encode", "bfloat16", {"B": 2, "C": 512, "size": 30, "K": 64}),
+    "encode C512 K150": ("encode", "bfloat16", {"B": 2, "C": 512, "size": 20, "K": 150}),
+    "encode C1024 K32": ("encode", "bfloat16", {"B": 2, "C": 1024, "size": 30, "K": 32}),
+    "encode C512 K32": ("encode", "bfloat16", {"B": 1, "C": 512, "size": 60, "K": 32}),
+    "encode C59 K7": ("encode", "bfloat16", {"B": 2, "C": 59, "size": 13, "K": 7}),
+    "encode C512 K32 float32": ("encode", "float32", {"B": 2, "C": 512, "size": 30, "K": 32}),
+    "batch_norm C256 residual": (
+        "batch_norm", "bfloat16", {"B": 2, "C": 256, "size": 120, "residual": True},
+    ),
+    "batch_norm C30": ("batch_norm", "float32", {"B": 2, "C": 30, "size": 17, "residual": True}),
+    "batch_norm C3": ("batch_norm", "float16", {"B": 2, "C": 3, "size": 11, "residual": False}),
+    "upsample C150": ("upsample", "bfloat16", {"B": 1, "C": 150, "low": 60, "high": 480}),
+    "upsample C21": ("upsample", "float32", {"B": 2, "C": 21, "low": 9, "high": 61}),
+    "upsample C7, smaller": ("upsample", "float16", {"B": 2, "C": 7, "low": 40, "high": 11}),
+}  # fmt: skip
+# Two of each kind are enough to rehearse.
+_REHEARSED = ("encode C59 K7", "batch_norm C3", "upsample C21")
+
+
+def smoke(rehearse: bool) -> list[Job]:
+    """Under a minute."""
+    sizes = {"bytes": 2**20, "matrix": 64} if rehearse else {"bytes": 2**30, "matrix": 8192}
+    arguments: dict[str, Any]
+    jobs = [
+        Job("smoke", "environment", "bench.gpu.smoke:environment", seconds=5, alone=True),
+        Job("smoke", "limits", "bench.gpu.smoke:limits", sizes, seconds=6, alone=True),
+    ]
+    for name, (operator, dtype, shape) in _OPERATORS.items():
+        if rehearse and name not in _REHEARSED:
+            continue
+        arguments = {"operator": operator, "dtype": dtype, "shape": shape}
+        jobs.append(Job("smoke", name, "bench.gpu.smoke:operator", arguments, seconds=8))
+    one = {"classes": 21, "low": 9, "high": 61}
+    jobs.append(Job("smoke", "upsample_argmax C21", "bench.gpu.smoke:argmax", one, seconds=8))
+    # A rehearsal has gloo alone, and the stage of trainings for torchrun.
+    for backend, count in (("nccl", 1), ("gloo", 2))[1 if rehearse else 0 :]:
+        group = {"backend": backend, "processes": count}
+        jobs.append(
+            Job("smoke", f"{backend}, ranks: {count}", "bench.gpu.smoke:ranks", group, seconds=15)
+        )
+    few = {"recipe": "scenes", "options": ["--stop-at", "3"], "seconds": 60}
+    if not rehearse:
+        jobs.append(
+            Job("smoke", "torchrun, 1 process", "bench.gpu.training:train", few, seconds=20)
+        )
+    return jobs
+
+
+def operators(rehearse: bool) -> list[Job]:
+    """Everything is compiled first, many at once; then one variant at a time is measured."""
+    pairs = [(s, v) for s in SHAPES for v in variants(s) if not (rehearse and not SHAPES[s].small)]
+    pairs.sort(key=lambda pair: pair[1] != "ours")
+    jobs = [
+        Job("operators", f"{shape}: {variant}, compile", "bench.gpu.operators:prepare",
+            {"shape": shape, "variant": variant}, seconds=30, limit=240)
+        for shape, variant in pairs
+        if variant == "ours" or is_compiled(variant)
+    ]  # fmt: skip
+    jobs += [
+        Job("operators", f"{shape}: {variant}", "bench.gpu.operators:measure",
+            {"shape": shape, "variant": variant}, seconds=8,
+            limit=300 if is_compiled(variant) else 120, alone=True)
+        for shape, variant in pairs
+    ]  # fmt: skip
+    return jobs
+
+
+def tests(rehearse: bool) -> list[Job]:
+    """`pytest -m "triton or gpu"`, a share of the tests in each of several processes."""
+    select = ["tests/test_metrics.py"] if rehearse else ["tests", "-m", "triton or gpu"]
+    parts = 1 if rehearse else PARTS
+    return [
+        Job("tests", f"part {i + 1} of {parts}", "bench.gpu.suite:run",
+            {"select": select, "part": f"{i}/{parts}"}, seconds=120, limit=420)
+        for i in range(parts)
+    ]  # fmt: skip
+
+
+def step(rehearse: bool) -> list[Job]:
+    """EncNet-R50 and R101, 16 images and 2; every variant a process."""
+    networks = [("R50", "resnet50", 16), ("R50", "resnet50", 2)]
+    networks += [("R101", "resnet101", 16), ("R101", "resnet101", 2)]
+    interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    jobs, memory = [], []
+    for name, backbone, batch in networks[: 1 if rehearse else None]:
+        shape = asdict(Shape(backbone, batch, 480, 150))
+        for how, seconds, limit in (("eager", 20, 120), ("compiled", 120, 400)):
+            for side in ("ours", "stock"):
+                arguments = {"shape": shape, "variant": f"{side}, {how}"}
+                jobs.append(
+                    Job("step", f"{name} {batch} images: {side}, {how}", "bench.gpu.step:measure",
+                        arguments, seconds=seconds, limit=limit, alone=True)
+                )  # fmt: skip
+        memory.append(
+            Job("step", f"{name} {batch} images: predicted memory", "bench.gpu.step:predict",
+                {"shape": shape}, seconds=30, environment=interpreted)
+        )  # fmt: skip
+    return jobs + memory
+
+
+def profile(rehearse: bool) -> list[Job]:
+    """ncu at the shapes of the budgets, compute-sanitizer at awkward ones."""
+    jobs = []
+    for name, shape in SHAPES.items():
+        if shape.operator == "cifar" or (rehearse and not shape.small):
+            continue
+        arguments = {"operator": shape.operator, "dtype": "bfloat16", "shape": shape.shape}
+        small = {**arguments, "dtype": "float32", "shape": shape.small}
+        jobs.append(
+            Job("profile", f"ncu {name}", "bench.gpu.profiling:ncu", {**arguments, "small": small},
+                seconds=40, limit=180, alone=True)
+        )  # fmt: skip
+    awkward = (
+        "encode C59 K7",
+        "batch_norm C30",
+        "upsample C7, smaller",
+        "encode C64 K16, whole images",
+    )
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        for name in awkward[: 1 if rehearse else None]:
+            operator, dtype, sizes = _OPERATORS[name]
+            arguments = {"operator": operator, "dtype": dtype, "shape": sizes}
+            small = {**arguments, "dtype": "float32"}
+            jobs.append(
+                Job("profile", f"{tool} {name}", "bench.gpu.profiling:sanitize",
+                    {**arguments, "small": small, "tool": tool}, seconds=40, limit=240)
+            )  # fmt: skip
+    return jobs
+
+
+def train(rehearse: bool, cifar: Path | None = None) -> list[Job]:
+    """`scenes` for a minute, eager and compiled, to a score; CIFAR-10 where its folder is given."""
+    runs: list[tuple[str, str, list[str], float]] = [
+        ("scenes, eager", "scenes", [], 60.0),
+        ("scenes, compiled", "scenes", ["--compile"], 120.0),
+    ]
+    if cifar is not None:
+        options = ["--data", str(cifar.resolve())]
+        runs.append(("cifar10_encnet_16k64d", "cifar10_encnet_16k64d", options, 120.0))
+    return [
+        Job("train", name, "bench.gpu.training:train",
+            {"recipe": recipe, "options": options, "seconds": seconds},
+            seconds=seconds + 20, limit=seconds + 90, alone=True)
+        for name, recipe, options, seconds in runs
+    ]  # fmt: skip
+
+
+STAGES: dict[str, Callable[[bool], list[Job]]] = {
+    "smoke": smoke,
+    "operators": operators,
+    "tests": tests,
+    "step": step,
+    "profile": profile,
+    "train": train,
+}
+
+
+def jobs_of(stages: list[str], rehearse: bool, cifar: Path | None) -> list[Job]:
+    """The jobs of these stages, in the order of `STAGES`."""
+    return [
+        job
+        for name, make in STAGES.items()
+        if name in stages
+        for job in (train(rehearse, cifar) if name == "train" else make(rehearse))
+    ]

@@ -1,0 +1,78 @@
+"""Trainings under torchrun, ended by a signal when their time is over."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.device import place
+from bench.gpu.job import LeftOut, Wrong
+from bench.gpu.processes import ROOT, child_environment
+
+_GRACE = 60.0  # seconds to save and end after the signal
+
+
+def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
+    """A recipe for some seconds: steps, samples a second and the last score.
+
+    Arguments: recipe; options of the trainer; seconds; in a rehearsal, a few steps instead.
+    """
+    if rehearse and "--compile" in arguments["options"]:
+        raise LeftOut("compilation takes minutes; a rehearsal does without")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "1", "-m", "encnet_triton.train"]
+        command += ["--recipe", arguments["recipe"], "--runs", folder, "--name", "run"]
+        command += ["--device", place(rehearse).kind, *arguments["options"]]
+        if rehearse:
+            command += ["--batch-size", "2", "--workers", "0", "--stop-at", "2", "--log-every", "1"]
+        start = time.monotonic()
+        printed, ended = _run_for(command, arguments["seconds"])
+        found = {"seconds": round(time.monotonic() - start, 1), "to its end": ended}
+        run = Path(folder, "run")
+        if not (run / "last.safetensors").exists():
+            lines = [line for line in printed.splitlines() if "rror" in line] or [printed[-200:]]
+            raise Wrong(f"the training left no checkpoint: {lines[0][:300]}")
+        return found | read((run / "metrics.jsonl").read_text())
+
+
+def _run_for(command: list[str], seconds: float) -> tuple[str, bool]:
+    """What it printed, and whether it ended by itself."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=child_environment({})
+        )
+        ended = True
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            ended = False
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=_GRACE)
+        log.seek(0)
+        printed = log.read()
+    print(printed[-3000:])
+    return printed, ended
+
+
+def read(metrics: str) -> dict[str, Any]:
+    """The last step, the median rate and the last score of a run's metrics.jsonl."""
+    records = [json.loads(line) for line in metrics.splitlines()]
+    training = [r for r in records if r["kind"] == "train"]
+    scores = [r for r in records if r["kind"] == "val"]
+    found: dict[str, Any] = {}
+    if training:
+        found["step"] = training[-1]["step"]
+        rates = sorted(r["images_per_second"] for r in training if r.get("images_per_second"))
+        if rates:
+            found["images/s"] = rates[len(rates) // 2]
+    for name in ("miou", "pixel_accuracy", "error"):
+        if scores and name in scores[-1]:
+            found[name] = scores[-1][name]
+    return found

@@ -1,0 +1,53 @@
+"""The process that runs jobs: `python -m bench.gpu.worker`, one job a line on its input.
+
+Each answer is a line of JSON on its output; whatever else the job prints goes to its error output.
+A sticky CUDA error poisons the process, so a worker on a GPU is given one job.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+import torch
+
+# The other two are imported here so that a worker has them before its job comes.
+from bench.gpu import operators, step  # noqa: F401
+from bench.gpu.job import LeftOut, Wrong
+
+
+def run(function: str, arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
+    """Run a job; what came of it as the fields of an `Outcome`."""
+    module, _, name = function.partition(":")
+    try:
+        call = getattr(importlib.import_module(module), name)
+        return {"status": "ok", "result": call(arguments, rehearse)}
+    except Wrong as error:
+        return {"status": "wrong", "reason": str(error)}
+    except LeftOut as error:
+        return {"status": "left out", "reason": str(error)}
+    except torch.OutOfMemoryError as error:
+        return {"status": "does not fit", "reason": str(error).splitlines()[0]}
+    except Exception as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or ["no message"]
+        return {"status": "failed", "reason": f"{type(error).__name__}: {lines[0][:300]}"}
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer = run(job["function"], job["arguments"], job["rehearse"])
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
