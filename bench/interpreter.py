@@ -1,4 +1,4 @@
-"""Watch Triton kernels in Triton's interpreter: bounds, races, bytes and sectors, program order.
+"""Watch kernels in Triton's interpreter: bounds, alignment, races, bytes, sectors, program order.
 
     with Watch(order="reverse", races=True) as watch:
         kernel[grid](...)
@@ -39,6 +39,10 @@ _Direction = Literal["load", "store"]
 
 class OutOfBounds(RuntimeError):
     """A kernel touched an address outside every tensor it was given."""
+
+
+class Misaligned(RuntimeError):
+    """A kernel touched an address that is no multiple of the element's size; a GPU stops at it."""
 
 
 class Race(RuntimeError):
@@ -114,6 +118,8 @@ class _Region:
 
 class Watch:
     """While it is entered, every launch is checked and recorded in ``launches``.
+
+    An access at an address that is no multiple of its element's size raises Misaligned.
 
     Args:
         order: order of the programs: None as launched, "reverse", or a seed to shuffle them.
@@ -257,6 +263,7 @@ class Watch:
         wanted = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
         addresses = pointers.data[wanted].view(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        self._check_alignment(kind, addresses, size)
         for region, part in self._owners(kind, addresses, size):
             region.count(kind, part, size, self._program)
             race = self._detector and self._detector.check(kind, part, size, self._program)
@@ -267,6 +274,12 @@ class Watch:
                     f"{kind} by program {_BUILDER.grid_idx}, argument {region.name}, "
                     f"byte {address - region.start}, {_line()}: used by {whom} too"
                 )
+
+    def _check_alignment(self, kind: Kind, addresses: Integers, size: int) -> None:
+        if np.bitwise_or.reduce(addresses) % size:
+            bad = addresses[addresses % size != 0]
+            what, near = self._describe(kind, bad, size)
+            raise Misaligned(f"{what} at an address that is no multiple of {size}, {near}")
 
     def _owners(
         self, kind: Kind, addresses: Integers, size: int
@@ -285,17 +298,19 @@ class Watch:
                 yield region, addresses[inside]
                 addresses = addresses[~inside]
         if self.bounds and addresses.size:
-            self._report(kind, addresses, size)
+            what, near = self._describe(kind, addresses, size)
+            raise OutOfBounds(f"{what} outside every tensor, {near}")
 
-    def _report(self, kind: Kind, addresses: Integers, size: int) -> None:
+    def _describe(self, kind: Kind, addresses: Integers, size: int) -> tuple[str, str]:
+        """What was done, and the place of the first address as the nearest argument counts it."""
         bad = int(addresses[0])
-        text = f"{kind} of {size} bytes by program {_BUILDER.grid_idx} at {_line()}: "
+        what = f"{kind} of {size} bytes by program {_BUILDER.grid_idx} at {_line()}:"
         if not self._regions:
-            raise OutOfBounds(f"{text}no tensor was given")
+            return what, "no tensor was given"
         near = min(self._regions, key=lambda r: max(r.start - bad, bad + size - r.end))
-        raise OutOfBounds(
-            f"{text}outside every tensor, nearest argument {near.name}, byte {bad - near.start} "
-            f"of {near.end - near.start} ({addresses.size} such elements)"
+        return what, (
+            f"nearest argument {near.name}, byte {bad - near.start} of {near.end - near.start} "
+            f"({addresses.size} such elements)"
         )
 
 
@@ -327,7 +342,7 @@ def _origin(error: BaseException) -> BaseException:
     """Our own error below those the interpreter wraps it in; any other stays as it is."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, (OutOfBounds, Race, UnwatchedOperation)):
+        if isinstance(inner, (OutOfBounds, Misaligned, Race, UnwatchedOperation)):
             return inner
         inner = inner.__cause__
     return error

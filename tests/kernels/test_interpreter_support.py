@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from bench.interpreter import OutOfBounds, Race, UnwatchedOperation, Watch
+from bench.interpreter import Misaligned, OutOfBounds, Race, UnwatchedOperation, Watch
 
 pytestmark = pytest.mark.interpreter
 
@@ -59,6 +59,18 @@ def copy_kernel(X, Y, N, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + i, mask=i < N, other=0.0)
     tl.store(Y + i + SHIFT, x, mask=i < N)
+
+
+@triton.jit
+def pairs_kernel(X, Y, N: tl.constexpr):
+    """Copies N pairs of 16-bit values from X to Y, each pair as one of 32 bits."""
+    x, y = X.to(tl.pointer_type(tl.int32)), Y.to(tl.pointer_type(tl.int32))
+    tl.store(y + tl.arange(0, N), tl.load(x + tl.arange(0, N)))
+
+
+@triton.jit
+def unaligned_counter_kernel(COUNT):
+    tl.atomic_add((COUNT.to(tl.pointer_type(tl.int8)) + 2).to(tl.pointer_type(tl.int32)), 1)
 
 
 @triton.jit
@@ -195,6 +207,26 @@ def test_the_message_names_program_byte_and_line() -> None:
     said = str(caught.value)
     assert f"by program (3, 0, 0) at {__file__.rsplit('/', 1)[-1]}:{line}: " in said
     assert "argument Y, byte 4000 of 4000 (1 such elements)" in said
+
+
+@pytest.mark.parametrize("values", [True, False])
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [((1, 2), "load of 4 bytes.* argument X"), ((2, 3), "store of 4 bytes.* argument Y")],
+)
+def test_an_address_that_is_no_multiple_of_the_element_is_caught(offsets, said, values) -> None:
+    """Of the element that is accessed, not of the tensor's own."""
+    x, y = (torch.zeros(18, dtype=torch.bfloat16)[offset:] for offset in offsets)
+    with Watch(values=values):
+        copy_kernel[(1,)](x, y, 15, 16, 0)
+    with pytest.raises(Misaligned, match=f"{said}, byte 0 of"), Watch(values=values):
+        pairs_kernel[(1,)](x, y, 4)
+
+
+def test_a_misaligned_atomic_is_caught() -> None:
+    said = r"atomic of 4 bytes.*COUNT, byte 2 of 8 \(1 such"
+    with pytest.raises(Misaligned, match=said), Watch():
+        unaligned_counter_kernel[(1,)](torch.zeros(2, dtype=torch.int32))
 
 
 def test_parameters_that_are_views_of_one_storage() -> None:
