@@ -305,8 +305,14 @@ def argmax_launches(
 
 
 def channels_last(logits: Tensor) -> Tensor:
-    """logits, or a dense copy of them with the classes of a pixel side by side."""
-    return logits.contiguous(memory_format=torch.channels_last)
+    """logits, or a dense copy of them with the classes of a pixel side by side.
+
+    They begin at a multiple of 16 bytes, as a read of several classes at once must. Where they do
+    not, a copy of the small map lets the kernels do without a slower program that reads the classes
+    one by one.
+    """
+    dense = logits.contiguous(memory_format=torch.channels_last)
+    return dense.clone(memory_format=torch.channels_last) if dense.data_ptr() % 16 else dense
 
 
 def _prepared(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Options]:

@@ -47,13 +47,16 @@ cases = pytest.mark.parametrize(
 )
 
 
+def watching(order: Any = None) -> contextlib.AbstractContextManager[Any]:
+    """Programs in some order, every address checked, no two programs at one address."""
+    return Watch(order=order, races=True) if launch.interpreting() else contextlib.nullcontext()
+
+
 @pytest.fixture(params=[None, "reverse", 3], ids=["in order", "reverse", "shuffled"])
 def watched(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Programs in some order, every address checked, no two programs at one address."""
-    watch = Watch(order=request.param, races=True) if launch.interpreting() else None
-    if watch is None and request.param is not None:
+    if not launch.interpreting() and request.param is not None:
         pytest.skip("a GPU orders its programs itself")
-    with watch or contextlib.nullcontext():
+    with watching(request.param):
         yield
 
 
@@ -108,7 +111,7 @@ def formula(
 def value_and_gradient(
     function: Callable[..., Tensor], logits: Tensor, target: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    logits = logits.clone().requires_grad_()
+    logits = logits.detach().requires_grad_()
     loss = function(logits, target, **options)
     # Per-pixel losses get upstream gradients that differ from pixel to pixel, in sign too.
     seed = torch.linspace(-0.5, 1.5, loss.numel(), device=DEVICE).view(loss.shape).to(loss.dtype)
@@ -140,7 +143,7 @@ def test_error_is_at_most_twice_that_of_torch(
     launched: list[str],
 ) -> None:
     logits, target = example(shape, dtype)
-    with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
+    with watching():
         check(logits, target, assert_accurate, align_corners=align_corners, reduction="sum")
     assert launched == ["forward_kernel", "finish_kernel", "backward_kernel"]
 
@@ -194,6 +197,57 @@ def test_any_memory_format(view: Callable[[Tensor], Tensor]) -> None:
     logits, target = example((2, 6, 3, 4, 12, 16))
     expected = value_and_gradient(upsample_cross_entropy, logits, target)
     ours = value_and_gradient(upsample_cross_entropy, view(logits), target)
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def begins_at(offset: int, tensor: Tensor) -> Tensor:
+    """A copy with the same strides that lies `offset` elements from the start of its memory."""
+    memory = torch.empty(offset + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(2, BF16), (24, BF16), (7, BF16), (24, FP16), (24, FP32)], ids=str
+)
+def test_logits_that_begin_anywhere(
+    classes: int, dtype: torch.dtype, assert_accurate: Callable[..., None]
+) -> None:
+    """Two classes read at once must not begin between two multiples of four bytes."""
+    logits, target = example((1, classes, 2, 3, 5, 9), dtype)
+    view = begins_at(1, logits)
+    with watching():
+        check(view, target, assert_accurate, reduction="sum")
+        label = upsample_argmax(view, (5, 9))
+    assert torch.equal(label, upsample_argmax(logits, (5, 9)))
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "begins anywhere": lambda t: begins_at(1, t),
+    "columns of a larger one": lambda t: torch.cat([t[..., :1], t], -1)[..., 1:],
+    "transposed": lambda t: t.transpose(-1, 0).contiguous().transpose(-1, 0),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("label", [torch.uint8, torch.int64], ids=str)
+def test_other_arguments_that_begin_anywhere(
+    part: Callable[[Tensor], Tensor], label: torch.dtype
+) -> None:
+    logits, target = example((2, 6, 1, 3, 4, 9), BF16)
+    weight = torch.linspace(0.2, 2, 6, device=DEVICE).to(BF16)
+    grad = torch.linspace(-0.5, 1.5, target.numel(), device=DEVICE).view(target.shape)
+
+    def losses_and_gradient(*others: Tensor) -> tuple[Tensor, Tensor]:
+        target, weight, grad = others
+        leaf = logits.detach().requires_grad_()
+        losses = upsample_cross_entropy(leaf, target, weight=weight, reduction="none")
+        return losses.detach(), torch.autograd.grad(losses, leaf, grad)[0]
+
+    others = (target.to(label), weight, grad)
+    expected = losses_and_gradient(*others)
+    with watching():
+        ours = losses_and_gradient(*map(part, others))
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -252,7 +306,7 @@ def test_a_label_that_is_no_class_fails(value: int) -> None:
 def test_argmax(shape: tuple[int, ...], dtype: torch.dtype, launched: list[str]) -> None:
     logits, _ = example(shape, dtype)
     align_corners = dtype == FP32
-    with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
+    with watching():
         label, prob = upsample_argmax(
             logits, shape[4:], align_corners=align_corners, return_prob=True
         )
