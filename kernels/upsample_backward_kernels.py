@@ -92,8 +92,9 @@ def backward_kernel(
 
     x = first_after(first_column - 1, w, W, ALIGN) + tl.arange(0, BX)
     end_x = first_after(end_column, w, W, ALIGN)
-    # Columns beyond the last compute what that one does, and count nowhere.
-    in_x, x = x < end_x, tl.minimum(x, end_x - 1)
+    # Columns beyond the last compute what that one does, and count nowhere. Downsampling, a
+    # program may have none, and low rows below the last output row: then it reads what is nearest.
+    in_x, x = x < end_x, tl.maximum(tl.minimum(x, end_x - 1), 0)
     left, share = between(x, w, W, ALIGN)
     right = tl.minimum(left + 1, w - 1)
     m = first_column + tl.arange(0, BM)
@@ -117,9 +118,8 @@ def backward_kernel(
     sum_below = tl.zeros((BX, BC), tl.float32)
     y = first_after(begin, h, H, ALIGN)
     # Of the next row, one ahead: it comes from far.
-    lse_at = Lse + labels + tl.cast(y, tl.int64) * W + x
-    label_at = Target + labels + tl.cast(y, tl.int64) * W + x
-    grad_at = Grad + labels + tl.cast(y, tl.int64) * W + x
+    first = labels + tl.cast(tl.minimum(y, H - 1), tl.int64) * W + x
+    lse_at, label_at, grad_at = Lse + first, Target + first, Grad + first
     next_lse, next_label = tl.load(lse_at), tl.load(label_at)
     whole = denominator(H, ALIGN)
     # first_after(i + 1) without a division for each i.

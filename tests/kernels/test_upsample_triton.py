@@ -252,6 +252,24 @@ def test_other_arguments_that_begin_anywhere(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "align_corners"),
+    [((24, 70, 1, 1), True), ((24, 70, 1, 1), False), ((40, 70, 2, 3), False)],
+    ids=str,
+)
+def test_a_much_smaller_target(sizes: tuple[int, ...], align_corners: bool) -> None:
+    """Some programs own only low rows after the last output row, or columns before the first."""
+    logits, target = example((1, 4, *sizes))
+    options: dict[str, Any] = {"align_corners": align_corners, "reduction": "none"}
+    with watching():
+        ours = value_and_gradient(upsample_cross_entropy, logits, target, **options)
+    exact = value_and_gradient(formula, logits.double(), target, **options)
+    # A loss is the difference of two numbers as large as logits, and so is log p.
+    bound = 4 * torch.finfo(FP32).eps * logits.abs().max().item()
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0.0, atol=bound)
+
+
 @pytest.mark.parametrize("gap", [80.0, 300.0, 1e4])
 def test_neighbours_that_are_sure_of_different_classes(
     gap: float, assert_accurate: Callable[..., None]
