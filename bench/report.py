@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -26,7 +27,12 @@ def machine(device: torch.device) -> str:
 
 
 def revision() -> str:
-    """The commit that is checked out, "unknown" without git or a repository."""
+    """The commit that is checked out, "unknown" without git or a repository.
+
+    ENCNET_REVISION names it where the checkout was copied without its history.
+    """
+    if given := os.environ.get("ENCNET_REVISION"):
+        return given
     command = ["git", "describe", "--always", "--dirty"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from bench.gpu import publish, report
 from bench.gpu.device import place
 from bench.gpu.job import Job, Outcome
+from bench.gpu.processes import together
 from bench.gpu.runner import Results, Runner
 from bench.gpu.stages import STAGES, jobs_of
 from bench.report import machine
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     jobs = jobs_of(options.stage, options.rehearse, options.cifar)
     results = _results(options)
-    for line in plan(jobs, 60 * options.minutes, _together()):
+    for line in plan(jobs, 60 * options.minutes, together()):
         print(line, flush=True)
 
     def after(outcome: Outcome) -> None:
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
     # What `timeout` or a batch system sends ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    Runner(results, deadline, options.rehearse, _together(), after).run(jobs)
+    Runner(results, deadline, options.rehearse, together(), after).run(jobs)
     _write(options.out, results)
     print(f"report: {options.out / 'report.md'}")
     bad = {o.status for o in results.outcomes.values()} & {"wrong", "failed", "timed out"}
@@ -110,17 +110,12 @@ def _header(rehearse: bool) -> dict[str, Any]:
     }
 
 
-def _together() -> int:
-    """Jobs that share the device; each holds some GiB of memory and a core while it compiles."""
-    return max(2, min(8, len(os.sched_getaffinity(0)) // 2))
-
-
-def plan(jobs: list[Job], seconds: float, together: int) -> list[str]:
+def plan(jobs: list[Job], seconds: float, at_once: int) -> list[str]:
     """A line a stage: what it takes, and from where on the time will not do."""
     lines, used = [], 0.0
     for stage in dict.fromkeys(job.stage for job in jobs):
         of_stage = [job for job in jobs if job.stage == stage]
-        need = sum(job.seconds if job.alone else job.seconds / together for job in of_stage)
+        need = sum(job.seconds if job.alone else job.seconds / at_once for job in of_stage)
         fits = "fits" if used + need <= seconds else f"{max(0.0, seconds - used):.0f} s for it"
         lines.append(f"{stage:<10}{len(of_stage):>4} jobs, about {need:4.0f} s: {fits}")
         used += need

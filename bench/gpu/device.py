@@ -6,24 +6,26 @@ A rehearsal runs every line of the benchmark but those of `Gpu`.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import glob
 from typing import Any
 
 import torch
 
-# Twice the largest L2 cache there is (126 MB), so that a fill leaves nothing of a call in it.
+# Twice the largest L2 cache there is (126 MB), so that reading it leaves nothing of a call there.
 _FLUSH_BYTES = 256 * 2**20
-# Fills and replays that wait in the stream at once: the GPU must never wait for Python.
+# Flushes and replays that wait in the stream at once: the GPU must never wait for Python.
 _IN_FLIGHT = 10
 _WARM_UP = 3
 _CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
 # Where the profilers are when they are not on the path.
-_TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")
+_TOOLS = ("/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*", "/opt/nvidia/nsight-compute")
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,8 @@ class Gpu:
 
     def tool(self, name: str) -> str | None:
         """Path of a profiler, or None."""
-        return shutil.which(name) or next(
-            (found for folder in _TOOLS if (found := shutil.which(name, path=folder))), None
-        )
+        folders = [folder for pattern in _TOOLS for folder in sorted(glob(pattern))]
+        return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
     def wait(self) -> None:
         torch.cuda.synchronize()
@@ -108,8 +109,9 @@ class Gpu:
     def times(self, call: Callable[[], object], seconds: float, host_calls: int = 20) -> Times:
         """Replay a CUDA graph of the call, with the L2 cache flushed before each replay.
 
-        The flush is a fill that takes longer than Python needs to launch what follows, so the time
-        between the two events holds no work of the host. A call that cannot be captured is
+        The flush takes longer than Python needs to launch what follows, so the time between the
+        two events holds no work of the host. It reads: a fill would leave the cache full of lines
+        that must be written back in the time of the call. A call that cannot be captured is
         launched in the graph's place, and the note says so.
         """
         for _ in range(_WARM_UP):
@@ -119,21 +121,22 @@ class Gpu:
         try:
             replay = self._captured(call)
         except RuntimeError as error:
-            note = f"launched, not replayed: {str(error).splitlines()[0][:120]}"
+            # Ending the capture fails as well, and hides why.
+            cause = error.__context__ or error
+            note = f"launched, not replayed: {str(cause).splitlines()[0][:120]}"
             self.wait()
             replay = call
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.kind)
+        flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=self.kind)
+        sink = torch.amax(flush, 0)
+        pairs = [(event(), event()) for _ in range(_IN_FLIGHT)]
         found: list[float] = []
         end = time.perf_counter() + seconds
         while len(found) < _IN_FLIGHT or time.perf_counter() < end:
-            pairs = []
-            for _ in range(_IN_FLIGHT):
-                begin, stop = event(), event()
-                flush.zero_()
+            for begin, stop in pairs:
+                torch.amax(flush, 0, out=sink)
                 begin.record()
                 replay()
                 stop.record()
-                pairs.append((begin, stop))
             self.wait()
             found += [begin.elapsed_time(stop) for begin, stop in pairs]
         return _times(found, host, note)
@@ -146,8 +149,14 @@ class Gpu:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         self.wait()
+        # What a cycle keeps of the calls before belongs to another stream, and spoils a capture.
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The outer block puts the stream back where ending a failed capture does not.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, stream=side),
+        ):
             kept = call()
         return _Replay(graph, kept)
 

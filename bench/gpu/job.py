@@ -9,7 +9,14 @@ Status = Literal["ok", "wrong", "failed", "timed out", "does not fit", "left out
 
 
 class Wrong(Exception):
-    """The result of a job is not right; the message says what differs, and by how much."""
+    """The result of a job is not right; the message says what differs, and by how much.
+
+    `result` is what the job found all the same.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result or {}
 
 
 class LeftOut(Exception):
@@ -51,7 +58,7 @@ class Outcome:
 
     Attributes:
         seconds: what the job took.
-        result: what its function returned, if it ended well.
+        result: what its function found.
         reason: one sentence where it did not.
     """
 

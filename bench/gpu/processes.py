@@ -18,13 +18,45 @@ from typing import Any
 from bench.gpu.job import Job, Outcome
 
 ROOT = Path(__file__).parents[2]
-_SAID = 4000  # characters of a job's output that are kept
+_SAID = 30_000  # characters of a job's output that are kept
 
 
 def child_environment(more: dict[str, str]) -> dict[str, str]:
     """Variables for a child: ours, `more`, and this checkout on the path of modules."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
+
+
+def streamed(command: list[str], **variables: str) -> tuple[int, str]:
+    """Run a program in the checkout: exit status and output.
+
+    Each line is passed on at once, so that it is not lost where the job is ended.
+    """
+    lines = []
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=ROOT,
+        env=child_environment(variables),
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
+
+
+def torchrun(processes: int, command: list[str]) -> list[str]:
+    """The command that runs a module as some ranks on this host, whatever its name resolves to."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes), *command]
+
+
+# Ranks on one host: no need to ask which interface leads to others.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def _parents() -> dict[int, int]:
@@ -46,6 +78,11 @@ def kill_tree(pid: int) -> None:
     for one in doomed:
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
+
+
+def together() -> int:
+    """Jobs that share the device; each holds GiB of its memory, and a core when it compiles."""
+    return max(2, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
 class Worker:
@@ -77,10 +114,9 @@ class Worker:
         """What came of the job, and the end of what it printed; no later than after `limit`."""
         start = time.monotonic()
         line = {"function": job.function, "arguments": job.arguments, "rehearse": self._rehearse}
+        line["until"] = time.time() + limit
         assert self._process.stdin is not None
         answer: dict[str, Any]
-        self._log.seek(0)
-        self._log.truncate()
         try:
             self._process.stdin.write(json.dumps(line) + "\n")
             self._process.stdin.flush()
@@ -93,7 +129,10 @@ class Worker:
         if answer["status"] == "timed out":
             self.stop()
         seconds = round(time.monotonic() - start, 2)
-        return Outcome(job.stage, job.name, seconds=seconds, **answer), self._printed()
+        printed = self._printed()
+        self._log.seek(0)
+        self._log.truncate()
+        return Outcome(job.stage, job.name, seconds=seconds, **answer), printed
 
     def _death(self) -> dict[str, Any]:
         try:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-import subprocess
 import sys
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from bench.gpu.device import place
 from bench.gpu.job import LeftOut, Wrong
-from bench.gpu.processes import ROOT, child_environment
+from bench.gpu.processes import streamed
 from bench.passes import PASSES
 
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats")
@@ -27,8 +26,15 @@ METRICS = {
     "occupancy %": r"sm__warps_active\.avg\.pct_of_peak_sustained_active",
     "registers": r"launch__registers_per_thread",
 }
-_STALL = re.compile(r"smsp__average_warps?_issue_stalled_(\w+?)_per_(issue|warp)\w*\.ratio")
-_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+# "selected" is the state of a warp that issues.
+_STALL = re.compile(
+    r"smsp__average_warps?_issue_stalled_((?!selected)\w+?)_per_(issue|warp)\w*\.ratio"
+)
+_SUMMARY = re.compile(
+    r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?"
+)
+
+_MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
 
 # As the tools print it; the stand-in of a machine without them.
 SAMPLE_NCU = (
@@ -56,13 +62,13 @@ def ncu(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     if program is None:
         raise LeftOut("there is no ncu on the path")
     command = [program, "--csv", "--page", "raw", "--target-processes", "all"]
-    command += ["--profile-from-start", "off", "--clock-control", "none"]
+    command += ["--profile-from-start", "off", "--clock-control", "none", "--print-units", "base"]
     for section in SECTIONS:
         command += ["--section", section]
-    printed = _run([*command, *_command(arguments)])
+    _, printed = streamed([*command, *_command(arguments)])
     kernels = read_ncu(printed)
     if not kernels:
-        raise LeftOut(f"ncu profiled nothing: {_last_complaint(printed)}")
+        raise LeftOut(f"ncu profiled nothing: {_complaint(printed)}")
     return {"kernels": kernels}
 
 
@@ -74,27 +80,20 @@ def sanitize(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     program = place(rehearse).tool("compute-sanitizer")
     if program is None:
         raise LeftOut("there is no compute-sanitizer on the path")
-    command = [program, "--tool", arguments["tool"], *_command(arguments)]
+    # Torch and Triton ask the driver for functions that it may not have: no errors of ours.
+    command = [program, "--tool", arguments["tool"], "--report-api-errors", "no"]
     # One allocation a tensor, so that what lies beyond a tensor is nobody's.
-    printed = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    status, printed = streamed([*command, *_command(arguments)], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     errors = read_sanitizer(printed)
-    if errors is None:
-        raise LeftOut(f"compute-sanitizer did not run: {_last_complaint(printed)}")
+    if errors is None or (status and not errors):
+        raise LeftOut(f"compute-sanitizer did not run: {_complaint(printed)}")
     if errors:
         found = [line for line in printed.splitlines() if line.startswith("========= ")]
         raise Wrong(f"{arguments['tool']}: {errors} errors; first: {found[1][10:200]}")
     return {"errors": 0}
 
 
-def _run(command: list[str], **variables: str) -> str:
-    run = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=child_environment(variables)
-    )
-    print(run.stdout[-2000:], run.stderr[-1000:])
-    return run.stdout + run.stderr
-
-
-def _last_complaint(printed: str) -> str:
+def _complaint(printed: str) -> str:
     lines = printed.strip().splitlines() or ["it printed nothing"]
     return next((line for line in lines if "rror" in line), lines[-1])[:200]
 
@@ -112,10 +111,12 @@ def read_ncu(printed: str) -> list[dict[str, Any]]:
 def _kernel(row: dict[str, str], units: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"kernel": row["Kernel Name"], "grid": row.get("Grid Size", "")}
     for name, pattern in METRICS.items():
-        column = next((c for c in row if re.fullmatch(pattern, c)), None)
-        if column is not None and (value := _number(row[column])) is not None:
-            nanoseconds = name == "us" and units[column] in ("ns", "nsecond")
-            found[name] = value / 1e3 if nanoseconds else value
+        # The matrix unit has a column a kind of product; the one that is used counts.
+        columns = [column for column in row if re.fullmatch(pattern, column)]
+        values = [(v, units[c]) for c in columns if (v := _number(row[c])) is not None]
+        if values:
+            most, unit = max(values)
+            found[name] = most * _MICROSECONDS.get(unit, 1.0) if name == "us" else most
     stalls = {}
     for column, text in row.items():
         if (match := _STALL.fullmatch(column)) and (value := _number(text)) is not None:
@@ -134,7 +135,7 @@ def _number(text: str) -> float | None:
 def read_sanitizer(printed: str) -> int | None:
     """The number in the last line of a tool of compute-sanitizer; None where there is none."""
     found = _SUMMARY.findall(printed)
-    return int(found[-1]) if found else None
+    return int("".join(found[-1])) if found else None
 
 
 def run_once(arguments: dict[str, Any], rehearse: bool) -> None:

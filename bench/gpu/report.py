@@ -8,6 +8,7 @@ from typing import Any
 from bench.gpu.device import StandIn
 from bench.gpu.job import Outcome
 from bench.gpu.operators import SHAPES, variants
+from bench.gpu.stages import PREPARED
 from bench.step import PHASES
 
 Outcomes = dict[tuple[str, str], Outcome]
@@ -107,6 +108,8 @@ def tests(outcomes: Outcomes) -> list[str]:
         for reason, count in result.get("skipped", {}).items():
             skipped[reason] = skipped.get(reason, 0) + count
     rows = [("passed", str(passed))]
+    stopped = sum(bool(result.get("stopped")) for result in found.values())
+    rows += [("parts that the time ended", str(stopped))] if stopped else []
     rows += [(f"skipped: {reason}", str(count)) for reason, count in sorted(skipped.items())]
     return ["## Tests", "", *markdown(("", "tests"), rows)]
 
@@ -156,7 +159,12 @@ def train(outcomes: Outcomes) -> list[str]:
 def missing(outcomes: Outcomes) -> list[str]:
     """Everything that did not end well, the worst first."""
     order = ("wrong", "failed", "timed out", "does not fit", "left out")
-    bad = [o for o in outcomes.values() if o.status != "ok"]
+    good = {o.name for o in outcomes.values() if o.status == "ok"}
+    # What compiled a variant in vain is of no interest where the variant was measured.
+    bad = [
+        o for o in outcomes.values()
+        if o.status != "ok" and o.name.removesuffix(PREPARED) not in good
+    ]  # fmt: skip
     bad.sort(key=lambda outcome: order.index(outcome.status))
     if not bad:
         return []

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu.job import Job, Outcome
 from bench.gpu.processes import Worker
 
-# What is kept of the log: enough to see why a job failed, little enough to send round.
-_LOG_BYTES = 200_000
+_LOG_BYTES = 8_000_000  # of log.txt, at most
 # Seconds without which no job is begun, whatever it is said to take.
 _LEAST = 5.0
 
@@ -132,6 +132,8 @@ class Runner:
         else:
             worker = self._take(job.environment)
             outcome, printed = worker.run(job, min(job.limit, left))
+            if outcome.status == "timed out" and left < job.limit:
+                outcome = replace(outcome, status="left out", reason="the time was over")
             self._give_back(worker)
         with self._written:
             self._results.add(outcome, printed)

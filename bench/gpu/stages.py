@@ -9,10 +9,11 @@ from typing import Any
 
 from bench.gpu.job import Job
 from bench.gpu.operators import SHAPES, variants
+from bench.gpu.processes import together
 from bench.passes import is_compiled
 from bench.step import Shape
 
-PARTS = 12  # processes that the tests are spread over
+PREPARED = ", compile"  # ends the name of a job that only fills the compilers' caches
 
 # Programs that use wgmma have run nowhere yet: they come first. Then the shapes of the budgets,
 # then sizes that fit no tile.
@@ -34,7 +35,9 @@ _OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "upsample C21": ("upsample", "float32", {"B": 2, "C": 21, "low": 9, "high": 61}),
     "upsample C7, smaller": ("upsample", "float16", {"B": 2, "C": 7, "low": 40, "high": 11}),
 }  # fmt: skip
-# Two of each kind are enough to rehearse.
+# Where they are; collecting all other tests takes a minute.
+_TESTS = ("tests/kernels", "tests/train/test_transfer.py")
+# One of each kind is enough to rehearse.
 _REHEARSED = ("encode C59 K7", "batch_norm C3", "upsample C21")
 
 
@@ -68,28 +71,35 @@ def smoke(rehearse: bool) -> list[Job]:
 
 
 def operators(rehearse: bool) -> list[Job]:
-    """Everything is compiled first, many at once; then one variant at a time is measured."""
+    """Ours first, then the peers: compiled many at once, then measured one at a time."""
     pairs = [(s, v) for s in SHAPES for v in variants(s) if not (rehearse and not SHAPES[s].small)]
-    pairs.sort(key=lambda pair: pair[1] != "ours")
-    jobs = [
-        Job("operators", f"{shape}: {variant}, compile", "bench.gpu.operators:prepare",
-            {"shape": shape, "variant": variant}, seconds=30, limit=240)
-        for shape, variant in pairs
-        if variant == "ours" or is_compiled(variant)
-    ]  # fmt: skip
-    jobs += [
-        Job("operators", f"{shape}: {variant}", "bench.gpu.operators:measure",
-            {"shape": shape, "variant": variant}, seconds=8,
-            limit=300 if is_compiled(variant) else 120, alone=True)
-        for shape, variant in pairs
-    ]  # fmt: skip
+    jobs = []
+    for ours in (True, False):
+        these = [pair for pair in pairs if (pair[1] == "ours") == ours]
+        jobs += [_prepare(*pair) for pair in these if ours or is_compiled(pair[1])]
+        jobs += [
+            Job("operators", f"{shape}: {variant}", "bench.gpu.operators:measure",
+                {"shape": shape, "variant": variant}, seconds=8,
+                limit=300 if is_compiled(variant) else 120, alone=True)
+            for shape, variant in these
+        ]  # fmt: skip
     return jobs
+
+
+def _prepare(shape: str, variant: str) -> Job:
+    # As many jobs compile as share the machine; Inductor would start a process a core in each.
+    few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"} if is_compiled(variant) else {}
+    arguments = {"shape": shape, "variant": variant}
+    return Job(
+        "operators", f"{shape}: {variant}{PREPARED}", "bench.gpu.operators:prepare", arguments,
+        seconds=20, limit=120, environment=few,
+    )  # fmt: skip
 
 
 def tests(rehearse: bool) -> list[Job]:
     """`pytest -m "triton or gpu"`, a share of the tests in each of several processes."""
-    select = ["tests/test_metrics.py"] if rehearse else ["tests", "-m", "triton or gpu"]
-    parts = 1 if rehearse else PARTS
+    select = ["tests/test_metrics.py"] if rehearse else [*_TESTS, "-m", "triton or gpu"]
+    parts = 1 if rehearse else together()
     return [
         Job("tests", f"part {i + 1} of {parts}", "bench.gpu.suite:run",
             {"select": select, "part": f"{i}/{parts}"}, seconds=120, limit=420)

@@ -1,11 +1,11 @@
-"""The tests that need a GPU, a share of them in each process."""
+"""The tests that need a GPU, a share of them in each process; also a plugin of pytest."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -13,46 +13,46 @@ from typing import Any
 import pytest
 
 from bench.gpu.job import Wrong
-from bench.gpu.processes import ROOT, child_environment
+from bench.gpu.processes import streamed
 
 _PART = "ENCNET_TEST_PART"
+_TO_END = 15.0  # seconds before the job is ended, in which pytest writes what it has
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """As a plugin of pytest: keep every n-th test, beginning with the i-th."""
+    """Keep every n-th test, beginning with the i-th."""
     part, parts = map(int, os.environ[_PART].split("/"))
-    chosen = items[part::parts]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % parts != part])
+    items[:] = items[part::parts]
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Stop in time, so that results are written."""
+    if time.time() > float(os.environ.get("ENCNET_JOB_UNTIL", "inf")) - _TO_END:
+        item.session.shouldstop = "the time of the job is over"
 
 
 def run(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """Run a part of the tests; counts, and the reasons of what was skipped."""
+    """Run a part of the tests; counts, failures, and the reasons of what was skipped."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "junit.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            *arguments["select"],
-            "-q",
-            "-p",
-            "bench.gpu.suite",
-        ]
-        command += ["-p", "no:cacheprovider", f"--junitxml={file}"]
-        variables = child_environment({_PART: arguments["part"]})
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
-        print(done.stdout[-3000:], done.stderr[-1000:])
-        if done.returncode == 5:  # pytest: nothing was selected
+        options = ["-q", "--tb=short", "-p", "bench.gpu.suite", "-p", "no:cacheprovider"]
+        options += ["--continue-on-collection-errors", f"--junitxml={file}"]
+        command = [sys.executable, "-m", "pytest", *options, *arguments["select"]]
+        # Float64 references run on the CPU, and many parts at once.
+        variables = {_PART: arguments["part"], "OMP_NUM_THREADS": "1"}
+        status, printed = streamed(command, **variables)
+        if status == 5:  # pytest: nothing was selected
             return {"passed": 0, "skipped": {}}
         if not file.exists():
-            lines = (done.stdout + done.stderr).strip().splitlines()
-            raise Wrong(f"pytest ended with exit status {done.returncode}: {lines[-1]}")
+            last = printed.strip().splitlines()[-1]
+            raise Wrong(f"pytest ended with exit status {status}: {last}")
         found = read(file)
     if found["failed"]:
         first, message = next(iter(found["failed"].items()))
-        raise Wrong(f"{len(found['failed'])} of {found['tests']} failed; {first}: {message}")
-    return found
+        said = f"{len(found['failed'])} of {found['tests']} failed; {first}: {message}"
+        raise Wrong(said, found)
+    return found | {"stopped": "the time of the job is over" in printed}
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from bench.gpu.device import place
 from bench.gpu.job import LeftOut, Wrong
-from bench.gpu.processes import ROOT, child_environment
+from bench.gpu.processes import LOOPBACK, ROOT, child_environment, kill_tree, torchrun
 
 _GRACE = 60.0  # seconds to save and end after the signal
 
@@ -26,8 +25,7 @@ def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     if rehearse and "--compile" in arguments["options"]:
         raise LeftOut("compilation takes minutes; a rehearsal does without")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "1", "-m", "encnet_triton.train"]
+        command = torchrun(1, ["-m", "encnet_triton.train"])
         command += ["--recipe", arguments["recipe"], "--runs", folder, "--name", "run"]
         command += ["--device", place(rehearse).kind, *arguments["options"]]
         if rehearse:
@@ -46,7 +44,7 @@ def _run_for(command: list[str], seconds: float) -> tuple[str, bool]:
     """What it printed, and whether it ended by itself."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=child_environment({})
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=child_environment(LOOPBACK)
         )
         ended = True
         try:
@@ -54,10 +52,13 @@ def _run_for(command: list[str], seconds: float) -> tuple[str, bool]:
         except subprocess.TimeoutExpired:
             ended = False
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=_GRACE)
+            try:
+                process.wait(timeout=_GRACE)
+            except subprocess.TimeoutExpired:
+                kill_tree(process.pid)
         log.seek(0)
         printed = log.read()
-    print(printed[-3000:])
+    print(printed)
     return printed, ended
 
 

@@ -1,7 +1,8 @@
 """The process that runs jobs: `python -m bench.gpu.worker`, one job a line on its input.
 
 Each answer is a line of JSON on its output; whatever else the job prints goes to its error output.
-A sticky CUDA error poisons the process, so a worker on a GPU is given one job.
+ENCNET_JOB_UNTIL is the time at which the job will be ended. A sticky CUDA error poisons the
+process, so a worker on a GPU is given one job.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def run(function: str, arguments: dict[str, Any], rehearse: bool) -> dict[str, A
         call = getattr(importlib.import_module(module), name)
         return {"status": "ok", "result": call(arguments, rehearse)}
     except Wrong as error:
-        return {"status": "wrong", "reason": str(error)}
+        return {"status": "wrong", "reason": str(error), "result": error.result}
     except LeftOut as error:
         return {"status": "left out", "reason": str(error)}
     except torch.OutOfMemoryError as error:
@@ -44,6 +45,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     for line in sys.stdin:
         job = json.loads(line)
+        os.environ["ENCNET_JOB_UNTIL"] = str(job["until"])
         answer = run(job["function"], job["arguments"], job["rehearse"])
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

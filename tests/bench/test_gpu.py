@@ -97,7 +97,7 @@ def test_ncu_is_read() -> None:
     [
         ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
         ("========= ERROR SUMMARY: 12 errors\n", 12),
-        ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n", 1),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 1),
         ("========= Error: Device not supported\n", None),
     ],
 )
@@ -119,6 +119,16 @@ def test_junit_files_are_read(tmp_path) -> None:
         "failed": {"a::bad": "assert 1 == 2"},
         "skipped": {"needs two GPUs": 1},
     }
+
+
+def test_a_report_leaves_out_what_was_compiled_in_vain() -> None:
+    outcomes = [
+        Outcome("operators", "a: ours, compile", "does not fit", reason="beside others"),
+        Outcome("operators", "a: ours", "ok"),
+        Outcome("operators", "b: ours, compile", "failed", reason="no compiler"),
+    ]
+    found = report.missing({o.key: o for o in outcomes})
+    assert found[2:-1] == ["- failed: operators, b: ours, compile: no compiler"]
 
 
 def test_parts_of_the_tests_are_all_tests_once(monkeypatch) -> None:
@@ -222,7 +232,7 @@ class FakeCuda:
     def stream(self, side: object) -> object:
         return nullcontext()
 
-    def graph(self, graph: object) -> object:
+    def graph(self, graph: object, stream: object) -> object:
         if not self.can_capture:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return nullcontext()

@@ -94,7 +94,7 @@ def test_jobs_that_measure_time_run_alone() -> None:
 
 def test_the_plan_says_what_fits() -> None:
     jobs = [job("a", seconds=20, alone=True), Job("later", "b", "m:f", seconds=40)]
-    first, second = plan(jobs, 30, together=2)
+    first, second = plan(jobs, 30, at_once=2)
     assert first.endswith("about   20 s: fits") and second.endswith("about   20 s: 10 s for it")
 
 
