@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import batch_norm_pytorch
+from ._inductor import register_fake
 from ._namespace import add_op_namespace_prefix
 from ._tiles import accumulation_dtype
 from .launch import takes_triton
@@ -63,7 +64,7 @@ def moments(
     return mean.to(dtype, copy=True), (m2 / count).to(dtype), count.clone()
 
 
-@moments.register_fake
+@register_fake(moments)
 def _moments_fake(
     x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +80,7 @@ def statistics_of(x: Tensor) -> Tensor:
     return _pack(*batch_norm_pytorch.statistics(x))
 
 
-@statistics_of.register_fake
+@register_fake(statistics_of)
 def _statistics_fake(x: Tensor) -> Tensor:
     return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float64)
 
@@ -113,7 +114,7 @@ def unpack(
     return mean.to(dtype, copy=True), (m2 / count).to(dtype), count
 
 
-@unpack.register_fake
+@register_fake(unpack)
 def _unpack_fake(
     packed: Tensor,
     x: Tensor,
@@ -154,7 +155,7 @@ def normalise(
     return y, x.new_empty(0, dtype=torch.uint8)
 
 
-@normalise.register_fake
+@register_fake(normalise)
 def _normalise_fake(
     x: Tensor,
     mean: Tensor,
@@ -200,7 +201,7 @@ def backward_sums(
     return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
 
 
-@backward_sums.register_fake
+@register_fake(backward_sums)
 def _backward_sums_fake(
     grad: Tensor,
     x: Tensor,
@@ -256,7 +257,7 @@ def backward_input(
     return grad_x, x.new_empty(0)
 
 
-@backward_input.register_fake
+@register_fake(backward_input)
 def _backward_input_fake(
     grad: Tensor,
     x: Tensor,
@@ -301,7 +302,7 @@ def backward_frozen(
     return (grad_x, *_parameter_gradients(x, sums, weight, bias), masked)
 
 
-@backward_frozen.register_fake
+@register_fake(backward_frozen)
 def _backward_frozen_fake(
     grad: Tensor,
     x: Tensor,

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ._inductor import register_fake
 from ._namespace import add_op_namespace_prefix
 from ._tiles import Scratch, accumulation_dtype, tiles
 from .encode_configs import supports
@@ -280,7 +281,7 @@ def _encode_forward(
     return code, code.new_empty(0), code.new_empty(0), _counters(x)
 
 
-@_encode_forward.register_fake
+@register_fake(_encode_forward)
 def _encode_forward_fake(
     x: Tensor,
     codewords: Tensor,
@@ -320,7 +321,7 @@ def _encode_backward(
         return _backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)
 
 
-@_encode_backward.register_fake
+@register_fake(_encode_backward)
 def _encode_backward_fake(
     grad: Tensor,
     x: Tensor,

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import upsample_pytorch
+from ._inductor import register_fake
 from ._namespace import add_op_namespace_prefix
 from .launch import takes_triton
 
@@ -118,7 +119,7 @@ def _map_op(
     return loss, lse
 
 
-@_map_op.register_fake
+@register_fake(_map_op)
 def _map_fake(
     logits: Tensor,
     target: Tensor,
@@ -155,7 +156,7 @@ def _backward_op(
         return upsample_pytorch.backward(grad_loss, logits, target, lse, *options)
 
 
-@_backward_op.register_fake
+@register_fake(_backward_op)
 def _backward_fake(
     grad_loss: Tensor,
     logits: Tensor,
@@ -214,7 +215,7 @@ def _sum_op(
     return total, rates, lse if grad is None else grad
 
 
-@_sum_op.register_fake
+@register_fake(_sum_op)
 def _sum_fake(
     logits: Tensor,
     target: Tensor,
@@ -243,7 +244,7 @@ def _scale_op(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(grad, grad_total.to(grad.dtype)).to(dtype, copy=False)
 
 
-@_scale_op.register_fake
+@register_fake(_scale_op)
 def _scale_fake(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
@@ -287,7 +288,7 @@ def _argmax_op(
         return upsample_pytorch.argmax(logits, height, width, align_corners, with_prob)
 
 
-@_argmax_op.register_fake
+@register_fake(_argmax_op)
 def _argmax_fake(
     logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
 ) -> tuple[Tensor, Tensor]:
