@@ -155,6 +155,7 @@ class Watch:
         self._replace(_BUILDER, "create_atomic_rmw", self._atomic)
         self._replace(_BUILDER, "create_atomic_cas", _refuse_atomic)
         self._replace(interpreter, "_patch_lang", self._patch_once)
+        self._replace(interpreter, "_patch_lang_tensor", patch_tensor)
         self._replace(interpreter.GridExecutor, "_init_args_hst", self._start)
         self._replace(interpreter.GridExecutor, "__call__", self._launch)
         if not self.values:
@@ -312,6 +313,15 @@ class Watch:
             f"nearest argument {near.name}, byte {bad - near.start} of {near.end - near.start} "
             f"({addresses.size} such elements)"
         )
+
+
+def patch_tensor(former: Any, tensor: Any, scope: Any) -> None:
+    """What makes a tensor of one element the bound of a range; that of Triton 3.6 calls int().
+
+    numpy 2.4 and newer refuse int() of an array that has a dimension.
+    """
+    former(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _tensors(value: Any) -> Iterator[Any]:

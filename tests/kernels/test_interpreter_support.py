@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -71,6 +73,15 @@ def pairs_kernel(X, Y, N: tl.constexpr):
 @triton.jit
 def unaligned_counter_kernel(COUNT):
     tl.atomic_add((COUNT.to(tl.pointer_type(tl.int8)) + 2).to(tl.pointer_type(tl.int32)), 1)
+
+
+@triton.jit
+def range_kernel(X, Y, N):
+    total = tl.load(X) * 0
+    for i in range(N):
+        for j in range(i, tl.load(X + 1)):
+            total += tl.load(X + j)
+    tl.store(Y, total)
 
 
 @triton.jit
@@ -157,6 +168,15 @@ def test_tuples_static_ranges_and_reshapes() -> None:
     structure_kernel[(1,)](x, y, 8, 3)
     swapped = x.float().sum(0).reshape(4, 2).flip(1).reshape(8)
     torch.testing.assert_close(y, torch.exp2(swapped) + 1)
+
+
+@pytest.mark.parametrize("values", [None, True, False], ids=["alone", "watched", "no values"])
+def test_tensors_bound_a_range(values) -> None:
+    """Arguments do, and without a Watch what was loaded: it is zero where nothing is loaded."""
+    x, y = torch.tensor([1, 4, 2, 8]), torch.zeros(1, dtype=torch.int64)
+    with nullcontext() if values is None else Watch(values=values):
+        range_kernel[(1,)](x, y, 2)
+    assert int(y) == (0 if values is False else 15 + 14)
 
 
 def test_device_assert_fires() -> None:

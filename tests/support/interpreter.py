@@ -1,10 +1,12 @@
 """Repairs of Triton's interpreter, which as shipped computes wrongly on bfloat16.
 
-It keeps bfloat16 as uint16 bits. Everything here is about values; addresses need no repair.
+It keeps bfloat16 as uint16 bits. Everything here is about values; addresses need no repair, and
+that of ranges is in bench/interpreter.py, which needs it too.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from bench.interpreter import patch_tensor
 
 BUILDER = interpreter.interpreter_builder
 ARITHMETIC = ("binary_op", "unary_op", "ternary_op", "create_fma")
@@ -32,6 +36,8 @@ def repair_interpreter() -> None:
     BUILDER.get_bf16 = lambda value: _from_float32(np.array([value], np.float32))
     # As shipped: sums and compares bfloat16 bits.
     interpreter.ReduceOps.apply_impl = _reduce_in_float32(interpreter.ReduceOps.apply_impl)
+    # As shipped, in Triton 3.6 with numpy 2.4 and newer: no tensor can be the bound of a range.
+    interpreter._patch_lang_tensor = partial(patch_tensor, interpreter._patch_lang_tensor)
     # As shipped: tl.device_assert is skipped. The options are a frozen dataclass.
     object.__setattr__(BUILDER.options, "debug", True)
 
