@@ -3,18 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TRAIN_ARGS ?=
+VERSIONS_ARGS ?=
 # One process a core, each with one thread; a process takes about 1.5 GiB.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # Idle CPU threads sleep rather than spin: on a machine that does other work too, spinning costs
 # several times the throughput; on an idle one sleeping costs about a tenth.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test test-gpu check verify clean help
+.PHONY: train test test-gpu test-versions check verify clean help
 
 help:
 	@echo "make train    set up, train EncNet on the embedded data set, print where the pictures are"
 	@echo "make test     set up, lint, type-check and run the tests"
-	@echo "make test-gpu the tests on a machine with a GPU, where they run the kernels on it"
+	@echo "make test-gpu the tests on a machine with a GPU, where they run the kernels on it;"
+	@echo "              with PYTHON=python3 in the environment of that Python, installing nothing"
+	@echo "make test-versions  the kernels with each supported Triton; hours, goes on where it stopped"
 	@echo "make verify   everything in test, then the checks that take longer"
 	@echo "make clean    remove the environment and caches (runs/ is kept)"
 
@@ -26,9 +29,21 @@ test: check
 	$(BIN)/python -m pytest $(PARALLEL)
 	@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "interpreter or triton"
 
+# A Python that is named has what it needs: nothing is made or installed, the checkout included.
+ifeq ($(origin PYTHON),file)
 test-gpu: $(VENV)/.installed-test
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a GPU: torch %s finds no CUDA device" % torch.__version__)'
-	$(BIN)/python -m pytest
+test-gpu: GPU_PYTHON := $(BIN)/python
+else
+test-gpu: GPU_PYTHON := $(PYTHON)
+endif
+test-gpu: export OMP_NUM_THREADS ?= 1
+test-gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+test-gpu:
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a GPU: torch %s finds no CUDA device" % torch.__version__)'
+	$(GPU_PYTHON) -m pytest $$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && printf %s '$(PARALLEL)')
+
+test-versions: $(VENV)/.installed-test
+	$(BIN)/python -m bench versions $(VERSIONS_ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -57,4 +72,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-versions build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

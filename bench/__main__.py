@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import compile as compile_report
-from bench import context, cost, gate, loader, memory, report, step, traffic
+from bench import context, cost, gate, loader, memory, report, step, traffic, versions
 from bench.cases import CASES, Case
 from bench.gpu import command as gpu
 from bench.passes import is_compiled
@@ -67,12 +67,22 @@ def compare(name: str, device: torch.device, data: str | None, json_file: Path |
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """(options, what is passed on to the trainer by ``context``)."""
+    """(options, what ``context`` passes on to the trainer, and ``versions`` reads itself)."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "case",
         nargs="?",
-        choices=[*CASES, "step", "memory", "loader", "context", "compile", "traffic", "cost"],
+        choices=[
+            *CASES,
+            "step",
+            "memory",
+            "loader",
+            "context",
+            "compile",
+            "traffic",
+            "cost",
+            "versions",
+        ],
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data", help="crop, loader: a folder data set to take the images from")
@@ -109,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given[:1] == ["gpu"]:
         return gpu.main(given[1:])
     options, extra = parse(given)
-    if extra and options.case != "context":
+    if extra and options.case not in ("context", "versions"):
         print(f"error: unknown argument {extra[0]}", file=sys.stderr)
         return 2
     if options.case is None:
@@ -123,7 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{'compile':<10}registers, spills, memory and instructions of every kernel; no GPU")
         print(f"{'traffic':<10}bytes the Triton kernels move, counted without a GPU")
         print(f"{'cost':<10}multiply-accumulates of each form of EncNet over those of FCN; no GPU")
+        print(f"{'versions':<10}the kernels with other versions of Triton and torch; no GPU")
         return 0
+    if options.case == "versions":
+        return versions.main(extra)
     if options.case == "cost":
         return cost.run(options.json)
     if options.case == "compile":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,22 @@ def _runs_here(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.hook.pytest_deselected(items=[i for i in items if not _runs_here(i)])
     items[:] = [i for i in items if _runs_here(i)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What this process leaves out as a whole, then why tests were skipped, with how many."""
+    say = terminalreporter.write_line
+    terminalreporter.section("not run, and why")
+    if INTERPRETED:
+        say("everything but the tests of Triton kernels: TRITON_INTERPRET=1 is set")
+    else:
+        say("tests of Triton's interpreter: they need TRITON_INTERPRET=1")
+        if not torch.cuda.is_available():
+            say("tests of Triton kernels: they need a GPU, or TRITON_INTERPRET=1")
+    skipped = (report.longrepr for report in terminalreporter.stats.get("skipped", ()))
+    reasons = Counter(why[2] if isinstance(why, tuple) else str(why) for why in skipped)
+    for reason, count in reasons.most_common():
+        say(f"{count} of the others: {reason.removeprefix('Skipped: ')}")
 
 
 CLASSES = ("sky", "ground", "thing")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -88,3 +90,18 @@ def test_constraints_satisfy_the_ranges_of_the_project() -> None:
         name, least = dependency.split(";")[0].strip().split(">=")
         pinned = tuple(int(x) for x in pins[name].split("."))
         assert pinned >= tuple(int(x) for x in least.split(".")), dependency
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_gpu_tests_run_in_the_environment_that_is_named() -> None:
+    """It is taken as it is: no environment is made and nothing installed; without one they are."""
+    command = ["make", "--dry-run", "--always-make", "test-gpu"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "MAKEFLAGS")}
+    for named in ([], ["PYTHON=some-python"]):
+        done = subprocess.run(
+            [*command, *named], cwd=ROOT, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert "-m pytest" in done.stdout
+        assert ("pip install" in done.stdout) == (not named)
+        assert ("some-python -m pytest" in done.stdout) == bool(named)

@@ -1,0 +1,69 @@
+"""`bench versions` writes each result as it comes, does none twice, and makes the table of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import versions
+from bench.versions import STAGES, Pair, Row
+
+PAIR = Pair("2.13.0", "3.9.0", sys.executable)
+INSTEAD = {"call": "backward bfloat16 C8", "config": "n32", "why": "spills 96 bytes", "next": "n16"}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages that were done, each at once and with a result that its name tells."""
+    stages: list[str] = []
+
+    def make(pair: Pair, place: Path, stage: str) -> Row:
+        stages.append(stage)
+        if stage == "compile encode":
+            return {"kernels": 7, "instead": [INSTEAD]}
+        if stage.startswith("compile"):
+            return {"kernels": 5, "instead": []}
+        return {"passed": 3, "skipped": 0, "failed": ["test_x"] if "upsample" in stage else []}
+
+    monkeypatch.setattr(versions, "make", make)
+    monkeypatch.setattr(versions, "revision", lambda: "abc")
+    monkeypatch.setattr(versions, "triton_of", lambda folder, triton, python: tmp_path)
+    return stages
+
+
+def test_a_second_run_does_what_is_missing(
+    tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions.run_pair(PAIR, tmp_path, redo=False)
+    assert made == list(STAGES)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == list(STAGES)
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    made.clear()
+    versions.run_pair(PAIR, tmp_path, redo=False)
+    assert made == [STAGES[-1]]
+    monkeypatch.setattr(versions, "revision", lambda: "def")
+    versions.run_pair(PAIR, tmp_path, redo=False)
+    assert made == [STAGES[-1], *STAGES]
+
+
+def test_the_table_says_what_failed_and_what_comes_instead(tmp_path: Path, made: list[str]) -> None:
+    versions.run_pair(PAIR, tmp_path, redo=False)
+    document = tmp_path / "versions.md"
+    document.write_text("before\n" + "old\n".join(versions.MARKERS) + "after\n")
+    versions.publish(tmp_path / "results.jsonl", document)
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| 2.13.0 | 3.9.0 |" in text
+    assert "| 7, 1 bad | 5, none bad | 5, none bad | 3 passed |" in text
+    assert "| 3 passed, 1 failed | abc |" in text
+    assert "backward bfloat16 C8: 'n32' spills 96 bytes; then comes 'n16'." in text
+    assert "test_upsample_triton.py: test_x failed." in text
+
+
+def test_the_documents_markers_are_there() -> None:
+    text = (versions.ROOT / "docs" / "versions.md").read_text()
+    assert all(text.count(marker) == 1 for marker in versions.MARKERS)
