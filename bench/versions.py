@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +44,8 @@ TESTS = tuple(
     for name in ("interpreter_support", "encode_triton", "batch_norm_triton", "upsample_triton")
 )
 
-STAGES = (*(f"compile {op}" for op in OPS), *TESTS)
+COMPILE = tuple(f"compile {op}" for op in OPS)
+STAGES = (*COMPILE, *TESTS)
 
 Row = dict[str, Any]
 
@@ -194,13 +195,13 @@ def read(file: Path) -> dict[tuple[str, str, str], Row]:
     return {(row["torch"], row["triton"], row["stage"]): row for row in rows}
 
 
-def run_pair(pair: Pair, folder: Path, redo: bool) -> None:
-    """Every stage that has no result of this revision yet."""
+def run_pair(pair: Pair, folder: Path, stages: Sequence[str], redo: bool) -> None:
+    """Those stages that have no result of this revision yet."""
     results = folder / "results.jsonl"
     place = triton_of(folder, pair.triton, pair.python)
     ask = "import platform, numpy; print(platform.python_version(), numpy.__version__)"
     python, numpy = run([pair.python, "-c", ask], place).stdout.split()
-    for stage in STAGES:
+    for stage in stages:
         now, start = revision(), time.perf_counter()
         before = read(results).get((pair.torch, pair.triton, stage))
         if before and before["revision"] == now and not redo:
@@ -281,9 +282,11 @@ def main(arguments: list[str]) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     for version in options.torch if not options.table else ():
         torch, python = torch_of(options.folder, version)
-        for triton in options.triton:
-            run_pair(Pair(torch, triton, python), options.folder, options.redo)
-            publish(options.folder / "results.jsonl", options.document)
+        pairs = [Pair(torch, triton, python) for triton in options.triton]
+        for stages in (COMPILE, TESTS):  # the quick answer of every pair first
+            for pair in pairs:
+                run_pair(pair, options.folder, stages, options.redo)
+                publish(options.folder / "results.jsonl", options.document)
     file = options.folder / "results.jsonl"
     publish(file, options.document)
     print(table(file))

@@ -37,21 +37,21 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_second_run_does_what_is_missing(
     tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    versions.run_pair(PAIR, tmp_path, redo=False)
+    versions.run_pair(PAIR, tmp_path, STAGES, redo=False)
     assert made == list(STAGES)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == list(STAGES)
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     made.clear()
-    versions.run_pair(PAIR, tmp_path, redo=False)
+    versions.run_pair(PAIR, tmp_path, STAGES, redo=False)
     assert made == [STAGES[-1]]
     monkeypatch.setattr(versions, "revision", lambda: "def")
-    versions.run_pair(PAIR, tmp_path, redo=False)
+    versions.run_pair(PAIR, tmp_path, STAGES, redo=False)
     assert made == [STAGES[-1], *STAGES]
 
 
 def test_the_table_says_what_failed_and_what_comes_instead(tmp_path: Path, made: list[str]) -> None:
-    versions.run_pair(PAIR, tmp_path, redo=False)
+    versions.run_pair(PAIR, tmp_path, STAGES, redo=False)
     document = tmp_path / "versions.md"
     document.write_text("before\n" + "old\n".join(versions.MARKERS) + "after\n")
     versions.publish(tmp_path / "results.jsonl", document)
