@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import batch_norm_kernels as kernels
-from .launch import Config, Launch, architecture, cdiv, next_power_of_2, run_all, run_chosen
+from .launch import Config, Launch, architecture, cdiv, next_power_of_2, on, run_all, run_chosen
 
 # Bytes of a tile, and warps: one load of 16 bytes a thread. With more, or with 4 warps, the
 # compiler aims at register counts that spill a few bytes here and there.
@@ -337,13 +337,10 @@ def input_launches(
     return [launch], (grad_x, grad_residual)
 
 
-def _run(name: str, x: Tensor, launches: Any, *options: object) -> Any:
+def _run(x: Tensor, launches: Any) -> Any:
     """Choose a tile for x, run `launches(processors, tile)` and return its outputs."""
     _, processors = architecture(x)
-    sizes = x.shape[1] % 16 == 0, x.shape[2] % 16 == 0  # what Triton specialises on
-    candidates = configs(x)
-    key = (f"batch_norm {name}", x.device, x.dtype, candidates[0], sizes, options)
-    return run_chosen(key, candidates, lambda config: launches(processors, config), x.device)
+    return run_chosen(configs(x), lambda config: launches(processors, config), x.device)
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -357,15 +354,15 @@ def statistics(x: Tensor, running: Optional[Running]) -> tuple[Tensor, ...]:
     """See `statistics_launches`."""
     x = dense(x)
     build = partial(statistics_launches, x, running)
-    kinds = running and (running.mean is not None, running.var is not None)
-    outputs: tuple[Tensor, ...] = _run("statistics", x, build, kinds)
+    outputs: tuple[Tensor, ...] = _run(x, build)
     return outputs
 
 
 def moments(packed: Tensor, running: Running) -> tuple[Tensor, Tensor, Tensor]:
     """See `moments_launches`."""
     launches, outputs = moments_launches(packed, running)
-    run_all(launches, packed.device)
+    with on(packed.device):
+        run_all(launches)
     return outputs
 
 
@@ -376,8 +373,7 @@ def normalise(
     given, x = x, dense(x)
     residual = None if residual is None else _like(residual, x)
     build = partial(normalise_launches, x, affine, residual, relu, pack, fold)
-    options = (residual is None, relu, pack, fold, *affine.constants().values())
-    y, mask = _run("normalise", x, build, options)
+    y, mask = _run(x, build)
     return _like(y, given), mask
 
 
@@ -393,8 +389,7 @@ def backward_sums(
     """See `sums_launches`."""
     given, x = x, dense(x)
     build = partial(sums_launches, _like(grad, x), x, mask, affine, relu, frozen, need_residual)
-    options = (mask is None, relu, frozen, need_residual, *affine.constants().values())
-    sums, grad_weight, grad_bias, grad_x, grad_residual = _run("sums", x, build, options)
+    sums, grad_weight, grad_bias, grad_x, grad_residual = _run(x, build)
     return sums, grad_weight, grad_bias, _like(grad_x, given), _like(grad_residual, given)
 
 
@@ -413,6 +408,5 @@ def backward_input(
     build = partial(
         input_launches, _like(grad, x), x, mask, affine, sums, count, relu, need_residual
     )
-    options = (mask is None, relu, need_residual, *affine.constants().values())
-    grad_x, grad_residual = _run("input", x, build, options)
+    grad_x, grad_residual = _run(x, build)
     return _like(grad_x, given), _like(grad_residual, given)

@@ -387,8 +387,7 @@ def forward(
         )
 
     configs = forward_configs(arch, x.dtype, channels, num, pixels)
-    key = ("encode forward", x.device, x.dtype, channels, num, configs[0])
-    return run_chosen(key, configs, launches, x.device)
+    return run_chosen(configs, launches, x.device)
 
 
 def backward(
@@ -415,8 +414,7 @@ def backward(
         )  # fmt: skip
 
     configs = backward_configs(arch, x.dtype, channels, num, pixels)
-    key = ("encode backward", x.device, x.dtype, channels, num, need_x, configs[0])
-    grad_x, grad_codewords, grad_scale = run_chosen(key, configs, launches, x.device)
+    grad_x, grad_codewords, grad_scale = run_chosen(configs, launches, x.device)
     if need_x:
         out = torch.empty_like(given)
         grad_x = grad_x if grad_x.stride() == out.stride() else out.copy_(grad_x)

@@ -3,9 +3,9 @@
 A launcher lists its kernel launches without running them, so that the same list can be run,
 compiled for an architecture that is not there, or counted byte by byte.
 
-Another Triton version may compile a kernel differently. The first time a configuration is used, it
-is compiled and looked at before it runs: where it spills registers or does not fit, the next one of
-the list takes its place, and one line in the log says so.
+Another Triton version may compile a kernel differently. The first time a program is used, it is
+compiled and looked at before it runs: where it keeps values in local memory or does not fit, the
+next configuration of the list takes its place, and one line in the log says so.
 """
 
 from __future__ import annotations
@@ -79,10 +79,25 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """What the compiler is told."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Said because the default is to change; without it there are more instructions.
+        options["enable_fp_fusion"] = True
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+    def program(self) -> Any:
+        """Different for launches that Triton compiles to different programs on one device."""
+        return (
+            id(self.kernel),  # it lives as long as its module; its hash takes long
+            self.num_warps,
+            self.num_stages,
+            self.max_registers,
+            *self.constants,
+            *self.constants.values(),
+            *self.arguments,
+            *map(_specialised, self.arguments.values()),
+        )
 
     def _call(self) -> dict[str, Any]:
         return {**self.arguments, **self.constants, **self.options()}
@@ -94,13 +109,33 @@ class Launch:
         """Compile for the current device; why the result is not to be used, or None."""
         try:
             compiled = self.kernel.warmup(**self._call(), grid=self.grid)
-            # Asking for it loads the program; only then does the driver tell what it spills.
+            # Asking for it loads the program; only then does the driver tell what it takes.
             compiled.run  # noqa: B018
         except triton.runtime.OutOfResources as error:
             return f"{self.name} does not fit: {error}"
+        # Not a count of spills: a quarter of a thread's local memory, where the stack is as well.
         if compiled.n_spills:
-            return f"{self.name} spills {4 * compiled.n_spills} bytes a thread"
+            local = 4 * compiled.n_spills
+            return f"{self.name} takes {local} bytes of local memory (stack and spills) a thread"
         return None
+
+
+def _specialised(value: Any) -> Any:
+    """What Triton compiles for anew in a run-time argument: its type, and what divides it.
+
+    This is asked for every argument of every launch, hence one small object for each kind.
+    """
+    kind = type(value)
+    if kind is int:
+        if value == 1:
+            return 1  # folded in
+        if -(2**31) <= value < 2**31:
+            return 16 if value % 16 == 0 else kind
+        return value % 16 == 0, value < 2**63
+    # Asked second: of what is no tensor, isinstance takes long.
+    if kind is not float and isinstance(value, Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
+    return kind
 
 
 def cdiv(number: int, divisor: int) -> int:
@@ -140,62 +175,62 @@ def architecture(x: Tensor) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-_chosen: dict[Any, Config] = {}
-
-
-def choose(
-    key: Any, configs: Sequence[Config], launches: Callable[[Config], Sequence[Launch]]
-) -> Config:
-    """The first configuration whose kernels compile without spilling; remembered under `key`.
-
-    The last one is taken without a look: it is the conservative one, and a slow result is better
-    than none.
-    """
-    if interpreting():
-        return configs[0]
-    found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = _first_good(configs, launches)
-    return found
-
-
-def _first_good(
-    configs: Sequence[Config], launches: Callable[[Config], Sequence[Launch]]
-) -> Config:
-    for config, following in zip(configs, configs[1:]):
-        obstacles = [o for launch in launches(config) if (o := launch.obstacle())]
-        if not obstacles:
-            return config
-        logger.warning(
-            "%s as compiled by Triton %s; using '%s' in place of '%s'",
-            obstacles[0],
-            triton.__version__,
-            following,
-            config,
-        )
-    return configs[-1]
-
-
-def run_all(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run them in order on `device`, but those without programs: a GPU refuses an empty grid."""
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        for launch in launches:
-            if all(launch.grid):
-                launch.run()
-
+# Why a program, on a device, is not to be used, or None.
+_obstacles: dict[Any, Optional[str]] = {}
 
 Outputs = TypeVar("Outputs")
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton compiles for the current device, loads onto it and launches on its stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def run_all(launches: Sequence[Launch]) -> None:
+    """Run them in order, but those without programs: a GPU refuses an empty grid."""
+    for launch in launches:
+        if all(launch.grid):
+            launch.run()
+
+
 def run_chosen(
-    key: Any,
     configs: Sequence[Config],
     launches: Callable[[Config], tuple[Sequence[Launch], Outputs]],
     device: torch.device,
 ) -> Outputs:
-    """Choose a configuration, run what `launches` lists for it, and return its outputs."""
-    config = choose(key, configs, lambda candidate: launches(candidate)[0])
-    made, outputs = launches(config)
-    run_all(made, device)
+    """Run what `launches` lists for the first good configuration, and return its outputs.
+
+    Good is one whose kernels fit and need no local memory. The last one is taken without a look:
+    it is the conservative one, and a slow result is better than none.
+    """
+    with on(device):
+        for config, following in zip(configs, configs[1:]):
+            made, outputs = launches(config)
+            if interpreting() or _good(made, device, config, following):
+                break
+            del made, outputs  # room for those of the next one
+        else:
+            made, outputs = launches(configs[-1])
+        run_all(made)
     return outputs
+
+
+def _good(
+    launches: Sequence[Launch], device: torch.device, config: Config, following: Config
+) -> bool:
+    """Whether no program of these is to be avoided; looks at each once, and logs what it finds."""
+    good = True
+    for launch in launches:
+        key = device, launch.program()
+        if key not in _obstacles:
+            _obstacles[key] = found = launch.obstacle()
+            if found is not None:
+                logger.warning(
+                    "%s as compiled by Triton %s; using '%s' in place of '%s'",
+                    found,
+                    triton.__version__,
+                    following,
+                    config,
+                )
+        good = good and _obstacles[key] is None
+    return good

@@ -326,10 +326,7 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum of losses, sum of label weights, lse and losses, as of `forward_launches`."""
     logits, target, prepared = _prepared(logits, target, *options)
-    flags = tuple(prepared.constants().values())
-    key = ("upsample forward", logits.device, logits.dtype, logits.shape[1:], target.shape[1:])
     return run_chosen(
-        (*key, target.dtype, prepared.align_corners, *flags, keep_lse, keep_losses),
         forward_configs(logits, architecture(logits)[0], prepared.smoothing),
         lambda config: forward_launches(logits, target, prepared, keep_lse, keep_losses, config),
         logits.device,
@@ -358,10 +355,7 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *options
     logits, target, prepared = _prepared(logits, target, *options)
     grad = grad.contiguous()
     _, processors = architecture(logits)
-    flags = (*prepared.constants().values(), grad.dim())
-    key = ("upsample backward", logits.device, logits.dtype, logits.shape[1:], target.shape[1:])
     made = run_chosen(
-        (*key, target.dtype, prepared.align_corners, *flags),
         backward_configs(logits, target.shape[2], prepared.align_corners, prepared.smoothing),
         lambda config: backward_launches(grad, logits, target, lse, prepared, processors, config),
         logits.device,
@@ -374,9 +368,7 @@ def argmax(
 ) -> tuple[Tensor, Tensor]:
     """Label of each pixel, and its probability if asked for (else empty)."""
     logits = channels_last(logits.detach())
-    key = ("upsample argmax", logits.device, logits.dtype, logits.shape[1:], height, width)
     return run_chosen(
-        (*key, align_corners, with_prob),
         argmax_configs(logits, architecture(logits)[0]),
         lambda config: argmax_launches(logits, height, width, align_corners, with_prob, config),
         logits.device,

@@ -63,7 +63,6 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(batch_norm_triton, "_TILE_BYTES", size)
         monkeypatch.setattr(batch_norm_triton, "_CHANNELS", channels)
         monkeypatch.setattr(batch_norm_triton, "architecture", lambda _: (90, 1))
-        monkeypatch.setattr(launch, "_chosen", {})
         batch_norm_triton._configs.cache_clear()
 
 
@@ -311,9 +310,9 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     original = launch.run_all
 
-    def run_all(launches: Any, device: torch.device) -> None:
+    def run_all(launches: Any) -> None:
         names.extend(one.kernel.__name__ for one in launches)
-        original(launches, device)
+        original(launches)
 
     monkeypatch.setattr(launch, "run_all", run_all)
     tensors = example("channels_last", torch.float32, residual=True, device=DEVICE)

@@ -57,7 +57,6 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     if request.param is not None:
         for name in ("forward_configs", "backward_configs"):
             monkeypatch.setattr(encode_triton, name, lambda *_: [request.param])
-        monkeypatch.setattr(launch, "_chosen", {})
     return request.param
 
 
@@ -155,7 +154,6 @@ def test_every_forward_pass_leaves_counters_that_the_backward_pass_can_count_in(
     """A second backward pass finds them at zero too."""
     monkeypatch.setattr(encode_triton, "forward_configs", lambda *_: [forward])
     monkeypatch.setattr(encode_triton, "backward_configs", lambda *_: [WHOLE])
-    monkeypatch.setattr(launch, "_chosen", {})
     *inputs, grad = example("two groups of images", torch.float32)
     x, codewords, scale = inputs
     features = x.transpose(1, 2)

@@ -66,9 +66,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = launch.run_all
 
-    def run_all(launches: Any, device: torch.device) -> None:
+    def run_all(launches: Any) -> None:
         names.extend(one.name for one in launches)
-        original(launches, device)
+        original(launches)
 
     monkeypatch.setattr(launch, "run_all", run_all)
     return names
