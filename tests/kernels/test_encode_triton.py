@@ -37,8 +37,9 @@ CASES = {
     "two programs share the channels": (1, 20, 520, 33),
     "many codewords": (1, 19, 24, 65),
     "two groups of images": (18, 5, 16, 3),
+    "several tiles read ahead": (1, 75, 136, 33),
 }
-WIDE = "two programs share the channels"
+WIDE, AHEAD = "two programs share the channels", "several tiles read ahead"
 
 
 @pytest.fixture(params=[None, "reverse", 3], ids=["in order", "reverse", "shuffled"])
@@ -103,7 +104,7 @@ def check(
 
 @pytest.mark.usefixtures("config")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c != WIDE])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in (WIDE, AHEAD)])
 def test_error_is_at_most_twice_that_of_the_matrix_products(
     case: str, dtype: torch.dtype, assert_accurate: Callable[..., None]
 ) -> None:
@@ -175,6 +176,25 @@ def test_every_forward_pass_leaves_counters_that_the_backward_pass_can_count_in(
 def test_programs_that_share_the_channels(assert_accurate: Callable[..., None]) -> None:
     *inputs, grad = example(WIDE, torch.bfloat16)
     check([*inputs, grad], assert_accurate, run(encode, *inputs, grad=grad))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_program_that_reads_ahead_reads_the_tile_that_follows(
+    dtype: torch.dtype, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of one multiprocessor gives all tiles of the image to one program."""
+    monkeypatch.setattr(encode_triton, "architecture", lambda _: (90, 1))
+    *inputs, grad = example(AHEAD, dtype)
+    x, codewords, scale = inputs
+    launches, _ = encode_triton.forward_launches(
+        x.transpose(1, 2), codewords, scale, False, arch=90, processors=1
+    )
+    first = launches[0]
+    assert first.constants["PREFETCH"] and first.arguments["splits"] == 1
+    assert x.shape[1] > 2 * first.constants["BN"]
+    with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
+        ours = run(encode, *inputs, grad=grad)
+    check([*inputs, grad], assert_accurate, ours)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
