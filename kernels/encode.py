@@ -18,7 +18,8 @@ the parameters and B + 1 integers are saved: the weights are computed again. Byt
 once, backward reads x once and writes dx once.
 
 A tile is first shifted by the mean codeword. Distances and residuals stay the same, and the
-expanded square |x|^2 - 2 x.d + |d|^2 no longer cancels when x and d share a large offset.
+expanded square |x|^2 - 2 x.d + |d|^2 no longer cancels when x and d share a large offset. The
+kernels on CUDA have no such shift; README.md says what an offset costs there.
 """
 
 from __future__ import annotations
@@ -432,6 +433,10 @@ def encode(
         E, B x K x C, float32 (float64 for float64 x). With `return_stats` the tuple (E, sum, M2),
         the latter two B x K; they carry no gradient, because the backward pass of a batch
         normalisation accounts for its statistics in closed form.
+
+    On a GPU an offset common to x and the codewords costs digits: the relative error of E in
+    bfloat16 is 6e-4 without one, 1.3e-2 where it is 5 times the spread of x and 1.1e-1 where it is
+    20 times (emulated code). Elsewhere it costs none.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype that is not allowed.
