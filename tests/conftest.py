@@ -32,6 +32,10 @@ def _runs_here(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.hook.pytest_deselected(items=[i for i in items if not _runs_here(i)])
     items[:] = [i for i in items if _runs_here(i)]
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
