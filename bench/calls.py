@@ -195,11 +195,13 @@ class BatchNormShape:
         return torch.empty(self.B, self.C, self.N, dtype=dtype, device=device)
 
 
-# A stage of ResNet-50 in both layouts, and the codewords' B x K x C.
+# A stage of ResNet-50 in both layouts, the codewords' B x K x C, and a stage of a CIFAR-10 network,
+# where a program has a single tile.
 BATCH_NORM_SHAPES = (
     BatchNormShape(16, 256, 14400),
     BatchNormShape(16, 256, 14400, channels_last=False),
     BatchNormShape(16, 32, 512, channels_last=False),
+    BatchNormShape(128, 32, 256),
 )
 # Where sizes are no multiple of the tiles or of 16 bytes.
 MORE_BATCH_NORM_SHAPES = (

@@ -159,14 +159,14 @@ def _row(kernel: Kernel, made: Report) -> Row:
 
 
 def bad(row: Row) -> bool:
-    """Whether this kernel spills or cannot be launched."""
-    return bool(row["spill_bytes"]) or not row["fits"]
+    """Whether this kernel needs local memory or cannot be launched."""
+    return bool(row["spill_bytes"] or row["stack_bytes"]) or not row["fits"]
 
 
 def table(rows: list[Row], archs: list[int]) -> Table:
     """A line for each kernel, shape, dtype and configuration, a column for each architecture."""
     made = Table(
-        title="registers / spilled bytes / shared KiB / blocks per SM", title_justify="left"
+        title="registers / stack + spilled bytes / shared KiB / blocks per SM", title_justify="left"
     )
     made.add_column("kernel, shape, configuration", no_wrap=True)
     made.add_column("dtype", no_wrap=True)
@@ -182,8 +182,8 @@ def table(rows: list[Row], archs: list[int]) -> Table:
 
 def _cell(row: Row) -> str:
     figures = (
-        f"{row['registers']} / {row['spill_bytes']} / {row['shared_bytes'] / 1024:.0f}"
-        f" / {row['blocks_per_sm']}"
+        f"{row['registers']} / {row['stack_bytes']} + {row['spill_bytes']}"
+        f" / {row['shared_bytes'] / 1024:.0f} / {row['blocks_per_sm']}"
     )
     if not bad(row):
         return figures
@@ -233,7 +233,7 @@ def run(
         if row["note"]:
             print(f"sm_{row['arch']} {row['dtype']} {row['config']}: {row['note']}")
     wrong = [row for row in rows if row["default"] and bad(row)]
-    print(f"{len(rows)} kernels; {len(wrong)} of a default configuration spill or do not fit")
+    print(f"{len(rows)} kernels; {len(wrong)} of a default need local memory or do not fit")
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
     return 1 if wrong else 0

@@ -1,7 +1,7 @@
 """What one kernel launch takes of a GPU, read off the compiled program: no GPU, no driver.
 
 A launch is specialised as Triton would specialise it when run (16-byte alignment, multiples of 16,
-ones folded in) and compiled to machine code; `ptxas -v` says registers and spills, the
+ones folded in) and compiled to machine code; `ptxas -v` says registers, stack and spills, the
 disassembly says the instructions. Nothing here is a time.
 """
 
@@ -60,6 +60,7 @@ class Report:
 
     Attributes:
         num_warps: warps a block, those that the compiler added included.
+        stack_bytes: local memory of a thread; where it spills, it spills to there.
         spill_bytes: stored and loaded, a thread.
         blocks_per_sm: resident at once, by registers, shared and tensor memory, warps and blocks.
         instructions: of the program, without padding.
@@ -76,6 +77,7 @@ class Report:
     arch: int
     num_warps: int
     registers: int = 0
+    stack_bytes: int = 0
     spill_bytes: int = 0
     shared_bytes: int = 0
     blocks_per_sm: int = 0
@@ -196,7 +198,7 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
     warps = int(threads[1]) // 32 if threads else int(metadata.num_warps)
     # One line for the kernel and one for each function that was not inlined.
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    stack, spills = local_memory(log)
     program = instructions(compiled.asm["cubin"])
     columns = int(getattr(metadata, "tmem_size", 0) or 0)
     blocks = blocks_per_sm(arch, warps, registers, metadata.shared, columns)
@@ -216,6 +218,7 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
         arch=arch,
         num_warps=warps,
         registers=registers,
+        stack_bytes=stack,
         spill_bytes=spills,
         shared_bytes=int(metadata.shared),
         blocks_per_sm=blocks,
@@ -228,6 +231,12 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
         fits=not note,
         note=note,
     )
+
+
+def local_memory(log: str) -> tuple[int, int]:
+    """Bytes of a thread's stack, and bytes it spills, stored and loaded, by the log of ptxas."""
+    stack = max((int(n) for n in re.findall(r"(\d+) bytes stack frame", log)), default=0)
+    return stack, sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
 def blocks_per_sm(arch: int, warps: int, registers: int, shared: int, columns: int = 0) -> int:

@@ -26,6 +26,9 @@ _MOST_TILES = 32
 # short. Runs of fewer than 4 tiles would write many partial sums, and only pay where there is
 # little work.
 _PROGRAMS, _FEW_TILES = 16, 4
+# Said to the compiler of a program with a single tile: left alone it saves registers for more
+# resident programs than there are, and spills some bytes.
+_MOST_REGISTERS = 255
 _CHANNELS_OF_FINISH, _RUNS_OF_FINISH = 16, 64
 
 
@@ -87,6 +90,7 @@ class Walk:
     arguments: dict[str, int]
     constants: dict[str, Any]
     num_warps: int
+    max_registers: Optional[int]
 
     def launch(self, kernel: Any, arguments: dict[str, Any], **constants: Any) -> Launch:
         """The launch of a kernel that walks x this way."""
@@ -96,6 +100,7 @@ class Walk:
             arguments | self.arguments,
             self.constants | constants,
             self.num_warps,
+            max_registers=self.max_registers,
         )
 
 
@@ -114,7 +119,8 @@ def _walk(
     sizes = {"B": images, "C": channels, "N": pixels, "per": per, "tiles": tiles}
     sizes["packed"] = config.block_c // 8
     constants = {"BP": config.block_n, "BQ": config.block_c, "LAST": last}
-    return Walk(splits, (blocks * splits,), sizes, constants, config.num_warps)
+    registers = _MOST_REGISTERS if per == 1 else None
+    return Walk(splits, (blocks * splits,), sizes, constants, config.num_warps, registers)
 
 
 @dataclass(frozen=True)

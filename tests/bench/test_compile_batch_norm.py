@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import compile as compile_report
-from tests.support.compiled import FAR_APART, Row, compiled, needs_triton, select
+from tests.support.compiled import FAR_APART, Row, compiled, faults, needs_triton, select
 
 pytestmark = [needs_triton, pytest.mark.slow]
 
@@ -28,12 +27,7 @@ each_call = pytest.mark.parametrize(
 
 @each_call
 def test_defaults_fit_and_do_not_spill(rows: list[Row], direction: str, arch: int) -> None:
-    wrong = {
-        row["config"]: row["note"] or f"{row['spill_bytes']} bytes spilled"
-        for row in select(rows, direction, "bfloat16", arch)
-        if compile_report.bad(row)
-    }
-    assert not wrong, f"sm_{arch}"
+    assert not faults(select(rows, direction, "bfloat16", arch)), f"sm_{arch}"
 
 
 @each_call

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from bench import compile as compile_report
-from bench.resources import LIMITS, accesses, blocks_per_sm, widths
-from tests.support.compiled import FAR_APART, Row, compiled, needs_triton, run_apart, select
+from bench.resources import LIMITS, accesses, blocks_per_sm, local_memory, widths
+from tests.support.compiled import FAR_APART, Row, compiled, faults, needs_triton, run_apart, select
 
 DTYPES = ("bfloat16", "float32")
 
@@ -46,12 +46,7 @@ each_call = pytest.mark.parametrize(
 @pytest.mark.slow
 @each_call
 def test_defaults_fit_and_do_not_spill(rows, direction, dtype, arch) -> None:
-    wrong = {
-        row["config"]: row["note"] or f"{row['spill_bytes']} bytes spilled"
-        for row in select(rows, direction, dtype, arch)
-        if row["spill_bytes"] or not row["fits"]
-    }
-    assert not wrong, f"sm_{arch} {dtype}"
+    assert not faults(select(rows, direction, dtype, arch)), f"sm_{arch} {dtype}"
 
 
 @needs_triton
@@ -94,7 +89,21 @@ def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, direction, dtyp
 @pytest.mark.slow
 def test_a_planted_spill_is_reported(planted) -> None:
     assert planted["reports"]["spill"]["spill_bytes"] > 0
+    assert planted["reports"]["spill"]["stack_bytes"] > 0
     assert compile_report.bad(planted["reports"]["spill"])
+
+
+def test_a_stack_is_bad_without_a_spill_too() -> None:
+    log = """ptxas info    : Function properties for backward_input_kernel
+    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for slow_division
+    24 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+"""
+    assert local_memory(log) == (24, 16)
+    assert local_memory("".join(log.splitlines(keepends=True)[:2])) == (8, 0)
+    good = {"stack_bytes": 0, "spill_bytes": 0, "fits": True}
+    assert not compile_report.bad(good)
+    assert compile_report.bad(good | {"stack_bytes": 8})
 
 
 @needs_triton

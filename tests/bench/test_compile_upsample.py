@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import compile as compile_report
-from tests.support.compiled import FAR_APART, Row, compiled, needs_triton, select
+from tests.support.compiled import FAR_APART, Row, compiled, faults, needs_triton, select
 
 pytestmark = [needs_triton, pytest.mark.slow]
 
@@ -26,12 +25,7 @@ each_call = pytest.mark.parametrize(
 @each_call
 def test_defaults_fit_and_do_not_spill(rows: list[Row], direction: str, arch: int) -> None:
     chosen = select(rows, direction, "bfloat16", arch)
-    wrong = {
-        row["config"]: row["note"] or f"{row['spill_bytes']} bytes spilled"
-        for row in chosen
-        if compile_report.bad(row)
-    }
-    assert len(chosen) >= 4 and not wrong, f"sm_{arch}"
+    assert len(chosen) >= 4 and not faults(chosen), f"sm_{arch}"
 
 
 @pytest.mark.parametrize("arch", map(int, FAR_APART))

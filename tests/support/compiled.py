@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from bench.compile import bad
+
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
 
@@ -53,10 +55,20 @@ def _compile(file: Path, arguments: tuple[str, ...]) -> list[Row]:
     run = run_apart("-m", "bench", "compile", *arguments, "--json", str(file))
     assert file.exists(), run.stderr
     found: list[Row] = json.loads(file.read_text())
-    wrong = any(row["spill_bytes"] or not row["fits"] for row in found)
+    wrong = any(map(bad, found))
     assert run.returncode == int(wrong), run.stdout
     assert "not run" in run.stdout.splitlines()[0]
     return found
+
+
+def faults(rows: list[Row]) -> dict[str, str]:
+    """What is wrong with the kernels that are bad, by kernel, shape and configuration."""
+    return {
+        row["config"]: row["note"]
+        or f"a stack of {row['stack_bytes']} bytes, {row['spill_bytes']} bytes spilled"
+        for row in rows
+        if bad(row)
+    }
 
 
 def select(rows: list[Row], direction: str, dtype: str, arch: int) -> list[Row]:
