@@ -206,6 +206,15 @@ def test_what_the_compiler_is_told_is_part_of_a_program(changed: dict[str, Any])
     assert one.program() != Launch(grid=(1,), arguments={}, **(given | changed)).program()
 
 
+@pytest.mark.skipif(launch.interpreting(), reason="the interpreter compiles nothing")
+def test_sums_of_products_are_fused_whatever_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As instructions, which Triton means to leave to those who ask for it."""
+    one = Launch(planted, (1,), {"X": MEMORY, "Y": MEMORY, "N": 16, "M": 32}, {}, 4)
+    program = identity(one, 90)
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    assert identity(one, 90) == program
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Launches that would have run; kernels need no GPU and none is compiled."""
