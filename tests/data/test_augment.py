@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from encnet_triton.data import Augment, DataError
 from encnet_triton.data.augment import Warp, make_warp, warp_image, warp_label
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 FILL = (124, 116, 104)
 PLAIN = {"scale": (1.0, 1.0), "rotation": 0.0, "flip": 0.0}
@@ -61,8 +62,8 @@ def reference_label(label, warp, size):
 
 
 @pytest.mark.parametrize("picture", [smooth_image, noise_image], ids=["waves", "noise"])
-@settings(max_examples=25, deadline=None)
-@given(
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
     size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
@@ -80,8 +81,8 @@ def test_image_equals_the_float64_warp(picture, height, width, size, scale, degr
     assert np.abs(actual - expected).max() <= 0.51
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
     size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
     scale=st.floats(0.2, 3.0),
     degrees=st.floats(-180, 180),

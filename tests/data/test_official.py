@@ -7,8 +7,6 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
-from scipy.io import savemat
 
 from encnet_triton.data import DataError, create_dataset, pascal_context, prepare
 from encnet_triton.data.check import check_split
@@ -52,6 +50,7 @@ def voc(tmp_path):
 
 @pytest.fixture
 def sbd(tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
     root = tmp_path / "dataset"
     (root / "cls").mkdir(parents=True)
     for name, value in (("a", 3), ("b", 4), ("c", 5)):
@@ -148,6 +147,7 @@ def voc2010(tmp_path):
 
 
 def test_pascal_context_from_459_label_mats(voc2010, tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
     mats = tmp_path / "trainval"
     mats.mkdir()
     # aeroplane, wood, a label outside the 59, unlabelled
@@ -167,6 +167,8 @@ def test_pascal_context_from_459_label_mats(voc2010, tmp_path):
 
 
 def test_pascal_context_from_the_detail_json(voc2010, tmp_path):
+    coco_mask = pytest.importorskip("pycocotools.mask")
+
     def segment(image, category, rows):
         mask = np.zeros((6, 8), np.uint8, order="F")
         mask[rows] = 1
