@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# Processes that tests start find the packages of this checkout, installed or not, and before any
+# other copy that is: pytest's `pythonpath` is this process's alone.
+ROOT = str(Path(__file__).parents[1])
+_paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != ROOT]
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *_paths])
 
 # The mode of a whole process: triton reads it when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,6 +59,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(why[2] if isinstance(why, tuple) else str(why) for why in skipped)
     for reason, count in reasons.most_common():
         say(f"{count} of the others: {reason.removeprefix('Skipped: ')}")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors of this process are float64: for tests that compare two trainings."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 CLASSES = ("sky", "ground", "thing")

@@ -30,8 +30,6 @@ needs_triton = pytest.mark.skipif(
 def run_apart(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
     """A Python process at the root of the checkout, not interpreting kernels unless asked."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
-    path = (str(ROOT), os.environ.get("PYTHONPATH", ""))
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
     )

@@ -29,7 +29,7 @@ def main(dtype: torch.dtype, output: str, accumulation: int, frozen: bool) -> No
     torch.manual_seed(0)
     options = dict(backbone="demo", head_channels=32, num_codewords=4, dropout=0.0)
     model = create_model("encnet", 5, **options).to(dtype)
-    images = torch.randn(8, 3, 40, 40, dtype=dtype)
+    images = torch.randn(8, 3, 40, 40).to(dtype)  # the same in both dtypes, as the weights
     labels = torch.randint(0, 5, (8, 40, 40))
     for index, label in enumerate(labels):
         label[:, : 5 * index] = 255

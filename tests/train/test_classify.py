@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from encnet_triton import evaluate, predict
-from encnet_triton.checkpoint import load_model, read
+from encnet_triton.checkpoint import load_model
 from encnet_triton.classification import ImageClassifier
 from encnet_triton.data.cifar10 import Images, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
@@ -22,7 +21,8 @@ from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.optim import rate_at
 from encnet_triton.train.recipe import build
-from tests.train.launch import assert_same_state, start, torchrun
+from tests.support.tolerance import assert_equal_in_float64
+from tests.train.launch import IN_FLOAT64, assert_same_state, floating, run, torchrun
 
 SMALL = (
     "--width", "16", "--epochs", "4", "--batch-size", "16", "--device", "cpu", "--lr", "0.05",
@@ -180,20 +180,13 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(data: Path) -> None:
     assert_same_state("whole", "parts")
 
 
+@pytest.mark.usefixtures("float64")
 def test_two_processes_train_as_one(data: Path) -> None:
     options = ["--recipe", "cifar10_seresnet_64d", "--data", str(data), *SMALL, "--epochs", "1"]
     assert main([*options, "--name", "one"]) == 0
-    log = Path("log")
-    process = start([*torchrun(), *options, "--name", "two"], log)
-    try:
-        assert process.wait(timeout=120) == 0, log.read_text()
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(log.read_text()) from None
-    one, _ = read(Path("runs/one/last.safetensors"), "model.")
-    two, _ = read(Path("runs/two/last.safetensors"), "model.")
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-3)
+    run([*torchrun(module=IN_FLOAT64), *options, "--name", "two"], Path("log"))
+    for kind in ("model.", "momentum."):
+        assert_equal_in_float64(floating("two", kind), floating("one", kind))
 
 
 def test_missing_data_is_one_sentence(tmp_path: Path, capsys) -> None:

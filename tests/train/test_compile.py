@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from encnet_triton.checkpoint import read
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.setup import compile_obstacle
-from tests.train.launch import start, torchrun
+from tests.support.tolerance import assert_equal_in_float64
+from tests.train.launch import IN_FLOAT64, floating, run, torchrun
 
 CPU = torch.device("cpu")
 
@@ -27,15 +27,10 @@ def test_compiled_in_two_processes_equals_eager(
                  "--dropout", "0", "--name"]  # fmt: skip
     for name, more in (("eager", []), ("compiled", ["--compile"])):
         log = Path(f"{name}.log")
-        assert start([*torchrun(), *arguments, name, *more], log).wait(240) == 0, log.read_text()
+        run([*torchrun(module=IN_FLOAT64), *arguments, name, *more], log)
         assert "left out" not in log.read_text()
-    eager, _ = read(Path("runs/eager/last.safetensors"))
-    compiled, _ = read(Path("runs/compiled/last.safetensors"))
-    assert eager.keys() == compiled.keys()
-    for name, tensor in eager.items():
-        if name.startswith(("model.", "momentum.")) and tensor.is_floating_point():
-            error = float((tensor - compiled[name]).norm())
-            assert error <= 1e-3 * float(tensor.norm()) + 1e-6, name
+    for kind in ("model.", "momentum."):
+        assert_equal_in_float64(floating("compiled", kind), floating("eager", kind))
 
 
 def test_without_a_compiler_it_says_so_and_trains(

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = str(Path(__file__).with_name("ddp_gradients.py"))
+from tests.support.tolerance import assert_alike_in_float32, assert_equal_in_float64
+from tests.train import launch
+
+SCRIPT = "tests.train.ddp_gradients"
 
 
 def gradients(
-    output: Path, processes: int, dtype: str = "float64", accumulation: int = 1, norm: str = "batch"
-) -> dict[str, torch.Tensor]:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    run = subprocess.run(
-        [*command, SCRIPT, dtype, str(output), str(accumulation), norm],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return load_file(output)
+    folder: Path, processes: int, dtype: str = "float64", accumulation: int = 1, norm: str = "batch"
+) -> dict[str, Tensor]:
+    """More than 30 tensors."""
+    output = folder / f"{processes}.safetensors"
+    one = [sys.executable, "-m", SCRIPT]
+    command = one if processes == 1 else launch.torchrun(processes=processes, module=SCRIPT)
+    launch.run([*command, dtype, str(output), str(accumulation), norm], folder / "log")
+    found = load_file(output)
+    assert len(found) > 30
+    return found
 
 
-def assert_equal(
-    one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tolerance: float
-) -> None:
-    assert len(one) > 30
-    # A gradient that is zero by symmetry is rounding noise on both sides.
-    floor = 1e-6 * max(float(g.norm()) for g in one.values())
-    for name, gradient in one.items():
-        difference = float((gradient - two[name]).norm())
-        assert difference <= tolerance * max(float(gradient.norm()), floor), name
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
-def test_two_processes_equal_one(dtype: str, tolerance: float, tmp_path: Path) -> None:
-    one = gradients(tmp_path / "one.safetensors", 1, dtype)
-    two = gradients(tmp_path / "two.safetensors", 2, dtype)
-    assert_equal(one, two, tolerance)
+@pytest.mark.float32
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    exact = gradients(tmp_path, 1)
+    assert_equal_in_float64(gradients(tmp_path, 2), exact)
+    assert_alike_in_float32(gradients(tmp_path, 2, "float32"), exact)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -53,6 +40,6 @@ def test_accumulation_over_two_processes_equals_one_batch(
     accumulation: int, tmp_path: Path
 ) -> None:
     """In the third step too: a reducer that lost count would average in the first alone."""
-    one = gradients(tmp_path / "one.safetensors", 1, norm="frozen")
-    two = gradients(tmp_path / "two.safetensors", 2, accumulation=accumulation, norm="frozen")
-    assert_equal(one, two, 1e-9)
+    one = gradients(tmp_path, 1, norm="frozen")
+    two = gradients(tmp_path, 2, accumulation=accumulation, norm="frozen")
+    assert_equal_in_float64(two, one)

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,16 @@ import pytest
 from encnet_triton.checkpoint import read
 from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
-from tests.train.launch import assert_same_state, start, torchrun
+from tests.train.launch import assert_same_state, descendants, ended_well, run, running, torchrun
 
 
 def process_of_rank(agent: int, rank: int) -> int | None:
     """The child of a torchrun agent that is a given rank."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (folder / "environ").read_bytes().split(b"\0") if parent == agent else []
-        except OSError:
-            continue  # it ended, or belongs to somebody else
-        if f"RANK={rank}".encode() in variables:
-            return int(folder.name)
+    for pid in descendants(agent):  # children first
+        with suppress(OSError):  # it has ended
+            variables = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in variables:
+                return pid
     return None
 
 
@@ -57,17 +55,12 @@ def test_a_killed_rank_costs_the_steps_since_the_checkpoint(
     monkeypatch.chdir(tmp_path)
     arguments = ["--recipe", str(recipe), "--resume", "--epochs", "20", "--save-every", "3",
                  "--val-every", "0", "--pictures", "0"]  # fmt: skip
-    quiet = start([*torchrun(), *arguments, "--name", "quiet"], Path("quiet.log"))
-    assert quiet.wait(120) == 0, Path("quiet.log").read_text()
+    run([*torchrun(), *arguments, "--name", "quiet"], Path("quiet.log"))
 
     log = Path("killed.log")
-    agent = start([*torchrun("--max-restarts", "1"), *arguments, "--name", "killed"], log)
-    try:
+    with running([*torchrun("--max-restarts", "1"), *arguments, "--name", "killed"], log) as agent:
         kill_after_a_checkpoint(agent.pid, Path("runs/killed/last.safetensors"))
-        assert agent.wait(120) == 0, log.read_text()
-    finally:
-        agent.terminate()  # it ends its processes too
-        agent.wait(60)
+        ended_well(agent, log)
     resumed = re.search(r"resumed runs/killed/last.safetensors at step (\d+)", log.read_text())
     assert resumed is not None and 0 < int(resumed[1]) < 40, log.read_text()
     assert_same_state("killed", "quiet")
@@ -82,13 +75,15 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(
     monkeypatch.chdir(tmp_path)
     arguments = ["--recipe", str(recipe), "--epochs", "100000", "--val-every", "0"]
     log = Path("agent.log")
-    agent = start([*torchrun(), *arguments], log)
-    deadline = time.monotonic() + 120
-    metrics = Path("runs/tiny/metrics.jsonl")
-    while time.monotonic() < deadline and not (metrics.exists() and len(recorded_steps("tiny"))):
-        time.sleep(0.05)
-    agent.terminate()
-    agent.wait(60)
+    with running([*torchrun(), *arguments], log) as agent:
+        deadline = time.monotonic() + 120
+        metrics = Path("runs/tiny/metrics.jsonl")
+        while time.monotonic() < deadline and not (
+            metrics.exists() and len(recorded_steps("tiny"))
+        ):
+            time.sleep(0.05)
+        agent.terminate()
+        agent.wait(60)
     assert "go on with --resume" in log.read_text()
     step = read(Path("runs/tiny/last.safetensors"))[1]["progress"]["step"]
     assert step == recorded_steps("tiny")[-1]

@@ -19,6 +19,9 @@ from encnet_triton import evaluate, predict
 from encnet_triton.checkpoint import read
 from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
+from tests.support.tolerance import assert_equal_in_float64
+from tests.train import launch
+from tests.train.launch import floating
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,9 @@ def test_evaluate_and_predict_need_only_the_checkpoint(recipe: Path, folder_data
     assert train(recipe, "--epochs", "1") == 0
     said = records("tiny", "val")[-1]
     best = "runs/tiny/best.safetensors"
-    assert evaluate.main(["--checkpoint", best, "--json", "scores.json"]) == 0
+    # On the device of the training, so that the same code counts the same pixels.
+    device = ["--device", json.loads(Path("runs/tiny/config.json").read_text())["run"]["device"]]
+    assert evaluate.main(["--checkpoint", best, *device, "--json", "scores.json"]) == 0
     scores = json.loads(Path("scores.json").read_text())
     assert scores["miou"] == pytest.approx(said["miou"], abs=1e-12)
     photo = str(folder_data / "val" / "0.jpg")
@@ -83,6 +88,7 @@ def test_resumed_weights_are_bit_identical(recipe: Path) -> None:
     assert [r["step"] for r in records("halves", "train")] == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("float64")
 def test_accumulation_gives_the_gradient_of_the_whole_batch(recipe: Path) -> None:
     """Batch statistics differ by micro-batch, so frozen differences would show; the loss's
     denominators do not: with one image repeated the gradients agree."""
@@ -92,33 +98,18 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(recipe: Path) -> Non
     (data / "train.txt").write_text("train/3.jpg train/3.png\n" * 4)
     assert train(recipe, "--name", "one", *arguments) == 0
     assert train(recipe, "--name", "two", "--accumulation", "2", *arguments) == 0
-    one, _ = read(Path("runs/one/last.safetensors"), "momentum.")
-    two, _ = read(Path("runs/two/last.safetensors"), "momentum.")
-    for name, gradient in one.items():
-        scale = max(float(gradient.norm()), 1e-6)
-        assert float((gradient - two[name]).norm()) <= 1e-4 * scale, name
+    assert_equal_in_float64(floating("two", "momentum."), floating("one", "momentum."))
 
 
+@pytest.mark.usefixtures("float64")
 def test_two_processes_equal_one(recipe: Path) -> None:
     """Ignored areas differ from image to image, so a mean of per-process means would not pass."""
     arguments = ["--stop-at", "1", "--dropout", "0", "--weight-decay", "0"]
     assert train(recipe, "--name", "one", *arguments) == 0
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-         "-m", "encnet_triton.train", "--recipe", str(recipe), "--name", "two", *arguments],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    one, _ = read(Path("runs/one/last.safetensors"))
-    two, _ = read(Path("runs/two/last.safetensors"))
-    gradients = [name for name in one if name.startswith("momentum.")]
-    assert len(gradients) > 20
-    for name in gradients:
-        scale = max(float(one[name].norm()), 1e-6)
-        assert float((one[name] - two[name]).norm()) <= 1e-4 * scale, name
-    for name in (n for n in one if "running" in n):
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+    two = ["--recipe", str(recipe), "--name", "two", *arguments]
+    launch.run([*launch.torchrun(module=launch.IN_FLOAT64), *two], Path("two.log"))
+    for kind in ("model.", "momentum."):
+        assert_equal_in_float64(floating("two", kind), floating("one", kind))
 
 
 def test_an_existing_run_and_changed_fields_are_refused(recipe: Path, capsys) -> None:

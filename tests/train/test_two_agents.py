@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.launch import assert_same_state, start, torchrun
+from tests.train.launch import assert_same_state, ended_well, run, running, torchrun
 
 
 def free_port() -> int:
@@ -24,8 +24,7 @@ def test_two_agents_equal_one(
     """The commands of docs/multi_node.md, both on this host."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--recipe", str(recipe), "--pictures", "0", "--name"]
-    one = start([*torchrun(), *arguments, "one"], Path("one.log"))
-    assert one.wait(120) == 0, Path("one.log").read_text()
+    run([*torchrun(), *arguments, "one"], Path("one.log"))
 
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
@@ -34,13 +33,7 @@ def test_two_agents_equal_one(
         "-m", "encnet_triton.train", *arguments, "two",
     ]  # fmt: skip
     logs = [Path("agent-0.log"), Path("agent-1.log")]
-    agents = [start(command, log) for log in logs]
-    try:
-        assert [agent.wait(120) for agent in agents] == [0, 0], "\n".join(
-            log.read_text() for log in logs
-        )
-    finally:
-        for agent in agents:
-            agent.terminate()
-            agent.wait(60)
+    with running(command, logs[0]) as first, running(command, logs[1]) as second:
+        for agent, log in zip((first, second), logs, strict=True):
+            ended_well(agent, log)
     assert_same_state("two", "one")
