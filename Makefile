@@ -10,11 +10,12 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # several times the throughput; on an idle one sleeping costs about a tenth.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test test-gpu test-versions check verify clean help
+.PHONY: train test test-float32 test-gpu test-versions check verify clean help
 
 help:
 	@echo "make train    set up, train EncNet on the embedded data set, print where the pictures are"
 	@echo "make test     set up, lint, type-check and run the tests"
+	@echo "make test-float32 the tests that compare float32 runs, summed as other processors do"
 	@echo "make test-gpu the tests on a machine with a GPU, where they run the kernels on it;"
 	@echo "              with PYTHON=python3 in the environment of that Python, installing nothing"
 	@echo "make test-versions  the kernels with each supported Triton; hours, goes on where it stopped"
@@ -28,6 +29,15 @@ test: export OMP_NUM_THREADS ?= 1
 test: check
 	$(BIN)/python -m pytest $(PARALLEL)
 	@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "interpreter or triton"
+
+# Each changes instruction sets or the order of summation, where the processor has a choice.
+SUMMED := DEFAULT=1 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
+	MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2
+
+test-float32: $(VENV)/.installed-test
+	@for setting in $(SUMMED); do echo "$$setting"; \
+		env OMP_NUM_THREADS=1 $$setting $(BIN)/python -m pytest -q -m float32 || exit 1; done
 
 # A Python that is named has what it needs: nothing is made or installed, the checkout included.
 ifeq ($(origin PYTHON),file)

@@ -49,11 +49,21 @@ def image() -> np.ndarray:
     return np.random.default_rng(5).integers(0, 256, (70, 100, 3), dtype=np.uint8)
 
 
+def assert_alike(labels: Tensor, others: Tensor) -> None:
+    """At most one pixel in a thousand is another class.
+
+    Rounding moves a score by 1e-6 of itself and so decides where two classes are as close as that:
+    one pixel in 1e5 of these images.
+    """
+    assert (labels == others).float().mean() >= 0.999
+
+
 def normalised(image: np.ndarray) -> Tensor:
     x = torch.tensor(image).permute(2, 0, 1)[None].float()
     return (x / 255 - 0.5) / 0.25
 
 
+@pytest.mark.float32
 @torch.no_grad()
 def test_scales_and_mirror_images_are_averaged_as_probabilities(image: np.ndarray) -> None:
     model = Random()
@@ -70,26 +80,28 @@ def test_scales_and_mirror_images_are_averaged_as_probabilities(image: np.ndarra
             total += F.interpolate(probability, (70, 100), mode="bilinear")
     views = Views((0.8, 1.2), flip=True)
     prediction = Predictor(model, info(64, None), whole_image=True, views=views)(image)
-    assert (prediction == total.argmax(1)[0]).float().mean() > 0.999
+    assert_alike(prediction, total.argmax(1)[0])
 
 
+@pytest.mark.float32
 def test_a_mirrored_image_has_the_mirrored_prediction(image: np.ndarray) -> None:
     # One window, so that its borders are the same for both.
     predictor = Predictor(Random(), info(104, None), views=Views((1.0,), flip=True))
     wide = np.pad(image, ((0, 34), (2, 2), (0, 0)), mode="edge")
     straight = predictor(wide)
     mirrored = predictor(np.ascontiguousarray(wide[:, ::-1]))
-    assert (straight == mirrored.flip(1)).float().mean() > 0.999
+    assert_alike(straight, mirrored.flip(1))
     alone = Predictor(Random(), info(104, None))(wide)
     assert (alone != straight).any()  # mirroring makes a difference here
 
 
+@pytest.mark.float32
 def test_the_number_of_windows_computed_at_once_changes_nothing(image: np.ndarray) -> None:
     one, many = Random(), Random()
     views = Views(PAPER_SCALES, flip=True)
     first = Predictor(one, info(48, 100), views=views, batch=1)(image)
     second = Predictor(many, info(48, 100), views=views, batch=8)(image)
-    assert torch.equal(first, second)
+    assert_alike(first, second)
     assert max(one.batches) == 1 and max(many.batches) == 8
     assert sum(one.batches) == sum(many.batches)
 
@@ -133,13 +145,14 @@ def released(model: nn.Module, image: np.ndarray, base: int, crop: int) -> Tenso
     return total.argmax(1)[0]
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("tall", [False, True])
 def test_released_protocol_equals_its_restatement(image: np.ndarray, tall: bool) -> None:
     picture = np.ascontiguousarray(image.transpose(1, 0, 2)) if tall else image
     views = Views(PAPER_SCALES, flip=True, released=True)
     prediction = Predictor(Random(), info(48, 90), views=views)(picture)
     expected = released(Random(), picture, 90, 48)
-    assert (prediction == expected).float().mean() > 0.999
+    assert_alike(prediction, expected)
     softmax = Predictor(Random(), info(48, 90), views=Views(PAPER_SCALES, flip=True))(picture)
     assert (softmax != expected).float().mean() > 0.001  # the protocols do differ
 

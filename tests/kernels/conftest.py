@@ -20,12 +20,21 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def assert_accurate() -> Callable[..., None]:
-    """The error against float64 is at most twice that of PyTorch's own formula in that dtype."""
+    """The error against float64 is at most twice that of PyTorch's own formula in that dtype.
 
-    def check(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    PyTorch's own error may be next to nothing by luck, another on every processor. So some units
+    in the last place are allowed besides: of the largest value, and where ``terms`` is given (the
+    sum of the absolute values of the terms, which may cancel) float32's of that.
+    """
+
+    def check(
+        name: str, ours: Tensor, plain: Tensor, exact: Tensor, terms: Tensor | None = None
+    ) -> None:
         error = (ours.double() - exact).abs().max().item()
         own = (plain.to(ours.dtype).double() - exact).abs().max().item()
         floor = 4 * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+        if terms is not None:
+            floor += 4 * torch.finfo(torch.float32).eps * terms.max().item()
         assert error <= 2 * own + floor, (
             f"{name}: error {error:.3g}, PyTorch's own {own:.3g}, floor {floor:.3g}"
         )

@@ -35,8 +35,8 @@ def test_scale_regularisation_has_no_smoothing_factors_to_learn():
 
 def test_the_attention_is_the_papers_formula():
     torch.manual_seed(0)
-    unit = EncodingAttention(16, 3, shake_scale=False).eval()
-    x = torch.randn(2, 16, 5, 7)
+    unit = EncodingAttention(16, 3, shake_scale=False).double().eval()
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
     with torch.no_grad():
         features = unit.bn(unit.reduce(x))
         points = features.flatten(2).transpose(1, 2)[:, :, None]  # B x N x 1 x C/4

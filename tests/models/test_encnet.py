@@ -134,13 +134,14 @@ def test_evaluation_skips_what_only_trains() -> None:
 
 
 def test_stage3_branch_never_touches_the_prediction() -> None:
-    with_branch, without = build(), build(se_stage3=False)
+    with_branch, without = build().double(), build(se_stage3=False).double()
     shared = without.state_dict().keys()
     without.load_state_dict({k: v for k, v in with_branch.state_dict().items() if k in shared})
     with_branch.eval(), without.eval()
-    torch.testing.assert_close(with_branch(images()).logits, without(images()).logits)
+    x = images().double()
+    torch.testing.assert_close(with_branch(x).logits, without(x).logits)
 
-    output = with_branch.train()(images())
+    output = with_branch.train()(x)
     gradients = torch.autograd.grad(
         output.se[1].sum(), list(with_branch.parameters()), allow_unused=True
     )

@@ -1,5 +1,7 @@
 """Training steps under torch.compile: one graph, our operators in it, eager's gradients."""
 
+import copy
+import os
 import shutil
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from encnet_triton.models import create_model
 from encnet_triton.nn import LossTerms, SegmentationLoss, set_norm_impl
+from tests.support.tolerance import assert_alike_in_float32, assert_equal_in_float64, gradients
 
 
 class TrainingStep(nn.Module):
@@ -38,21 +41,19 @@ def test_training_step_is_one_graph(options: dict[str, Any], impl: Any) -> None:
     torch.manual_seed(0)
     model = create_model("encnet", 59, backbone="demo", head_channels=16, dropout=0.0, **options)
     set_norm_impl(model, impl)
-    step = TrainingStep(model, SegmentationLoss(59, aux_weight=0.2))
-    x = torch.randn(2, 3, 24, 24)
+    step = TrainingStep(model.double(), SegmentationLoss(59, aux_weight=0.2))
+    x = torch.randn(2, 3, 24, 24, dtype=torch.float64)
     target = torch.randint(0, 59, (2, 24, 24), dtype=torch.uint8)
     target[0, :10] = 255
 
     eager = step(x, target)
     eager.total.backward()
-    expected = [p.grad.clone() for p in step.parameters()]
+    expected = gradients(step)
     step.zero_grad()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, target)
     compiled.total.backward()
-    torch.testing.assert_close(compiled, eager)
-    for parameter, gradient in zip(step.parameters(), expected, strict=True):
-        error = (parameter.grad - gradient).norm()
-        assert error <= 1e-4 * gradient.norm() + 1e-6
+    assert_equal_in_float64(compiled._asdict(), eager._asdict())
+    assert_equal_in_float64(gradients(step), expected)
 
 
 class Graphs:
@@ -126,25 +127,28 @@ def test_training_step_of_the_paper_is_one_graph_without_full_resolution_logits(
 
 
 @pytest.mark.slow
+@pytest.mark.float32
+@pytest.mark.skipif(
+    "ATEN_CPU_CAPABILITY" in os.environ, reason="torch 2.13's Inductor breaks with it"
+)
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     reason="Inductor needs a C++ compiler on a CPU",
 )
 def test_small_preset_through_inductor() -> None:
+    """In float32, as people train: Inductor has other convolutions in that than in float64."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = create_model("encnet", 11, backbone="small", head_channels=64, dropout=0.0)
     step = TrainingStep(model, SegmentationLoss(11))
     x, target = torch.randn(2, 3, 64, 64), torch.randint(0, 11, (2, 64, 64), dtype=torch.uint8)
-    eager = step(x, target)
-    eager.total.backward()
-    expected = {name: p.grad.clone() for name, p in step.named_parameters()}
-    step.zero_grad()
+    wide = copy.deepcopy(step).double()
+    exact = wide(x.double(), target)
+    exact.total.backward()
     compiled = torch.compile(step, fullgraph=True)(x, target)
     compiled.total.backward()
-    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-    # The BN of the codewords has gradients a thousandth of the others', mostly rounding.
-    largest = max(float(gradient.norm()) for gradient in expected.values())
-    for name, parameter in step.named_parameters():
-        error = float((parameter.grad - expected[name]).norm())
-        assert error <= 1e-3 * float(expected[name].norm()) + 1e-4 * largest, name
+    # The losses depend on the weights continuously. Of 40 such networks in eager float32 the worst
+    # was 1.2e-7 of the loss off.
+    for loss, expected in zip(compiled, exact, strict=True):
+        assert (loss - expected).abs() <= 1e-5 * exact.total
+    assert_alike_in_float32(gradients(step), gradients(wide))

@@ -101,9 +101,9 @@ def test_shake_backward_uses_its_own_draw() -> None:
 
 def test_shake_compiles_without_graph_break() -> None:
     torch.manual_seed(0)
-    layer = ShakeEncoding(6, 5)
+    layer = ShakeEncoding(6, 5).double()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 6, 3, 4)
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
     compiled(x)
     torch.manual_seed(7)
     first, second = compiled(x), compiled(x)

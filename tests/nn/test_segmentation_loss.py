@@ -135,6 +135,7 @@ def test_float64_counts_do_not_widen_the_loss() -> None:
     assert {t.dtype for t in terms} == {torch.float32}
 
 
+@pytest.mark.float32
 def test_half_precision_outputs_give_an_fp32_loss() -> None:
     output, target = batch(dtype=torch.bfloat16)
     terms = SegmentationLoss(N, aux_weight=0.2, class_weight=[1.0] * N)(output, target)
@@ -146,7 +147,8 @@ def test_half_precision_outputs_give_an_fp32_loss() -> None:
         ),
         target,
     )
-    torch.testing.assert_close(terms.total.double(), reference.total, rtol=1e-5, atol=0)
+    # The inputs are the same; positive terms are summed, each a few units in the last place off.
+    torch.testing.assert_close(terms.total.double(), reference.total, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,19 @@ def run(
     return result | {n: t for n, t in leaves.items() if n.startswith("running") and t is not None}
 
 
+def terms(tensors: dict[str, Tensor | None], *, training: bool, eps: float = 1e-3) -> dict:
+    """What the gradients of the parameters are summed from, in absolute values: they cancel."""
+    x = tensors["x"].double()
+    over = [d for d in range(x.dim()) if d != 1]
+    mean, var = x.mean(over), x.var(over, correction=0)
+    if not training:
+        mean, var = tensors["running_mean"].double(), tensors["running_var"].double()
+    column = (-1,) + (1,) * (x.dim() - 2)
+    normalised = (x - mean.view(column)) / (var + eps).sqrt().view(column)
+    dy = gradient_of(x).abs()
+    return {"dweight": (dy * normalised.abs()).sum(over), "dbias": dy.sum(over)}
+
+
 def as_dtype(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
     return {n: None if t is None else t.to(dtype) for n, t in tensors.items()}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = Mapping[str, Tensor]
 
@@ -45,8 +45,13 @@ def assert_alike_in_float32(ours: Tensors, exact: Tensors) -> None:
         assert errors[name] <= 0.5 * norm(tensor) + 5e-3 * largest(exact), name
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of every parameter, as they are now."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def norm(tensor: Tensor) -> float:
-    return float(tensor.double().norm())
+    return float(tensor.detach().double().norm())
 
 
 def largest(tensors: Tensors) -> float:

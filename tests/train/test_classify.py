@@ -127,6 +127,7 @@ def test_a_run_learns_and_reports_the_last_epoch(data: Path, capsys) -> None:
     assert isinstance(model, CifarNet) and info.classes[0] == "airplane"
 
 
+@pytest.mark.float32
 def test_evaluate_and_predict_take_a_classifier(data: Path, capsys) -> None:
     assert train(data) == 0
     folder = Path("runs/cifar10_encnet_16k64d")
@@ -144,10 +145,12 @@ def test_evaluate_and_predict_take_a_classifier(data: Path, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     model, info = load_model(folder / "last.safetensors")
     classifier = ImageClassifier(model, info, torch.device("cpu"))
-    named = classifier(images.images[:10]).argmax(1).tolist()
     assert len(lines) == 10
-    for number, line in enumerate(lines):
-        assert line.startswith(f"{number}.png: {info.classes[named[number]]} ")
+    # One picture at a time is summed otherwise than ten: where two classes are equal but for that,
+    # which is 1e-6 of a probability, either may be named.
+    for number, scores in enumerate(classifier(images.images[:10])):
+        highest = [info.classes[n] for n in (scores >= scores.max() - 1e-5).nonzero()]
+        assert any(lines[number].startswith(f"{number}.png: {name} ") for name in highest)
 
 
 def test_what_a_classifier_cannot_do_is_one_sentence(data: Path, capsys) -> None:
