@@ -105,3 +105,20 @@ def test_gpu_tests_run_in_the_environment_that_is_named() -> None:
         assert "-m pytest" in done.stdout
         assert ("pip install" in done.stdout) == (not named)
         assert ("some-python -m pytest" in done.stdout) == bool(named)
+
+
+def test_processes_that_tests_start_run_this_checkout(tmp_path: Path) -> None:
+    """Whether or not it, or another one, is installed."""
+    code = "import bench, encnet_triton.train as t; print(bench.__file__, t.__file__, sep=chr(10))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    files = [ROOT / "bench" / "__init__.py", ROOT / "train" / "__init__.py"]
+    assert [Path(name).resolve() for name in run.stdout.splitlines()] == files
+
+
+def test_tests_are_collected_without_optional_packages() -> None:
+    """They ask for those with pytest.importorskip."""
+    optional = {"hypothesis", "matplotlib", "pycocotools", "scipy", "torchvision"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not optional & {name.split(".")[0] for name in _imports(path)}, path
