@@ -12,7 +12,8 @@ from torch import Tensor
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN, so that an element an operator forgot to write is seen."""
-    torch.use_deterministic_algorithms(True)
+    # Some of PyTorch's own operators, to compare with, have no deterministic form on a GPU.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -23,7 +23,7 @@ def test_on_a_cpu_nothing_is_copied() -> None:
         assert a.images is b.images and a.labels is b.labels and a.names == b.names
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_memory_is_not_given_away_while_it_is_read() -> None:
     device = torch.device("cuda")
     transfer = Transfer(device)
