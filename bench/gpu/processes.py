@@ -71,7 +71,11 @@ def _parents() -> dict[int, int]:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and all its descendants, those in sessions of their own as well."""
+    """Kill a process and all its descendants.
+
+    By descent: torchrun gives each of its processes a session of its own, so that killing its group
+    would leave them.
+    """
     doomed, parents = {pid}, _parents()
     while more := {child for child, parent in parents.items() if parent in doomed} - doomed:
         doomed |= more

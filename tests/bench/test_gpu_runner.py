@@ -12,6 +12,7 @@ import pytest
 from bench.gpu.command import plan
 from bench.gpu.job import Job, Outcome
 from bench.gpu.runner import Results, Runner, _groups
+from tests.support.processes import runs
 
 
 def job(name: str, **options: object) -> Job:
@@ -24,14 +25,6 @@ def run(folder: Path, jobs: list[Job], seconds: float = 600.0) -> list[Outcome]:
     results = Results(folder)
     Runner(results, time.monotonic() + seconds, True, 2, seen.append).run(jobs)
     return seen
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.mark.slow
@@ -60,7 +53,7 @@ def test_a_job_that_hangs_is_ended_with_all_it_started(tmp_path) -> None:
     (outcome,) = run(tmp_path, [job("hangs", arguments={"file": str(file)}, limit=20.0)])
     assert (outcome.status, outcome.reason) == ("timed out", "ended after 20 s")
     pid = int(file.read_text())
-    assert pid != os.getpid() and not alive(pid)
+    assert pid != os.getpid() and not runs(pid)
 
 
 @pytest.mark.slow

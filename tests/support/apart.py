@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,12 +21,10 @@ ROOT = Path(__file__).parents[2]
 def assert_passes_apart(function: Callable[..., None], *arguments: Any, limit: float = 180) -> None:
     """Fails with the sentence that the process ended with, or where it takes too long (seconds)."""
     told = [function.__module__, function.__name__, json.dumps(arguments)]
-    path = (str(ROOT), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in path if p)}
     try:
         run = subprocess.run(
             [sys.executable, "-m", "tests.support.apart", *told],
-            capture_output=True, text=True, cwd=ROOT, env=environment, timeout=limit,
+            capture_output=True, text=True, cwd=ROOT, timeout=limit,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         pytest.fail(f"{function.__name__}{arguments}: no end after {limit:g} s", pytrace=False)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from bench.gpu.processes import kill_tree
 from encnet_triton.checkpoint import read
 
 IN_FLOAT64 = "tests.train.in_float64"  # the trainer, as a module to start
@@ -39,7 +38,9 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        kill(process)
+        if process.poll() is None:
+            kill_tree(process.pid)
+        process.wait()
 
 
 def run(command: list[str], log: Path, seconds: float = 240) -> None:
@@ -55,32 +56,6 @@ def ended_well(process: subprocess.Popen[bytes], log: Path, seconds: float = 240
     except subprocess.TimeoutExpired:
         status = f"still running after {seconds:g} s"
     assert status == 0, f"{status}\n{log.read_text()}"
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command that still runs with all it started, and wait for it.
-
-    By descent: torchrun gives each of its processes a session of its own, so that killing its
-    group would leave them.
-    """
-    if process.poll() is None:
-        for pid in (process.pid, *descendants(process.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they started (in ``/proc``)."""
-    children = defaultdict(list)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
-            parent = stat.read_text().rpartition(")")[2].split()[1]
-            children[int(parent)].append(int(stat.parent.name))
-    found = list(children[pid])
-    for child in found:  # which grows
-        found += children[child]
-    return found
 
 
 def floating(run: str, prefix: str) -> dict[str, torch.Tensor]:
