@@ -9,6 +9,7 @@ again. The table goes between two markers of docs/versions.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -46,6 +47,14 @@ TESTS = tuple(
 
 COMPILE = tuple(f"compile {op}" for op in OPS)
 STAGES = (*COMPILE, *TESTS)
+# A result holds until one of these changes.
+SOURCES = (
+    "kernels/*.py",
+    *(f"bench/{name}.py" for name in ("calls", "compile", "interpreter", "races", "resources")),
+    "tests/kernels/*.py",
+    "tests/support/*.py",
+    "tests/conftest.py",
+)
 
 Row = dict[str, Any]
 
@@ -167,19 +176,13 @@ def _instead(call: Call, bad: list[Row]) -> Row:
     }
 
 
-def revision() -> str:
-    """The last commit that changed what is tried here, with "-dirty" where more changed."""
-    paths = ["kernels", "bench", "tests/kernels", "tests/support", "tests/conftest.py"]
-    last = _git("log", "-1", "--format=%h", "--", *paths) or "unknown"
-    return last + ("-dirty" if _git("status", "--porcelain", "--", *paths) else "")
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
+def sources() -> str:
+    """Tells one state of what is tried, and of what tries it, from another."""
+    digest = hashlib.sha256()
+    for pattern in SOURCES:
+        for file in sorted(ROOT.glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def make(pair: Pair, place: Path, stage: str) -> Row:
@@ -196,19 +199,19 @@ def read(file: Path) -> dict[tuple[str, str, str], Row]:
 
 
 def run_pair(pair: Pair, folder: Path, stages: Sequence[str], redo: bool) -> None:
-    """Those stages that have no result of this revision yet."""
+    """Those stages that have no result of these sources yet."""
     results = folder / "results.jsonl"
     place = triton_of(folder, pair.triton, pair.python)
     ask = "import platform, numpy; print(platform.python_version(), numpy.__version__)"
     python, numpy = run([pair.python, "-c", ask], place).stdout.split()
     for stage in stages:
-        now, start = revision(), time.perf_counter()
+        now, start = sources(), time.perf_counter()
         before = read(results).get((pair.torch, pair.triton, stage))
-        if before and before["revision"] == now and not redo:
+        if before and before["sources"] == now and not redo:
             continue
         print(f"torch {pair.torch}, Triton {pair.triton}: {stage}", flush=True)
         row: Row = {"torch": pair.torch, "triton": pair.triton, "python": python, "numpy": numpy}
-        row |= {"revision": now, "stage": stage, **make(pair, place, stage)}
+        row |= {"sources": now, "stage": stage, **make(pair, place, stage)}
         row["seconds"] = round(time.perf_counter() - start)
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -231,15 +234,15 @@ def table(file: Path) -> str:
     """Markdown: a line for each pair, then what failed and what comes in place of a bad default."""
     found = read(file)
     heads = [Path(s).stem.removeprefix("test_") if s in TESTS else s for s in STAGES]
-    heads = ["torch", "Triton", "Python", "numpy", *heads, "revision"]
+    heads = ["torch", "Triton", "Python", "numpy", *heads, "sources"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     notes: list[str] = []
     for pair in sorted({(torch, triton) for torch, triton, _ in found}):
         rows = [found.get((*pair, stage)) for stage in STAGES]
         made = [row for row in rows if row]
-        same = (", ".join(sorted({r[n] for r in made})) for n in ("python", "numpy", "revision"))
-        python, numpy, revisions = same
-        lines.append("| " + " | ".join([*pair, python, numpy, *map(_cell, rows), revisions]) + " |")
+        same = (", ".join(sorted({r[n] for r in made})) for n in ("python", "numpy", "sources"))
+        python, numpy, states = same
+        lines.append("| " + " | ".join([*pair, python, numpy, *map(_cell, rows), states]) + " |")
         notes += [f"- torch {pair[0]}, Triton {pair[1]}: {n}" for row in made for n in _notes(row)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 

@@ -29,7 +29,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {"passed": 3, "skipped": 0, "failed": ["test_x"] if "upsample" in stage else []}
 
     monkeypatch.setattr(versions, "make", make)
-    monkeypatch.setattr(versions, "revision", lambda: "abc")
+    monkeypatch.setattr(versions, "sources", lambda: "abc")
     monkeypatch.setattr(versions, "triton_of", lambda folder, triton, python: tmp_path)
     return stages
 
@@ -45,7 +45,7 @@ def test_a_second_run_does_what_is_missing(
     made.clear()
     versions.run_pair(PAIR, tmp_path, STAGES, redo=False)
     assert made == [STAGES[-1]]
-    monkeypatch.setattr(versions, "revision", lambda: "def")
+    monkeypatch.setattr(versions, "sources", lambda: "def")
     versions.run_pair(PAIR, tmp_path, STAGES, redo=False)
     assert made == [STAGES[-1], *STAGES]
 
