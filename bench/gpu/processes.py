@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,17 @@ def torchrun(processes: int, command: list[str]) -> list[str]:
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
-def _parents() -> dict[int, int]:
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                # The name in parentheses may hold spaces.
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                found[int(entry.name)] = int(fields[1])
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, then those that they started (in ``/proc``)."""
+    children = defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            # The name in parentheses may hold spaces.
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            children[int(parent)].append(int(stat.parent.name))
+    found = list(children[pid])
+    for child in found:  # which grows
+        found += children[child]
     return found
 
 
@@ -76,10 +80,7 @@ def kill_tree(pid: int) -> None:
     By descent: torchrun gives each of its processes a session of its own, so that killing its group
     would leave them.
     """
-    doomed, parents = {pid}, _parents()
-    while more := {child for child, parent in parents.items() if parent in doomed} - doomed:
-        doomed |= more
-    for one in doomed:
+    for one in (pid, *descendants(pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
 

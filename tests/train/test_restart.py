@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu.processes import descendants
 from encnet_triton.checkpoint import read
 from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
-from tests.train.launch import assert_same_state, descendants, ended_well, run, running, torchrun
+from tests.train.launch import assert_same_state, ended_well, run, running, torchrun
 
 
 def process_of_rank(agent: int, rank: int) -> int | None:
