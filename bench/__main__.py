@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import compile as compile_report
-from bench import context, cost, gate, loader, memory, report, step, traffic, versions
+from bench import context, gate, loader, report, step, versions
 from bench.cases import CASES, Case
 from bench.gpu import command as gpu
 from bench.passes import is_compiled
+from bench.static import compile as compile_report
+from bench.static import cost, memory, traffic
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.train.setup import compile_obstacle
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench import compile as compiler
-from bench.calls import (
+from bench.static import compile as compiler
+from bench.static.launches import (
     BATCH_NORM_SHAPES,
     ENCODE_SHAPES,
     UPSAMPLE_SHAPES,

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from bench import memory, step
+from bench import step
 from bench.gpu.device import place
 from bench.gpu.job import LeftOut
 from bench.passes import is_compiled
+from bench.static import memory
 from encnet_triton.train.setup import compile_obstacle
 
 SMALL = step.Shape("demo", 2, 32, 5, "float32")

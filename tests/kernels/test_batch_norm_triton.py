@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench.interpreter import Watch
+from bench.static.interpreter import Watch
 from encnet_triton.kernels import batch_norm_act, batch_norm_triton, encode, launch, reference
 from encnet_triton.kernels.batch_norm_ops import (
     backward_frozen,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench.calls import CIFAR_ENCODE_SHAPES, EncodeShape, encode_launches
-from bench.interpreter import Watch
+from bench.static.interpreter import Watch
+from bench.static.launches import CIFAR_ENCODE_SHAPES, EncodeShape, encode_launches
 from encnet_triton.kernels import encode, encode_configs, encode_triton, launch, reference
 from encnet_triton.kernels.encode import _encode_backward, _encode_forward
 from encnet_triton.kernels.launch import Config

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from bench.interpreter import Misaligned, OutOfBounds, Race, UnwatchedOperation, Watch
+from bench.static.interpreter import Misaligned, OutOfBounds, Race, UnwatchedOperation, Watch
 
 pytestmark = pytest.mark.interpreter
 

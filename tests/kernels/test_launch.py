@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench.resources import identity
+from bench.static.resources import identity
 from encnet_triton.kernels import batch_norm_triton, encode_triton, launch
 from encnet_triton.kernels.launch import Config, Launch
 

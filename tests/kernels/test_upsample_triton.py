@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench.interpreter import Watch
+from bench.static.interpreter import Watch
 from encnet_triton.kernels import launch, upsample_argmax, upsample_cross_entropy, upsample_triton
 from encnet_triton.kernels import upsample_loss as module
 from encnet_triton.kernels.upsample_triton import Axis

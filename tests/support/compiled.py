@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from bench.compile import bad
+from bench.static.compile import bad
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]

@@ -1,7 +1,7 @@
 """Repairs of Triton's interpreter, which as shipped computes wrongly on bfloat16.
 
 It keeps bfloat16 as uint16 bits. Everything here is about values; addresses need no repair, and
-that of ranges is in bench/interpreter.py, which needs it too.
+that of ranges is in bench/static/interpreter.py, which needs it too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from bench.interpreter import patch_tensor
+from bench.static.interpreter import patch_tensor
 
 BUILDER = interpreter.interpreter_builder
 ARITHMETIC = ("binary_op", "unary_op", "ternary_op", "create_fma")

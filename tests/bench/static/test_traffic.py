@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import traffic
-from bench.calls import VARIANTS, BatchNormShape
+from bench.static import traffic
+from bench.static.launches import VARIANTS, BatchNormShape
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KEYS = (
     "op", "direction", "variant", "dtype", "shape", "programs", "requested_bytes",
     "memory_bytes", "least_bytes",

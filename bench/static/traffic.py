@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.calls import (
+from bench.static.launches import (
     CIFAR_ENCODE_SHAPES,
     DIRECTIONS,
     VARIANTS,
@@ -40,7 +40,7 @@ from bench.calls import (
 )
 
 if TYPE_CHECKING:
-    from bench.interpreter import LaunchRecord
+    from bench.static.interpreter import LaunchRecord
     from encnet_triton.kernels.launch import Launch
 
 PROCESSORS = 132  # of an H100
@@ -204,7 +204,7 @@ def _memory_bytes(launch: LaunchRecord, streamed: tuple[str, ...]) -> int:
 
 def count(case: Case) -> Row:
     """Run the launches of one case in the interpreter, without their values."""
-    from bench.interpreter import Watch
+    from bench.static.interpreter import Watch
 
     # Loads give zeros, and a count of zero is divided by.
     with np.errstate(invalid="ignore", divide="ignore"), Watch(values=False) as watch:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.resources import LIMITS
+from bench.static.resources import LIMITS
 
 if TYPE_CHECKING:
     from encnet_triton.kernels.launch import Config, Launch

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench.resources import LIMITS, report
+from bench.static.resources import LIMITS, report
 from encnet_triton.kernels import batch_norm_triton, encode_triton
 from encnet_triton.kernels.launch import Launch
 

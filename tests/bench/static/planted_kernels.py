@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.resources import identity, report
+from bench.static.resources import identity, report
 from encnet_triton.kernels.launch import Launch
 
 

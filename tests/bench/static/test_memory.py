@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import memory
+from bench.static import memory
 from bench.step import Shape
 
 SHAPE = Shape("demo", 2, 64, 5)

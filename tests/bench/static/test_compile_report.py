@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from bench import compile as compile_report
-from bench.resources import LIMITS, accesses, blocks_per_sm, local_memory, widths
+from bench.static import compile as compile_report
+from bench.static.resources import LIMITS, accesses, blocks_per_sm, local_memory, widths
 from tests.support.compiled import FAR_APART, Row, compiled, faults, needs_triton, run_apart, select
 
 DTYPES = ("bfloat16", "float32")
@@ -20,7 +20,7 @@ DTYPES = ("bfloat16", "float32")
 
 @pytest.fixture(scope="session")
 def planted() -> dict[str, Any]:
-    run = run_apart("tests/bench/planted_kernels.py")
+    run = run_apart("tests/bench/static/planted_kernels.py")
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from bench.races import Integers, Kind, RaceDetector
+from bench.static.races import Integers, Kind, RaceDetector
 
 SECTOR = 32
 _BUILDER = interpreter.interpreter_builder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import cost
+from bench.static import cost
 
 
 def test_the_encoding_layer_is_0118_gmac():

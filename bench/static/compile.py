@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.calls import (
+from bench.static.launches import (
     BATCH_NORM_SHAPES,
     ENCODE_SHAPES,
     MORE_BATCH_NORM_SHAPES,
@@ -38,7 +38,14 @@ from bench.calls import (
     encode_calls,
     upsample_calls,
 )
-from bench.resources import LIMITS, Report, compiler_versions, identity, report, require_compiler
+from bench.static.resources import (
+    LIMITS,
+    Report,
+    compiler_versions,
+    identity,
+    report,
+    require_compiler,
+)
 
 if TYPE_CHECKING:
     from encnet_triton.kernels.launch import Launch
