@@ -65,8 +65,8 @@ verify: test
 	$(BIN)/python -m bench upsample
 	$(BIN)/python -m bench crop
 	$(BIN)/python -m bench cifar
-	$(BIN)/python -m bench compile --all
-	$(BIN)/python -m bench traffic
+	$(BIN)/python -m bench static compile --all
+	$(BIN)/python -m bench static traffic
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encnet-triton needs Python 3.11 or newer; %s is %d.%d. Name another with: make PYTHON=python3.12" % ("$(PYTHON)", *sys.version_info[:2]))'

@@ -35,6 +35,7 @@ class Case:
         per_call: things done a call (images), for a rate; 0 for none.
         threads: CPU threads, None for all.
         gpu_bytes: bytes a call must move at least, at the shape used on a GPU; 0 for none.
+        reads_files: takes the images of a folder data set, on the CPU alone.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Case:
     per_call: int = 0
     threads: int | None = None
     gpu_bytes: int = 0
+    reads_files: bool = False
 
 
 def _build_operator(
@@ -185,6 +187,7 @@ CASES = {
         build_crop,
         per_call=CROP_IMAGES,
         threads=1,
+        reads_files=True,
     ),
     "cifar": Case(
         "EncNet-14 on 32x32 images, forward + backward, B128 (GPU: 16k64d bf16; CPU: 16k16d fp32)",

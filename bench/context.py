@@ -6,6 +6,7 @@ the same. Each run is an ordinary run of the trainer, resumed if it was cut off.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from bench.options import add_json
 
 RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"}
 
@@ -37,15 +40,26 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(points), error
 
 
-def run(seeds: int, folder: Path, json_file: Path | None, extra: list[str]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command; the trainer has more."""
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each network (%(default)s)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/context"), help="their folder (%(default)s)"
+    )
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Train every recipe with every seed and print the table; differences are seed by seed."""
     console = Console()
     scores: dict[str, list[dict[str, float]]] = {}
-    for seed in range(seeds):
+    for seed in range(options.seeds):
         for label, recipe in RECIPES.items():
             console.rule(f"{label}, seed {seed}")
-            scores.setdefault(label, []).append(train(recipe, seed, folder, extra))
-    table = Table(title=f"scenes, {seeds} seeds: mean and standard error of the mean, in points")
+            scores.setdefault(label, []).append(train(recipe, seed, options.runs, options.extra))
+    table = Table(
+        title=f"scenes, {options.seeds} seeds: mean and standard error of the mean, in points"
+    )
     for column in ("network", "mIoU", "pixAcc", "minus FCN", "minus EncNet"):
         table.add_column(column, justify="left" if column == "network" else "right")
     miou = {label: [r["miou"] for r in rows] for label, rows in scores.items()}
@@ -58,5 +72,6 @@ def run(seeds: int, folder: Path, json_file: Path | None, extra: list[str]) -> N
             cells.append("" if label == base else "{:+.2f} ± {:.2f}".format(*spread(differences)))
         table.add_row(*cells)
     console.print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(scores, indent=2) + "\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps(scores, indent=2) + "\n")
+    return 0

@@ -12,6 +12,7 @@ Images are a folder data set's, or made here: 96 JPEGs of 683 x 512 with the ent
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -115,12 +116,17 @@ def write_folder(root: Path) -> None:
     (root / "classes.txt").write_text("\n".join(f"class {k}" for k in range(11)) + "\n")
 
 
-def run(data: str | None) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    parser.add_argument("--data", help="a folder data set to take the images from")
+
+
+def run(options: argparse.Namespace) -> int:
     """Measure every variant and print the table; returns the exit status."""
     with tempfile.TemporaryDirectory() as folder:
-        if data is None:
+        if options.data is None:
             write_folder(Path(folder))
-        dataset = create_dataset("folder", "train", data or folder, ignore_label=11)
+        dataset = create_dataset("folder", "train", options.data or folder, ignore_label=11)
         found = {}
         for name, (make, workers) in VARIANTS.items():
             batches = make(dataset, workers)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from bench import peers, report, timing
 from bench.gpu.device import event
+from bench.options import add_device, add_json, chosen_device
 from bench.passes import is_compiled
 from encnet_triton.models import SegmentationOutput, create_model
 from encnet_triton.nn import Encoding, SegmentationLoss, presence_target, set_norm_impl
@@ -325,15 +326,19 @@ def table(shape: Shape, device: torch.device, results: Results) -> Table:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of this case."""
+    """The options of this command."""
+    add_device(parser)
     for name, kind in (("backbone", str), ("batch", int), ("crop", int), ("classes", int)):
         shown = ", ".join(f"{getattr(s, name)} on {device}" for device, s in DEFAULTS.items())
-        parser.add_argument(f"--{name}", type=kind, help=f"step: default {shown}")
-    parser.add_argument("--precision", choices=tuple(TOLERANCE), help="step: of our autocast")
+        parser.add_argument(f"--{name}", type=kind, help=f"default {shown}")
+    parser.add_argument("--precision", choices=tuple(TOLERANCE), help="of our autocast")
+    add_json(parser)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
 
 
-def run(options: argparse.Namespace, device: torch.device) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure every variant, compare losses, print the table; returns the exit status."""
+    device = chosen_device(options.device)
     default = asdict(DEFAULTS[device.type])
     given = {k: getattr(options, k) for k in default if getattr(options, k) is not None}
     shape = Shape(**{**default, **given})

@@ -49,8 +49,11 @@ COMPILE = tuple(f"compile {op}" for op in OPS)
 STAGES = (*COMPILE, *TESTS)
 # A result holds until one of these changes.
 SOURCES = (
-    "kernels/*.py",
-    *(f"bench/{name}.py" for name in ("calls", "compile", "interpreter", "races", "resources")),
+    "kernels/**/*.py",
+    *(
+        f"bench/static/{name}.py"
+        for name in ("launches", "compile", "interpreter", "races", "resources")
+    ),
     "tests/kernels/*.py",
     "tests/support/*.py",
     "tests/conftest.py",
@@ -96,7 +99,7 @@ def triton_of(folder: Path, version: str, python: str) -> Path:
     return place
 
 
-def run(command: list[str], place: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+def _process(command: list[str], place: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     """A process that imports this checkout and the Triton of ``place``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
     environment["PYTHONPATH"] = os.pathsep.join((str(place), str(ROOT)))
@@ -112,7 +115,7 @@ def tests(pair: Pair, place: Path, file: str) -> Row:
     report.unlink(missing_ok=True)
     command = [pair.python, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal"]
     command += ["-m", "interpreter or triton"]
-    done = run([*command, f"--junitxml={report}", file], place, TRITON_INTERPRET="1")
+    done = _process([*command, f"--junitxml={report}", file], place, TRITON_INTERPRET="1")
     if not report.exists():
         return {"failed": [_last_line(done)], "passed": 0, "skipped": 0}
     cases = list(ElementTree.parse(report).iter("testcase"))
@@ -131,8 +134,8 @@ def compile_apart(pair: Pair, place: Path, op: str) -> Row:
     """What `compiled_calls` finds with these versions."""
     file = place / "compiled.json"
     file.unlink(missing_ok=True)
-    command = [pair.python, "-m", "bench.versions", "--compile", op, "--to", str(file)]
-    done = run(command, place)
+    command = [pair.python, "-m", "bench", "versions", "--compile", op, "--to", str(file)]
+    done = _process(command, place)
     if not file.exists():
         return {"error": _last_line(done)}
     found: Row = json.loads(file.read_text())
@@ -203,7 +206,7 @@ def run_pair(pair: Pair, folder: Path, stages: Sequence[str], redo: bool) -> Non
     results = folder / "results.jsonl"
     place = triton_of(folder, pair.triton, pair.python)
     ask = "import platform, numpy; print(platform.python_version(), numpy.__version__)"
-    python, numpy = run([pair.python, "-c", ask], place).stdout.split()
+    python, numpy = _process([pair.python, "-c", ask], place).stdout.split()
     for stage in stages:
         now, start = sources(), time.perf_counter()
         before = read(results).get((pair.torch, pair.triton, stage))
@@ -262,9 +265,8 @@ def publish(file: Path, document: Path) -> None:
     document.write_text(before + MARKERS[0] + table(file) + MARKERS[1] + after)
 
 
-def main(arguments: list[str]) -> int:
-    """Command line; 1 where a test failed, a kernel did not compile or no configuration is good."""
-    parser = argparse.ArgumentParser(prog="python -m bench versions", description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions")
     parser.add_argument("--triton", nargs="+", default=TRITONS, help="versions of Triton")
     parser.add_argument(
@@ -278,7 +280,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--compile", choices=OPS, help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """1 where a test failed, a kernel did not compile or no configuration is good."""
     if options.compile:
         options.to.write_text(json.dumps(compiled_calls(options.compile)))
         return 0
@@ -299,7 +304,3 @@ def main(arguments: list[str]) -> int:
 def _wrong(row: Row) -> bool:
     left = any(one["next"] is None for one in row.get("instead", ()))
     return "error" in row or bool(row.get("failed")) or left
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

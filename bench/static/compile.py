@@ -1,4 +1,4 @@
-"""``python -m bench compile``: what every kernel takes of a GPU, on machines without one.
+"""``python -m bench static compile``: what every kernel takes of a GPU, on machines without one.
 
 The launches are made on meta tensors as the operators make them; nothing runs.
 """
@@ -17,7 +17,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.options import add_json
 from bench.static.launches import (
     BATCH_NORM_SHAPES,
     ENCODE_SHAPES,
@@ -215,32 +215,44 @@ def _calls(
         yield from upsample_calls(archs, dtypes, maps, everything)
 
 
-def run(
-    archs: list[int],
-    dtypes: list[str],
-    ops: list[str],
-    shapes: list[EncodeShape] | None,
-    everything: bool,
-    json_file: Path | None,
-) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    parser.add_argument("--all", action="store_true", help="all shapes and configurations")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS, help="compute capabilities"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="element types of x"
+    )
+    parser.add_argument(
+        "--shape", type=parse_shape, nargs="+", metavar="CxK[xN]",
+        help="channels x codewords (x pixels) of encode, for example 512x32",
+    )  # fmt: skip
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="operators")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Compile, print the table and what is wrong; 1 if a default configuration is bad."""
     try:
         require_compiler()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    archs = list(options.arch)
+    calls = _calls(archs, list(options.dtype), list(options.op), options.shape, options.all)
     console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(
         f"{compiler_versions(archs)}; compiled for {', '.join(f'sm_{a}' for a in archs)}, not run",
         highlight=False,
     )
-    rows = reports(kernels(_calls(archs, dtypes, ops, shapes, everything)))
+    rows = reports(kernels(calls))
     console.print(table(rows, archs), highlight=False)
     for row in rows:
         if row["note"]:
             print(f"sm_{row['arch']} {row['dtype']} {row['config']}: {row['note']}")
     wrong = [row for row in rows if row["default"] and bad(row)]
     print(f"{len(rows)} kernels; {len(wrong)} of a default need local memory or do not fit")
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""What global context costs: ``python -m bench cost``.
+"""What global context costs: ``python -m bench static cost``.
 
 Multiply-accumulates of a forward pass in evaluation at 480 x 480, counted by torch's FLOP counter
 on tensors without values: of each form of EncNet, beside those of the FCN with the same trunk.
@@ -6,9 +6,9 @@ on tensors without values: of each form of EncNet, beside those of the FCN with 
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.options import add_json
 from encnet_triton.kernels import encode
 from encnet_triton.models import create_model
 
@@ -69,7 +70,12 @@ def costs(backbones: tuple[str, ...] = ("resnet50", "resnet101")) -> list[Cost]:
     return found
 
 
-def run(json_file: Path | None = None) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
     rows = costs()
     table = Table(title=f"forward, one image of {SIZE} x {SIZE}, {CLASSES} classes, counted")
@@ -84,7 +90,7 @@ def run(json_file: Path | None = None) -> int:
         "the paper says 3% to 5% for its context module"
     )
     Console(width=100).print(table)
-    if json_file is not None:
+    if options.json is not None:
         document = {"encoding_gmac": alone, "networks": [asdict(row) for row in rows]}
-        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
     return 0

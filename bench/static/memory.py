@@ -1,4 +1,4 @@
-"""Peak memory of a training step on a GPU, predicted: ``python -m bench memory``.
+"""Peak memory of a training step on a GPU, predicted: ``python -m bench static memory``.
 
 The step runs on fake tensors, which have shapes and lifetimes but no values, so this takes seconds
 and no memory on any machine. Counted are the bytes of all tensors that live at once, as an
@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -29,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.options import add_json
 from bench.step import Shape, our_loss, stock, stock_loss
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_norm_impl
@@ -38,6 +36,7 @@ from encnet_triton.train.optim import make_optimizer
 
 VARIANTS = ("stock", "ours", "ours, checkpointed")
 DEFAULT = Shape("resnet101", 16, 480, 150)
+SIZES = ("backbone", "batch", "crop", "classes")
 
 
 @dataclass(frozen=True)
@@ -163,19 +162,24 @@ def tables(shape: Shape, found: dict[str, Prediction]) -> list[Table]:
     return [peaks, parts]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    for name in SIZES:
+        default = getattr(DEFAULT, name)
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help="default %(default)s"
+        )
+    add_json(parser)
+
+
 def run(options: argparse.Namespace) -> int:
     """Predict every variant and print the tables; returns the exit status."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        # So that fake tensors of the CPU take the ways of a GPU.
-        command = [sys.executable, "-m", "bench", *sys.argv[1:]]
-        return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
-    given = {k: getattr(options, k, None) for k in asdict(DEFAULT)}
-    shape = Shape(**(asdict(DEFAULT) | {k: v for k, v in given.items() if v is not None}))
+    shape = Shape(**{name: getattr(options, name) for name in SIZES})
     found = {variant: predict(variant, shape) for variant in VARIANTS}
     console = Console() if sys.stdout.isatty() else Console(width=150)
     for table in tables(shape, found):
         console.print(table)
     if options.json is not None:
         document = {"shape": asdict(shape), "predicted": {v: asdict(p) for v, p in found.items()}}
-        Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
     return 0

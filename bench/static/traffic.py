@@ -1,4 +1,4 @@
-"""Bytes that the Triton kernels move: ``python -m bench traffic [--quick] [--json FILE]``.
+"""Bytes that the Triton kernels move: ``python -m bench static traffic``.
 
 Counted in Triton's interpreter, so no GPU is needed and nothing is timed. The caches are modelled
 in the simplest way: within a program a sector of 32 bytes of a large tensor (features, gradients,
@@ -8,16 +8,14 @@ a launch. Loads and stores count separately.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import add_json
 from bench.static.launches import (
     CIFAR_ENCODE_SHAPES,
     DIRECTIONS,
@@ -240,23 +239,20 @@ def table(rows: Sequence[Row]) -> Table:
     return made
 
 
-def _run_interpreted(quick: bool, json_file: Path | None) -> int:
-    """The same command in a process that imports triton in interpreter mode."""
-    command = [sys.executable, "-m", "bench", "traffic", *(["--quick"] if quick else [])]
-    command += ["--json", str(json_file)] if json_file else []
-    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    parser.add_argument("--quick", action="store_true", help="small shapes only")
+    add_json(parser)
 
 
-def run(quick: bool, json_file: Path | None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Count, print the table, write the JSON; returns the exit status."""
     if importlib.util.find_spec("triton") is None:
         print("error: traffic is counted in Triton's interpreter: no triton here", file=sys.stderr)
         return 1
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return _run_interpreted(quick, json_file)
-    rows = [count(case) for case in cases(quick)]
+    rows = [count(case) for case in cases(options.quick)]
     console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(table(rows))
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return 0

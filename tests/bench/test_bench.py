@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import cases, gate, peers, report
+from bench import cases, compare, gate, peers, report
 from bench.__main__ import main
 from bench.timing import Measurement
 from encnet_triton import kernels
@@ -106,11 +106,9 @@ def test_the_list_names_every_case(capsys) -> None:
 
 
 def test_results_are_json(tmp_path, monkeypatch) -> None:
-    from bench import __main__ as command
-
     fixed = Measurement(1.0, 1.0, 1.0, 3, 1.0)
-    monkeypatch.setattr(command, "measure_apart", lambda *_: fixed)
-    assert command.main(["upsample", "--json", str(tmp_path / "out.json")]) == 0
+    monkeypatch.setattr(compare, "measure_apart", lambda *_: fixed)
+    assert main(["upsample", "--json", str(tmp_path / "out.json")]) == 0
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["results"]["ours"]["median"] == 1.0
     assert "torch" in document["machine"]

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.__main__ import main
 from bench.cases import BUDGET
-from bench.gpu import command, profiling, publish, report, suite, training
+from bench.gpu import profiling, publish, report, suite, training
 from bench.gpu.device import Gpu, StandIn
 from bench.gpu.job import Outcome
 from bench.gpu.runner import Results
@@ -60,13 +61,13 @@ def test_every_job_has_its_own_name_and_a_limit_above_what_it_takes() -> None:
 )
 def test_bad_requests_get_a_sentence(arguments, said, tmp_path, capsys) -> None:
     Results(tmp_path).begin({"device": "rehearsal", "rehearsal": True})
-    assert command.main([a.format(folder=tmp_path) for a in arguments]) == 2
+    assert main(["gpu", *(a.format(folder=tmp_path) for a in arguments)]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_results_of_another_machine_are_not_continued(tmp_path, capsys) -> None:
     Results(tmp_path).begin({"device": "NVIDIA H100", "rehearsal": False})
-    assert command.main(["--rehearse", "--resume", "--out", str(tmp_path)]) == 2
+    assert main(["gpu", "--rehearse", "--resume", "--out", str(tmp_path)]) == 2
     assert "was made by NVIDIA H100" in capsys.readouterr().err
 
 

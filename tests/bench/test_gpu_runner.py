@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.command import plan
 from bench.gpu.job import Job, Outcome
 from bench.gpu.runner import Results, Runner, _groups
+from bench.gpu.session import plan
 from tests.support.processes import runs
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bench import step
 from bench.__main__ import main
+from bench.commands import parse
 
 CPU = torch.device("cpu")
 SHAPE = step.Shape("demo", 2, 32, 5, "float32")
@@ -93,9 +94,7 @@ def test_the_table_shows_rates_and_reasons(
 
 
 def test_the_options_reach_the_process_that_measures() -> None:
-    from bench.__main__ import parse
-
-    options, _ = parse(["step", *SHAPE.arguments()])
+    options = parse("step", SHAPE.arguments())
     assert {k: getattr(options, k) for k in asdict(SHAPE)} == asdict(SHAPE)
 
 

@@ -36,7 +36,7 @@ def run_apart(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
 
 
 def compiled(factory: pytest.TempPathFactory, *arguments: str) -> list[Row]:
-    """Rows of ``python -m bench compile``, made once for all processes of a test run."""
+    """Rows of ``python -m bench static compile``, made once for all processes of a test run."""
     base = factory.getbasetemp()
     # Processes of pytest-xdist have folders of their own beside one another.
     folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -50,7 +50,7 @@ def compiled(factory: pytest.TempPathFactory, *arguments: str) -> list[Row]:
 
 def _compile(file: Path, arguments: tuple[str, ...]) -> list[Row]:
     """The command's exit status says whether any row is bad."""
-    run = run_apart("-m", "bench", "compile", *arguments, "--json", str(file))
+    run = run_apart("-m", "bench", "static", "compile", *arguments, "--json", str(file))
     assert file.exists(), run.stderr
     found: list[Row] = json.loads(file.read_text())
     wrong = any(map(bad, found))

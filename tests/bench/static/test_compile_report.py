@@ -154,7 +154,7 @@ def test_sizes_are_specialised_as_in_a_launch(planted) -> None:
 
 @needs_triton
 def test_an_interpreting_process_says_so() -> None:
-    run = run_apart("-m", "bench", "compile", "--arch", "90", TRITON_INTERPRET="1")
+    run = run_apart("-m", "bench", "static", "compile", "--arch", "90", TRITON_INTERPRET="1")
     assert run.returncode == 2
     assert run.stderr.splitlines() == [
         "error: TRITON_INTERPRET is set, so Triton compiles nothing here; unset it"

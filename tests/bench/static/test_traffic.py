@@ -24,7 +24,7 @@ KEYS = (
 @pytest.fixture(scope="module")
 def printed_and_rows(tmp_path_factory) -> tuple[str, list[dict]]:
     file = tmp_path_factory.mktemp("traffic") / "rows.json"
-    command = [sys.executable, "-m", "bench", "traffic", "--quick", "--json", str(file)]
+    command = [sys.executable, "-m", "bench", "static", "traffic", "--quick", "--json", str(file)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout, json.loads(file.read_text())

@@ -22,8 +22,8 @@ from bench.report import machine
 from encnet_triton.atomic import write_text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
     parser.add_argument("--out", type=Path, help="folder for results.jsonl, report.md, log.txt")
     parser.add_argument("--minutes", type=float, default=25.0, help="time there is (%(default)s)")
     parser.add_argument(
@@ -36,13 +36,10 @@ def _parser() -> argparse.ArgumentParser:
         "--publish", type=Path, nargs="+", metavar="DIR",
         help="put the results of these folders, of one machine, into docs/gpu",
     )  # fmt: skip
-    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status: 1 where a result was wrong or a job failed."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Measure or publish; returns the exit status: 1 where a result was wrong or a job failed."""
     try:
         if options.publish is not None:
             print(f"published in {publish.publish(options.publish)}")
@@ -55,13 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
                 f"torch {torch.__version__} finds no CUDA device; --rehearse goes through all "
                 "stages on a CPU"
             )
-        return run(options)
+        return measure(options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(options: argparse.Namespace) -> int:
+def measure(options: argparse.Namespace) -> int:
     """Run the jobs, write the report after each; returns the exit status."""
     deadline = time.monotonic() + 60 * options.minutes
     jobs = jobs_of(options.stage, options.rehearse, options.cifar)

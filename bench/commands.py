@@ -1,0 +1,107 @@
+"""The commands of ``python -m bench``: the one place that lists them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        title: its line in the list.
+        module: has `add_options` and `run`, see `Module`. Imported when the command runs, so that
+            one needs no more than it uses.
+        interpreted: runs in a process with TRITON_INTERPRET=1, which triton reads when imported.
+        passes_on: the command that gets the options it does not know, from `options.extra`.
+    """
+
+    title: str
+    module: str
+    interpreted: bool = False
+    passes_on: str = ""
+
+
+class Module(Protocol):
+    """What the module of a command has."""
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add what only this command has; `parser.get_default("command")` is its name."""
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Run the command named `options.command`; returns the exit status."""
+
+
+COMMANDS = {
+    "encode": Command("the Encoding layer against plain PyTorch", "bench.compare"),
+    "batch_norm": Command("batch norm + residual + ReLU against torch's layers", "bench.compare"),
+    "upsample": Command("upsampling + cross-entropy against torch's functions", "bench.compare"),
+    "crop": Command("decoding and augmenting against one transform a step", "bench.compare"),
+    "cifar": Command("a CIFAR-10 network against the materialising formula", "bench.compare"),
+    "step": Command(
+        "a training step of the network, phase by phase, against stock code", "bench.step"
+    ),
+    "loader": Command("training batches a second from JPEGs, two workers", "bench.loader"),
+    "context": Command(
+        "FCN, EncNet, EncNet+SE on the embedded data set, several seeds each",
+        "bench.context",
+        passes_on="python -m encnet_triton.train",
+    ),
+    "versions": Command(
+        "the kernels with other versions of Triton and torch; no GPU", "bench.versions"
+    ),
+    "gpu": Command(
+        "all that is worth measuring on a GPU, in the time there is", "bench.gpu.session"
+    ),
+    "static compile": Command(
+        "registers, spills, memory and instructions of every kernel", "bench.static.compile"
+    ),
+    "static traffic": Command(
+        "bytes the Triton kernels move, counted", "bench.static.traffic", interpreted=True
+    ),
+    # Interpreted, fake tensors of the CPU take the ways of a GPU.
+    "static memory": Command(
+        "peak memory of a training step on a GPU, predicted",
+        "bench.static.memory",
+        interpreted=True,
+    ),
+    "static cost": Command(
+        "multiply-accumulates of each form of EncNet over those of FCN", "bench.static.cost"
+    ),
+}
+
+
+def module_of(name: str) -> Module:
+    """The module of a command, imported."""
+    return cast(Module, importlib.import_module(COMMANDS[name].module))
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The options of a command and no others."""
+    from bench.options import Parser  # imports torch, which the list does without
+
+    module, other = module_of(name), COMMANDS[name].passes_on
+    made = Parser(
+        prog=f"python -m bench {name}",
+        description=module.__doc__,
+        epilog=f"Other options go to {other}." if other else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(command=name)
+    module.add_options(made)
+    return made
+
+
+def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command; exits with one sentence and status 2 where they are wrong."""
+    parser = parser_of(name)
+    if not COMMANDS[name].passes_on:
+        return parser.parse_args(arguments)
+    options, extra = parser.parse_known_args(arguments)
+    options.extra = extra
+    return options

@@ -1,0 +1,95 @@
+"""Ours against what people use today: checked, then each variant timed in a fresh process."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench import gate, report
+from bench.cases import CASES, Case
+from bench.options import add_device, add_json, chosen_device
+from bench.passes import is_compiled
+from bench.timing import Measurement, copy_bandwidth, measure
+from encnet_triton.train.setup import compile_obstacle
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of one comparison."""
+    case = CASES[parser.get_default("command")]
+    parser.description = f"{case.title}.\n\n{__doc__}"
+    if case.reads_files:
+        parser.add_argument("--data", help="a folder data set to take the images from")
+    else:
+        add_device(parser)
+    add_json(parser)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure one variant, as `measure_apart` asks for, or compare all; returns the exit status."""
+    name = options.command
+    device, data = torch.device("cpu"), None
+    if CASES[name].reads_files:
+        data = options.data
+    else:
+        device = chosen_device(options.device)
+    if options.worker:
+        worker(CASES[name], options.worker, device, data)
+        return 0
+    return compare(name, device, data, options.json)
+
+
+def worker(case: Case, variant: str, device: torch.device, data: str | None) -> None:
+    """Measure one variant in this process and print it as JSON."""
+    if case.threads is not None:
+        torch.set_num_threads(case.threads)
+    # Making an optimiser imports this, 80 MiB, in every training process; it is no step's memory.
+    importlib.import_module("torch._dynamo")
+    call = case.build(variant, device, data)
+    print(json.dumps(measure(call, device).as_dict()))
+
+
+def measure_apart(
+    name: str, variant: str, device: torch.device, data: str | None
+) -> Measurement | str:
+    """Measure one variant in a fresh process; a sentence where it could not be."""
+    if is_compiled(variant) and compile_obstacle(device):
+        return "no compiled peer: there is no compiler for torch.compile here"
+    command = [sys.executable, "-m", "bench", name, "--worker", variant]
+    if not CASES[name].reads_files:
+        command += ["--device", device.type]
+    command += ["--data", data] if data else []
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"{variant} failed: {last[:200]}"
+    return Measurement(**json.loads(run.stdout.strip().splitlines()[-1]))
+
+
+def compare(name: str, device: torch.device, data: str | None, json_file: Path | None) -> int:
+    """Check, measure every variant, print the table; returns the exit status."""
+    case = CASES[name]
+    console = Console() if sys.stdout.isatty() else Console(width=130)
+    wrong = gate.check(name, device)
+    if wrong:
+        print(f"error: {name} is not correct, so no speed is given: {wrong}", file=sys.stderr)
+        return 1
+    console.print(report.machine(device), highlight=False)
+    results = {v: measure_apart(name, v, device, data) for v in case.variants}
+    if isinstance(results["ours"], str):
+        print(f"error: {results['ours']}", file=sys.stderr)
+        return 1
+    bandwidth = copy_bandwidth(device) if device.type == "cuda" else 0.0
+    console.print(report.table(case, results, bandwidth))
+    if json_file is not None:
+        rows = {v: r if isinstance(r, str) else r.as_dict() for v, r in results.items()}
+        document = {"machine": report.machine(device), "case": name, "results": rows}
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+    return 0
