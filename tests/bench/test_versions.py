@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import versions
+from bench.__main__ import main
 from bench.versions import STAGES, Pair, Row
 
 PAIR = Pair("2.13.0", "3.9.0", sys.executable)
@@ -67,3 +68,16 @@ def test_the_table_says_what_failed_and_what_comes_instead(tmp_path: Path, made:
 def test_the_documents_markers_are_there() -> None:
     text = (versions.ROOT / "docs" / "versions.md").read_text()
     assert all(text.count(marker) == 1 for marker in versions.MARKERS)
+
+
+def test_the_sources_of_a_result_are_there() -> None:
+    assert all(any(versions.ROOT.glob(pattern)) for pattern in versions.SOURCES)
+
+
+def test_kernels_are_compiled_by_the_other_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"kernels": 7, "instead": []}
+    monkeypatch.setattr(versions, "compiled_calls", lambda op: found | {"op": op})
+    monkeypatch.setattr(versions, "_process", lambda command, _: main(command[3:]))
+    assert versions.compile_apart(PAIR, tmp_path, "upsample") == found | {"op": "upsample"}

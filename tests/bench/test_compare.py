@@ -99,12 +99,6 @@ def test_table_shows_ratios_to_ours_and_reasons() -> None:
     assert "12.0x" in text and "15.0x" in text and "no compiler" in text
 
 
-def test_the_list_names_every_case(capsys) -> None:
-    assert main([]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in (*cases.CASES, "step", "context", "compile", "traffic"))
-
-
 def test_results_are_json(tmp_path, monkeypatch) -> None:
     fixed = Measurement(1.0, 1.0, 1.0, 3, 1.0)
     monkeypatch.setattr(compare, "measure_apart", lambda *_: fixed)
