@@ -41,8 +41,13 @@ TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 OPS = ("encode", "batch_norm_act", "upsample")
 ARCH = 90
 TESTS = tuple(
-    f"tests/kernels/test_{name}.py"
-    for name in ("interpreter_support", "encode_triton", "batch_norm_triton", "upsample_triton")
+    f"tests/kernels/{name}.py"
+    for name in (
+        "test_interpreter_support",
+        "encoding/test_plan",
+        "batch_norm/test_plan",
+        "upsampling/test_plan",
+    )
 )
 
 COMPILE = tuple(f"compile {op}" for op in OPS)
@@ -54,7 +59,7 @@ SOURCES = (
         f"bench/static/{name}.py"
         for name in ("launches", "compile", "interpreter", "races", "resources")
     ),
-    "tests/kernels/*.py",
+    "tests/kernels/**/*.py",
     "tests/support/*.py",
     "tests/conftest.py",
 )
@@ -236,7 +241,9 @@ def _cell(row: Row | None) -> str:
 def table(file: Path) -> str:
     """Markdown: a line for each pair, then what failed and what comes in place of a bad default."""
     found = read(file)
-    heads = [Path(s).stem.removeprefix("test_") if s in TESTS else s for s in STAGES]
+    heads = [
+        s.removeprefix("tests/kernels/").removesuffix(".py").replace("test_", "") for s in STAGES
+    ]
     heads = ["torch", "Triton", "Python", "numpy", *heads, "sources"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     notes: list[str] = []

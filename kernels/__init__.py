@@ -5,13 +5,24 @@ Import them as `encnet_triton.kernels`. Each is an ordinary function to autograd
 """
 
 if __name__ == "kernels":
-    raise ImportError(
-        "This folder is the package encnet_triton.kernels: "
-        "import it under that name, from the folder above or an installed encnet_triton."
-    )
+    # The root of a checkout is on sys.path. If another package has this name, that one is meant.
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from os.path import dirname, realpath
 
-from .batch_norm import batch_norm_act
-from .encode import encode
-from .upsample_loss import upsample_argmax, upsample_cross_entropy
+    _root = realpath(dirname(dirname(__file__)))
+    _found = PathFinder.find_spec(__name__, [p for p in sys.path if realpath(p) != _root])
+    if _found is None or _found.loader is None:
+        raise ImportError(
+            "This folder is the package encnet_triton.kernels: "
+            "import it under that name, from the folder above or an installed encnet_triton."
+        )
+    sys.modules[__name__] = _other = module_from_spec(_found)
+    _found.loader.exec_module(_other)
+else:
+    from .batch_norm.operator import batch_norm_act
+    from .encoding.operator import encode
+    from .upsampling.operator import upsample_argmax, upsample_cross_entropy
 
 __all__ = ["batch_norm_act", "encode", "upsample_argmax", "upsample_cross_entropy"]

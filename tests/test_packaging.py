@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,52 +28,90 @@ def test_link_points_to_the_top_level_folder(name: str) -> None:
 
 def test_package_list_equals_the_tree() -> None:
     mapped = PROJECT["tool"]["setuptools"]["package-dir"]
-    found = {
-        "encnet_triton." + ".".join(p.parent.relative_to(ROOT / "encnet_triton").parts)
-        for p in (ROOT / "encnet_triton").rglob("__init__.py")
-        if p.parent.name not in ("kernels", "train", "encnet_triton")
-    }
-    for package, folder in mapped.items():
-        inside = [p.parent for p in (ROOT / folder).rglob("__init__.py")]
-        assert inside == [ROOT / folder], f"{folder}/ must stay flat"
-        found.add(package)
-    assert found | {"encnet_triton"} == set(PROJECT["tool"]["setuptools"]["packages"])
+    folders = {"encnet_triton": "encnet_triton", **mapped}
+    found = set()
+    for package, folder in folders.items():
+        # A folder that is mapped may be linked to from another one.
+        inside = {p.parent for p in (ROOT / folder).rglob("*.py") if _package(p) == package}
+        for inner in inside:
+            assert (inner / "__init__.py").is_file(), f"{inner} has no __init__.py"
+            found.add(".".join((package, *inner.relative_to(ROOT / folder).parts)))
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def _package(path: Path) -> str:
+    """The package that the top-level folder of a file is installed as."""
+    parts = path.relative_to(ROOT).parts
+    linked = parts[0] == "encnet_triton" and parts[1] in ("kernels", "train")
+    name = parts[1] if linked else parts[0]
+    return f"encnet_triton.{name}" if name in ("kernels", "train") else name
 
 
 def _imports(path: Path) -> set[str]:
+    """Names that a file imports; relative ones resolved, with a dot before them."""
+    parts = path.relative_to(ROOT).parts
+    inside = [*_package(path).split("."), *parts[1:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module or "")
+        elif isinstance(node, ast.ImportFrom):
+            above = inside[: len(inside) + 1 - node.level] if node.level else []
+            name = ".".join([*above, *([node.module] if node.module else [])])
+            found.add(f".{name}" if node.level else name)
     return found
 
 
 def test_imports_point_one_way() -> None:
-    core = [
-        p
-        for p in (ROOT / "encnet_triton").rglob("*.py")
-        if not {"kernels", "train"} & set(p.relative_to(ROOT / "encnet_triton").parts[:1])
-    ]
+    core = [p for p in (ROOT / "encnet_triton").rglob("*.py") if _package(p) == "encnet_triton"]
     assert len(core) > 15
     for path in core:
         for name in _imports(path):
-            assert not name.startswith(("encnet_triton.train", "bench", "tests")), (path, name)
+            upwards = ("encnet_triton.train", "bench", "tests")
+            assert not name.lstrip(".").startswith(upwards), (path, name)
     allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
-    for path in (ROOT / "kernels").glob("*.py"):
+    kernels = list((ROOT / "kernels").rglob("*.py"))
+    assert len(kernels) > 15
+    for path in kernels:
         for name in _imports(path):
-            assert name.split(".")[0] in allowed, (path, name)
-    for path in (ROOT / "train").glob("*.py"):
+            within = f"{name}.".startswith(".encnet_triton.kernels.")
+            assert within or name.split(".")[0] in allowed, (path, name)
+    for path in (ROOT / "train").rglob("*.py"):
         for name in _imports(path):
-            assert not name.startswith(("bench", "tests")), (path, name)
+            assert not name.lstrip(".").startswith(("bench", "tests")), (path, name)
 
 
-def test_kernels_refuse_to_be_a_top_level_package() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "encnet_triton.kernels" in run.stderr.splitlines()[-1]
+def test_the_wheel_holds_operators_that_run(tmp_path: Path) -> None:
+    """What is installed, not this checkout, computes."""
+    pytest.importorskip("setuptools", minversion="77")
+    sources = tmp_path / "sources"
+    for name in ("encnet_triton", "kernels", "train"):
+        left_out = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=left_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources / name)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    made = subprocess.run(
+        [sys.executable, "-c", build], cwd=sources, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = """
+import torch
+from encnet_triton import kernels
+from encnet_triton.kernels import reference
+inputs = torch.randn(1, 3, 4), torch.randn(2, 4), torch.randn(2)
+torch.testing.assert_close(kernels.encode(*inputs), reference.encode(*inputs))
+print(kernels.__file__)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).is_relative_to(tmp_path / "installed")
 
 
 def test_version_is_said_once() -> None:

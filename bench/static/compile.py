@@ -48,7 +48,7 @@ from bench.static.resources import (
 )
 
 if TYPE_CHECKING:
-    from encnet_triton.kernels.launch import Launch
+    from encnet_triton.kernels.runtime.launch import Launch
 
 ARCHS = tuple(LIMITS)
 DTYPES = ("bfloat16", "float16", "float32")

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.static.resources import LIMITS
 
 if TYPE_CHECKING:
-    from encnet_triton.kernels.launch import Config, Launch
+    from encnet_triton.kernels.runtime.launch import Config, Launch
 
 DIRECTIONS = ("forward", "backward")
 
@@ -86,7 +86,7 @@ def encode_launches(
     device: str = "meta",
 ) -> list[Launch]:
     """What one call launches."""
-    operator = _module("encode_triton")
+    operator = _module("encoding.plan")
     x, codewords, scale, grad = shape.empty(dtype, device)
     machine = {"arch": arch, "processors": LIMITS[arch].processors, "config": config}
     if direction == "forward":
@@ -115,7 +115,7 @@ class EncodeCall:
 
     def configs(self) -> list[Config]:
         """What the launcher may choose from, the default first."""
-        choose = getattr(_module("encode_configs"), f"{self.direction}_configs")
+        choose = getattr(_module("encoding.plan"), f"{self.direction}_configs")
         size = self.size
         return list(choose(self.arch, getattr(torch, self.dtype), size.C, size.K, size.N))
 
@@ -139,7 +139,7 @@ def encode_calls(
     archs: list[int], dtypes: list[str], shapes: list[EncodeShape], every_config: bool
 ) -> Iterator[EncodeCall]:
     """With the default configuration alone or with every one."""
-    supports = _module("encode_configs").supports
+    supports = _module("encoding.plan").supports
     for direction in DIRECTIONS:
         for size in shapes:
             for dtype in dtypes:
@@ -230,7 +230,7 @@ class BatchNormCall:
         return self.size.empty(getattr(torch, self.dtype), "meta")
 
     def configs(self) -> list[Config]:
-        return list(_module("batch_norm_triton").configs(self._x()))
+        return list(_module("batch_norm.plan").configs(self._x()))
 
     def launches(self) -> list[Launch]:
         processors, config = LIMITS[self.arch].processors, self.configs()[self.config]
@@ -247,7 +247,7 @@ def batch_norm_launches(
     x: Tensor, variant: Variant, direction: str, processors: int, config: Config | None = None
 ) -> list[Launch]:
     """What one layer launches on x, B x C x N, parameters in float32."""
-    operator = _module("batch_norm_triton")
+    operator = _module("batch_norm.plan")
     machine = (processors, config or operator.configs(x)[0])
     mean, var, weight, bias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(4))
     affine = operator.Affine(mean, var, weight, bias, 1e-5)
@@ -363,7 +363,7 @@ class UpsampleCall:
         return self.size.logits(getattr(torch, self.dtype), "meta")
 
     def configs(self) -> list[Config]:
-        operator, logits = _module("upsample_triton"), self._logits()
+        operator, logits = _module("upsampling.plan"), self._logits()
         if self.direction == "forward":
             return list(operator.forward_configs(logits, self.arch))
         return list(operator.backward_configs(logits, self.size.W, True))
@@ -383,7 +383,7 @@ class UpsampleCall:
         ]
         if self.direction == "backward":
             return made
-        operator = _module("upsample_triton")
+        operator = _module("upsampling.plan")
         choices = operator.argmax_configs(self._logits(), self.arch)
         config = choices[min(self.config, len(choices) - 1)]
         for with_prob in (False, True):
@@ -401,7 +401,7 @@ def upsample_launches(
     config: int = 0,
 ) -> list[Launch]:
     """What one cross-entropy launches; `config` counts in the operator's list."""
-    operator = _module("upsample_triton")
+    operator = _module("upsampling.plan")
     target = logits.new_empty((len(logits), *size), dtype=options.label)
     weight = logits.new_empty(logits.shape[1], dtype=torch.float32) if options.weighted else None
     prepared = operator.Options(weight, 255, options.align_corners, options.smoothing)

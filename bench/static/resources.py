@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from encnet_triton.kernels.launch import Launch
+    from encnet_triton.kernels.runtime.launch import Launch
 
 
 class Limits(NamedTuple):

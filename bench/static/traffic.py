@@ -40,7 +40,7 @@ from bench.static.launches import (
 
 if TYPE_CHECKING:
     from bench.static.interpreter import LaunchRecord
-    from encnet_triton.kernels.launch import Launch
+    from encnet_triton.kernels.runtime.launch import Launch
 
 PROCESSORS = 132  # of an H100
 # Arguments that come from memory once a program: their name, or how it begins.

@@ -27,7 +27,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return {"kernels": 7, "instead": [INSTEAD]}
         if stage.startswith("compile"):
             return {"kernels": 5, "instead": []}
-        return {"passed": 3, "skipped": 0, "failed": ["test_x"] if "upsample" in stage else []}
+        return {"passed": 3, "skipped": 0, "failed": ["test_x"] if "upsampling" in stage else []}
 
     monkeypatch.setattr(versions, "make", make)
     monkeypatch.setattr(versions, "sources", lambda: "abc")
@@ -62,7 +62,7 @@ def test_the_table_says_what_failed_and_what_comes_instead(tmp_path: Path, made:
     assert "| 7, 1 bad | 5, none bad | 5, none bad | 3 passed |" in text
     assert "| 3 passed, 1 failed | abc |" in text
     assert "backward bfloat16 C8: 'n32' spills 96 bytes; then comes 'n16'." in text
-    assert "test_upsample_triton.py: test_x failed." in text
+    assert "upsampling/test_plan.py: test_x failed." in text
 
 
 def test_the_documents_markers_are_there() -> None:

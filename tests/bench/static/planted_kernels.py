@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bench.static.resources import identity, report
-from encnet_triton.kernels.launch import Launch
+from encnet_triton.kernels.runtime.launch import Launch
 
 
 @triton.jit

@@ -9,8 +9,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bench.static.resources import LIMITS, report
-from encnet_triton.kernels import batch_norm_triton, encode_triton
-from encnet_triton.kernels.launch import Launch
+from encnet_triton.kernels.batch_norm import plan as batch_norm_plan
+from encnet_triton.kernels.encoding import plan as encoding_plan
+from encnet_triton.kernels.runtime.launch import Launch
 
 pytestmark = pytest.mark.slow
 ARCH = 90
@@ -27,9 +28,9 @@ def unaligned(pixels: int, channels: int) -> Tensor:
 def encode_launches() -> list[Launch]:
     x, codewords, scale = unaligned(3600, 64), torch.empty(32, 64), torch.empty(32)
     machine = {"arch": ARCH, "processors": PROCESSORS}
-    forward, outputs = encode_triton.forward_launches(x, codewords, scale, False, **machine)
+    forward, outputs = encoding_plan.forward_launches(x, codewords, scale, False, **machine)
     code, counters = outputs[0], outputs[-1]
-    backward, _ = encode_triton.backward_launches(
+    backward, _ = encoding_plan.backward_launches(
         code, x, codewords, scale, None, True, counters, **machine
     )
     return [forward[0], backward[0]]
@@ -39,13 +40,13 @@ def batch_norm_launches() -> list[Launch]:
     """Behind a residual, with a mask of bits."""
     x = unaligned(3600, 64)
     channel = torch.empty(64, device="meta")
-    affine = batch_norm_triton.Affine(channel, channel, channel, channel, 1e-5)
-    machine = PROCESSORS, batch_norm_triton.configs(x)[0]
-    forward, (_, mask) = batch_norm_triton.normalise_launches(
+    affine = batch_norm_plan.Affine(channel, channel, channel, channel, 1e-5)
+    machine = PROCESSORS, batch_norm_plan.configs(x)[0]
+    forward, (_, mask) = batch_norm_plan.normalise_launches(
         x, affine, x, True, True, False, *machine
     )
     sums, count = channel.new_empty(2, 64).double(), channel.new_empty(1).double()
-    backward, _ = batch_norm_triton.input_launches(
+    backward, _ = batch_norm_plan.input_launches(
         x, x, mask, affine, sums, count, True, True, *machine
     )
     return [forward[0], backward[0]]

@@ -1,6 +1,6 @@
-"""Which kernels `batch_norm_act` launches on a GPU; the kernels are in batch_norm_kernels.py.
+"""Which kernels `batch_norm_act` launches on a GPU; they are in kernels.py.
 
-Letters as in batch_norm.py. x is B x C x N and dense, contiguous or with the channels innermost.
+x is B x C x N (images, channels, pixels) and dense, contiguous or with the channels innermost.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import batch_norm_kernels as kernels
-from .launch import Config, Launch, architecture, cdiv, next_power_of_2, on, run_all, run_chosen
+from ..runtime.launch import (
+    Config,
+    Launch,
+    architecture,
+    cdiv,
+    next_power_of_2,
+    on,
+    run_all,
+    run_chosen,
+)
+from . import kernels
 
 # Bytes of a tile, and warps: one load of 16 bytes a thread. With more, or with 4 warps, the
 # compiler aims at register counts that spill a few bytes here and there.

@@ -1,4 +1,4 @@
-"""Triton kernels of the Encoding Layer that add up what programs left; see encode_kernels.py.
+"""Triton kernels of the Encoding Layer that add up what programs left; see fused.py.
 
 Either a kernel of its own does it, or the programs that come last: the last of a group of images
 adds up the group's rows, and the last of the groups theirs. Which program is last varies from run

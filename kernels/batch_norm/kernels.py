@@ -1,10 +1,10 @@
-"""Triton kernels of batch normalisation; batch_norm_triton.py launches them.
+"""Triton kernels of batch normalisation; plan.py launches them.
 
-Letters as in batch_norm.py. x is dense, in one of two layouts. Channels last (LAST): B N rows of C
-values, and a program owns BQ channels of a run of rows. Otherwise: B C planes of N values, and a
-program owns one channel in a run of images and pixels. Either way it walks `per` tiles of BP x BQ
-values, the inner dimension contiguous in memory, and holds what belongs to its channels as a
-vector of BQ (LAST) or 1.
+x is B x C x N (images, channels, pixels), dense, in one of two layouts. Channels last (LAST): B N
+rows of C values, and a program owns BQ channels of a run of rows. Otherwise: B C planes of N
+values, and a program owns one channel in a run of images and pixels. Either way it walks `per`
+tiles of BP x BQ values, the inner dimension contiguous in memory, and holds what belongs to its
+channels as a vector of BQ (LAST) or 1.
 
 P is for partial sums, one slice for each run of tiles; a last small kernel adds them in a fixed
 order in float64.

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from encnet_triton.kernels import _tiles, encode, reference
-from encnet_triton.kernels.encode import _backward, _encode_backward, _encode_forward, _forward
+from encnet_triton.kernels import encode, reference
+from encnet_triton.kernels.encoding import pytorch
+from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
+from encnet_triton.kernels.runtime import tiling
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -130,7 +132,7 @@ def test_tiling_changes_nothing(
 ) -> None:
     inputs = example(case, dtype)
     whole = run(encode, *inputs)
-    monkeypatch.setattr(_tiles, "_ELEMENTS_CPU", elements)
+    monkeypatch.setattr(tiling, "_ELEMENTS_CPU", elements)
     tiled = run(encode, *inputs)
     for name, value in whole.items():
         torch.testing.assert_close(tiled[name], value, msg=name)
@@ -313,18 +315,18 @@ class _Largest(TorchDispatchMode):
 
 def test_temporaries_are_those_of_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     images, channels, pixels, num, elements = 2, 32, 4096, 16, 1 << 14
-    monkeypatch.setattr(_tiles, "_ELEMENTS_CPU", elements)
+    monkeypatch.setattr(tiling, "_ELEMENTS_CPU", elements)
     x = torch.randn(images, channels, pixels)
     codewords, scale = torch.randn(num, channels), -torch.rand(num)
     grad = torch.randn(images, num, channels)
     with _Largest(x) as largest:
-        _forward(x, codewords, scale)
+        pytorch.forward(x, codewords, scale)
     assert largest.elements <= elements
     with _Largest(x) as largest:
-        _backward(grad, x, codewords, scale, None, False, True)
+        pytorch.backward(grad, x, codewords, scale, None, False, True)
     assert largest.elements <= elements
     with _Largest(x) as largest:
-        _backward(grad, x, codewords, scale, None, True, True)
+        pytorch.backward(grad, x, codewords, scale, None, True, True)
     assert largest.elements == x.numel()
 
 

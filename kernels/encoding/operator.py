@@ -9,17 +9,9 @@ codewords d K x C, scale K, E B x K x C. Gradients, with G = dE:
     dx_i  = sum_k a_ik G_k + sum_k w_ik (x_i - d_k)
     dd_k  = -sum_i a_ik G_k - sum_i w_ik (x_i - d_k)    dscale_k = sum_i dl_ik |x_i - d_k|^2
 
-On CUDA these are the kernels of encode_kernels.py; what follows is for everything else.
-
-All of it runs as matrix products on tiles of pixels that stay in the cache. Forward: one for the
-logits, one for E. Backward: one with 2K rows for distances and da together, one of inner size 2K
-for dx, one for dd. Nothing of size B N K C exists, temporaries are those of one tile, and only x,
-the parameters and B + 1 integers are saved: the weights are computed again. Bytes: forward reads x
-once, backward reads x once and writes dx once.
-
-A tile is first shifted by the mean codeword. Distances and residuals stay the same, and the
-expanded square |x|^2 - 2 x.d + |d|^2 no longer cancels when x and d share a large offset. The
-kernels on CUDA have no such shift; README.md says what an offset costs there.
+On a GPU the kernels that plan.py lists compute these, elsewhere pytorch.py. Nothing of size B N K C
+exists in either, and only x, the parameters and B + 1 integers are saved: the weights are computed
+again. Bytes: forward reads x once, backward reads x once and writes dx once.
 """
 
 from __future__ import annotations
@@ -31,17 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._inductor import register_fake
-from ._namespace import add_op_namespace_prefix
-from ._tiles import Scratch, accumulation_dtype, tiles
-from .encode_configs import supports
-from .launch import takes_triton
+from .._namespace import add_op_namespace_prefix
+from ..runtime.inductor import register_fake
+from ..runtime.launch import takes_triton
+from ..runtime.tiling import accumulation_dtype
+from . import pytorch
 
 with contextlib.suppress(ImportError):  # no Triton for this platform: takes_triton says so
-    from . import encode_triton
-
-# Pixels that one product adds up in sequence.
-_RUN = 64
+    from . import plan
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,168 +72,6 @@ def _check_inputs(
             )
 
 
-class _Workspace(Scratch):
-    """Scratch with the steps that forward and backward share."""
-
-    def accumulator(self, images: int, channels: int, num: int) -> Tensor:
-        """Zeros [B, C, K] in the order in which products with these tiles are written fastest."""
-        if self.channels_last:
-            return torch.zeros(
-                images, num, channels, dtype=self.dtype, device=self.device
-            ).transpose(1, 2)
-        return torch.zeros(images, channels, num, dtype=self.dtype, device=self.device)
-
-    def shift(self, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile x - center [b, C, n] and its squared norms [b, 1, n]."""
-        shifted = torch.sub(x, center[:, None], out=self.take("shifted", *x.shape))
-        squares = torch.mul(shifted, shifted, out=self.take("spare", *x.shape))
-        return shifted, squares.sum(1, keepdim=True)
-
-    def softmax(self, logits: Tensor) -> Tensor:
-        """Softmax over the codewords [b, K, n] of a tile."""
-        if self.channels_last:
-            weights = logits.transpose(1, 2).softmax(2).transpose(1, 2)
-        else:
-            weights = logits.softmax(1)
-        # A product with a subnormal operand takes a hundred times as long on a CPU, and sharp
-        # assignments are full of them. Weights this small cannot change a sum with a total of 1.
-        info = torch.finfo(weights.dtype)
-        return torch.threshold_(weights, info.tiny / info.eps, 0.0)
-
-    def softmax_backward(self, grad: Tensor, weights: Tensor) -> Tensor:
-        """Gradient of the logits, weights (grad - sum_k weights grad), fused [b, K, n]."""
-        if self.channels_last:
-            grad, weights = grad.transpose(1, 2), weights.transpose(1, 2)
-            return torch._softmax_backward_data(grad, weights, 2, grad.dtype).transpose(1, 2)
-        return torch._softmax_backward_data(grad, weights, 1, grad.dtype)
-
-
-def _products(bias: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out [b, r, n] = bias + left [b, r, m] right [b, m, n]; bias is broadcast, or is out.
-
-    Of many small images one call multiplies all where the result is contiguous, and one call an
-    image where it is not: hence the transposed product where that is.
-    """
-    turned = out.transpose(1, 2)
-    if out.shape[0] > 1 and turned.is_contiguous():
-        bias, left, right = (t.transpose(1, 2) for t in (bias, right, left))
-        torch.baddbmm(bias, left, right, out=turned)
-    else:
-        torch.baddbmm(bias, left, right, out=out)
-    return out
-
-
-def _add_in_runs(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [b, C, K] += left [b, C, n] right^T [b, n, K], in runs of pixels summed by torch.sum.
-
-    E adds up weights and features that may all be positive. One long product does so one pixel
-    after another and its error grows with their number; the plain formula's sum does not. (The
-    products of the backward pass have terms of both signs and need no such care.)
-    """
-    images, channels, pixels = left.shape
-    runs = pixels // _RUN
-    if runs < 4:
-        _products(total, left, right.transpose(1, 2), total)
-        return
-    whole = runs * _RUN
-    step = images if whole == pixels else 1  # images whose runs lie at equal distances
-    for start in range(0, images, step):
-        part = slice(start, start + step)
-        a = left[part, :, :whole].transpose(1, 2).reshape(-1, _RUN, channels)  # [b runs, RUN, C]
-        b = right[part, :, :whole].transpose(1, 2).reshape(-1, _RUN, right.shape[1])
-        if left.stride(1) == 1:
-            products = torch.bmm(b.transpose(1, 2), a)  # [b runs, K, C]
-            total[part] += products.unflatten(0, (-1, runs)).sum(1).transpose(1, 2)
-        else:
-            products = torch.bmm(a.transpose(1, 2), b)
-            total[part] += products.unflatten(0, (-1, runs)).sum(1)
-    if whole < pixels:
-        _products(total, left[:, :, whole:], right[:, :, whole:].transpose(1, 2), total)
-
-
-def _forward(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
-    images, channels, pixels = x.shape
-    dtype, num = accumulation_dtype(x), codewords.shape[0]
-    d = codewords.to(dtype)
-    center = d.mean(0)
-    shifted_d = d - center
-    left = (-2 * shifted_d).expand(images, num, channels)
-    bias = shifted_d.square().sum(1)[None, :, None]
-    factor = scale.to(dtype)[:, None]
-
-    scratch = _Workspace(x, dtype)
-    code = scratch.accumulator(images, channels, num)
-    mass = torch.zeros(images, num, dtype=dtype, device=x.device)
-    for b, n in tiles(x, num):
-        tile = x[b, :, n]
-        shifted, squares = scratch.shift(tile, center)
-        logits = scratch.take("products", tile.shape[0], num, tile.shape[2])
-        _products(bias, left[b], shifted, logits)
-        weights = scratch.softmax(logits.add_(squares).mul_(factor))
-        _add_in_runs(code[b], shifted, weights)
-        mass[b] += weights.sum(2)
-    out = torch.empty(images, num, channels, dtype=dtype, device=x.device)
-    return torch.sub(code.transpose(1, 2), mass[:, :, None] * shifted_d, out=out)
-
-
-def _statistics(code: Tensor) -> tuple[Tensor, Tensor]:
-    mean = code.mean(2, keepdim=True)
-    return code.sum(2), (code - mean).square().sum(2)
-
-
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    codewords: Tensor,
-    scale: Tensor,
-    backward_scale: Optional[Tensor],
-    need_x: bool,
-    need_codewords: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    images, channels, pixels = x.shape
-    dtype, num = accumulation_dtype(x), codewords.shape[0]
-    d = codewords.to(dtype)
-    center = d.mean(0)
-    offset = d - center
-    shifted_d = offset.expand(images, num, channels)
-    left = torch.cat([-2 * shifted_d, grad], 1)  # [B, 2K, C]: distances and da
-    bias = torch.cat([shifted_d.square().sum(2), -(grad * shifted_d).sum(2)], 1)[:, :, None]
-    right = torch.cat([grad, -shifted_d], 1).transpose(1, 2)  # [B, C, 2K]: dx out of a and w
-    factor = scale.to(dtype)[:, None]
-    residual_factor = factor if backward_scale is None else backward_scale.to(dtype)[:, None]
-
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    scratch = _Workspace(x, dtype)
-    moment = scratch.accumulator(images, channels, num)
-    mass = torch.zeros(images, 2 * num, dtype=dtype, device=x.device)
-    grad_scale = torch.zeros(num, dtype=dtype, device=x.device)
-    for b, n in tiles(x, num):
-        tile = x[b, :, n]
-        shifted, squares = scratch.shift(tile, center)
-        products = scratch.take("products", tile.shape[0], 2 * num, tile.shape[2])
-        _products(bias[b], left[b], shifted, products)
-        distances = products[:, :num].add_(squares)
-        weights = scratch.softmax(distances * factor)
-        grad_logits = scratch.softmax_backward(products[:, num:], weights)
-        both = scratch.take("both", tile.shape[0], 2 * num, tile.shape[2])  # [b, 2K, n]: a and w
-        both[:, :num] = weights
-        torch.mul(grad_logits, 2 * residual_factor, out=both[:, num:])
-        mass[b] += both.sum(2)
-        grad_scale += distances.mul_(grad_logits).sum((0, 2))
-        if need_codewords:
-            _products(moment[b], shifted, both[:, num:].transpose(1, 2), moment[b])
-        if need_x:
-            total = both[:, num:].sum(1, keepdim=True)
-            target = grad_x[b, :, n] if x.dtype == dtype else scratch.take("spare", *tile.shape)
-            _products(torch.mul(shifted, total, out=target), right[b], both, target)
-            if x.dtype != dtype:
-                grad_x[b, :, n] = target
-    # E contributes -sum_i a G, the distances -sum_i w (x - d); both sums over i are already taken.
-    grad_codewords = -(mass[:, :num, None] * grad).sum(0)
-    grad_codewords -= moment.sum(0).t() - mass[:, num:].sum(0)[:, None] * offset
-    return grad_x, grad_codewords.to(codewords.dtype), grad_scale.to(scale.dtype)
-
-
 def _counters(x: Tensor) -> Tensor:
     """B + 1 zeros, in which the programs of the backward kernels count who is last.
 
@@ -256,7 +83,7 @@ def _counters(x: Tensor) -> Tensor:
 
 
 def _takes_triton(x: Tensor, codewords: Tensor) -> bool:
-    return takes_triton(x) and supports(x.dtype, x.shape[1], codewords.shape[0])
+    return takes_triton(x) and plan.supports(x.dtype, x.shape[1], codewords.shape[0])
 
 
 @torch.library.custom_op(add_op_namespace_prefix("encode_forward"), mutates_args=())
@@ -273,12 +100,12 @@ def _encode_forward(
     """
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
     if _takes_triton(x, codewords):
-        return encode_triton.forward(x, codewords, scale, return_stats)
+        return plan.forward(x, codewords, scale, return_stats)
     # Autocast would reach into the body and run its products in half precision.
     with torch.autocast(x.device.type, enabled=False):
-        code = _forward(x, codewords, scale)
+        code = pytorch.forward(x, codewords, scale)
         if return_stats:
-            return code, *_statistics(code), _counters(x)
+            return code, *pytorch.statistics(code), _counters(x)
     return code, code.new_empty(0), code.new_empty(0), _counters(x)
 
 
@@ -314,12 +141,10 @@ def _encode_backward(
     """
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
     if _takes_triton(x, codewords):
-        return encode_triton.backward(
-            grad.float(), x, codewords, scale, backward_scale, need_x, counters
-        )
+        return plan.backward(grad.float(), x, codewords, scale, backward_scale, need_x, counters)
     with torch.autocast(x.device.type, enabled=False):
         grad = grad.to(accumulation_dtype(x))
-        return _backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)
+        return pytorch.backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)
 
 
 @register_fake(_encode_backward)

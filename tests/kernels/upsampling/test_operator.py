@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encnet_triton.kernels import reference, upsample_argmax, upsample_cross_entropy
-from encnet_triton.kernels import upsample_loss as module
-from encnet_triton.kernels import upsample_tiles as tiles
+from encnet_triton.kernels.upsampling import operator as module
+from encnet_triton.kernels.upsampling import tiles
 
 # (B, C, h, w, H, W) with the reason for the case
 SHAPES = {

@@ -15,8 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bench.static.interpreter import Watch
-from encnet_triton.kernels import batch_norm_act, batch_norm_triton, encode, launch, reference
-from encnet_triton.kernels.batch_norm_ops import (
+from encnet_triton.kernels import batch_norm_act, encode, reference
+from encnet_triton.kernels.batch_norm import plan
+from encnet_triton.kernels.batch_norm.operator import (
     backward_frozen,
     backward_input,
     backward_sums,
@@ -25,6 +26,7 @@ from encnet_triton.kernels.batch_norm_ops import (
     statistics_of,
     unpack,
 )
+from encnet_triton.kernels.runtime import launch
 from tests.support import synchronised
 from tests.support.batch_norm import (
     LAYOUTS,
@@ -60,10 +62,10 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The tiles of every launch as they are, or so small that a program walks several."""
     if request.param is not None:
         size, channels = request.param
-        monkeypatch.setattr(batch_norm_triton, "_TILE_BYTES", size)
-        monkeypatch.setattr(batch_norm_triton, "_CHANNELS", channels)
-        monkeypatch.setattr(batch_norm_triton, "architecture", lambda _: (90, 1))
-        batch_norm_triton._configs.cache_clear()
+        monkeypatch.setattr(plan, "_TILE_BYTES", size)
+        monkeypatch.setattr(plan, "_CHANNELS", channels)
+        monkeypatch.setattr(plan, "architecture", lambda _: (90, 1))
+        plan._configs.cache_clear()
 
 
 def check(
@@ -145,10 +147,10 @@ def test_the_mask_is_one_bit_a_value(layout: str) -> None:
     residual = tensors["residual"].flatten(2)
     mean, var = tensors["running_mean"], tensors["running_var"]
     y, mask = normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "")
-    assert mask.numel() == batch_norm_triton.mask_bytes(x)
-    if batch_norm_triton._channels_last(x):  # planes of 64 channels or, with small tiles, of 8
+    assert mask.numel() == plan.mask_bytes(x)
+    if plan._channels_last(x):  # planes of 64 channels or, with small tiles, of 8
         rows = y.transpose(1, 2).reshape(-1, y.shape[1])
-        block = batch_norm_triton.configs(x)[0].block_c
+        block = plan.configs(x)[0].block_c
         planes = [rows[:, at : at + block] for at in range(0, rows.shape[1], block)]
     else:
         planes = [y.flatten(0, 1)]
@@ -160,13 +162,13 @@ def test_the_mask_is_one_bit_a_value(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_no_mask_without_a_gradient_to_come(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = batch_norm_triton.normalise
+    original = plan.normalise
 
     def normalise(*arguments: Any, **named: Any) -> Any:
         asked.append(arguments[4])
         return original(*arguments, **named)
 
-    monkeypatch.setattr(batch_norm_triton, "normalise", normalise)
+    monkeypatch.setattr(plan, "normalise", normalise)
     tensors = example(layout, torch.float32, residual=True, device=DEVICE)
     with torch.no_grad():
         batch_norm_act(**tensors, training=True, momentum=0.1, eps=1e-5)
@@ -235,7 +237,7 @@ def test_statistics_that_encode_returns(monkeypatch: pytest.MonkeyPatch) -> None
     running = [torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)]
     others = [t.clone() for t in running]
     expected = batch_norm_act(code, None, None, *others, **call)
-    monkeypatch.setattr(batch_norm_triton, "statistics", None)
+    monkeypatch.setattr(plan, "statistics", None)
     ours = batch_norm_act(code, None, None, *running, statistics=tuple(statistics), **call)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(running, others)

@@ -15,9 +15,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bench.static.interpreter import Watch
-from encnet_triton.kernels import launch, upsample_argmax, upsample_cross_entropy, upsample_triton
-from encnet_triton.kernels import upsample_loss as module
-from encnet_triton.kernels.upsample_triton import Axis
+from encnet_triton.kernels import upsample_argmax, upsample_cross_entropy
+from encnet_triton.kernels.runtime import launch
+from encnet_triton.kernels.upsampling import operator as module
+from encnet_triton.kernels.upsampling import plan
+from encnet_triton.kernels.upsampling.plan import Axis
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -376,7 +378,7 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 def test_where_a_low_column_touches_too_many_pixels_pytorch_runs(launched: list[str]) -> None:
     logits, target = example((1, 3, 1, 2, 2, 600))
-    assert not upsample_triton.supports_backward(logits, 2, 600, True)
+    assert not plan.supports_backward(logits, 2, 600, True)
     loss, gradient = value_and_gradient(upsample_cross_entropy, logits, target)
     exact = value_and_gradient(formula, logits.double(), target, reduction="mean")
     torch.testing.assert_close((loss.double(), gradient.double()), exact, rtol=1e-5, atol=1e-6)
@@ -422,13 +424,13 @@ def test_rows_and_columns_are_where_the_formula_has_them(
         before = min(int(source), low - 1)
         assert axis.before(place) == before
         assert axis.first_after(before) <= place < axis.first_after(before + 1)
-    found = upsample_triton.strip_of(axis)
+    found = plan.strip_of(axis)
     if found is None:
         return
     own, width = found
     for first in range(0, low, own):
         reach = [p for p in range(high) if first - 1 <= axis.before(p) < first + own]
         assert len(reach) <= width
-    rows, parts = upsample_triton.rows_of_part(axis)
+    rows, parts = plan.rows_of_part(axis)
     counts = [axis.first_after(i + 1) - axis.first_after(i) for i in range(low)]
     assert sum(counts) == high and max(counts) <= rows * parts

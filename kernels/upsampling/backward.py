@@ -1,4 +1,4 @@
-"""Triton kernel of `upsample_cross_entropy`, backward; upsample_triton.py launches it.
+"""Triton kernel of `upsample_cross_entropy`, backward; plan.py launches it.
 
 A program owns low rows and columns of a chunk of classes, and visits all output pixels that touch
 them, also those that its neighbours visit too. It walks down the rows with two sums a column and
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .upsample_interpolation import (
+from .interpolation import (
     LOG2_E,
     between,
     classes_of,

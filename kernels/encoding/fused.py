@@ -1,4 +1,4 @@
-"""Triton kernels of the Encoding Layer; encode_triton.py launches them.
+"""Triton kernels of the Encoding Layer; plan.py launches them.
 
 Letters as in encode.py; KP is K rounded up to a power of two, a product needs 16 at least. X is
 channels last: X[b, n, c] with strides (sxb, sxn, 1). P is for partial sums, one slice a program.
@@ -13,8 +13,8 @@ stored, and sum_i w_ik x_i stays in registers.
 
 A kernel of its own then adds the programs' sums in a fixed order. WHOLE is for small images: a
 program owns all pixels of one, makes its E and, backward, its share of the gradients of the
-parameters, which the programs that come last add up. Both are in encode_finish_kernels.py; kernels
-for what does not fit into these are in encode_split_kernels.py.
+parameters, which the programs that come last add up. Both are in finish.py; kernels
+for what does not fit into these are in split.py.
 
 Logits are K x pixels, codewords first: products then have few rows, the same instructions serve all
 architectures, and the softmax runs along a warp's own registers.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .encode_finish_kernels import add_images, clear_counters
+from .finish import add_images, clear_counters
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """`batch_norm_act` in PyTorch: the code of CPUs, of float64, and of GPUs without Triton.
 
-Letters as in batch_norm.py; x is B x C x N.
+x is B x C x N: images, channels, pixels. The maths are in operator.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ._tiles import Scratch, accumulation_dtype, tiles
+from ..runtime.tiling import Scratch, accumulation_dtype, tiles
 
 
 def _tile_statistics(tile: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:

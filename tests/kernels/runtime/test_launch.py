@@ -17,8 +17,10 @@ pytest.importorskip("triton")
 import triton
 
 from bench.static.resources import identity
-from encnet_triton.kernels import batch_norm_triton, encode_triton, launch
-from encnet_triton.kernels.launch import Config, Launch
+from encnet_triton.kernels.batch_norm import plan as batch_norm_plan
+from encnet_triton.kernels.encoding import plan as encoding_plan
+from encnet_triton.kernels.runtime import launch
+from encnet_triton.kernels.runtime.launch import Config, Launch
 
 BEST, SECOND, LAST = Config(64, 64, 8), Config(32, 64, 8), Config(32, 64, 4, fused=False)
 CPU = torch.device("cpu")
@@ -228,9 +230,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 def backward_of_batch_norm(images: int, pixels: int, channels: int = 64) -> None:
     x = torch.zeros(images, pixels, channels, dtype=torch.bfloat16).transpose(1, 2)
     mean = torch.zeros(channels)
-    affine = batch_norm_triton.Affine(mean, mean, mean, mean, 1e-5)
+    affine = batch_norm_plan.Affine(mean, mean, mean, mean, 1e-5)
     sums, count = torch.zeros(2, channels, dtype=torch.float64), torch.ones(1).double()
-    batch_norm_triton.backward_input(x, x, None, affine, sums, count, True, False)
+    batch_norm_plan.backward_input(x, x, None, affine, sums, count, True, False)
 
 
 def test_a_small_batch_does_not_decide_the_tile_of_a_large_one(
@@ -260,7 +262,7 @@ def test_encode_is_looked_at_anew_for_an_odd_storage_offset(
     def kernels_of(x: Tensor) -> list[str]:
         ran.clear()
         features = x.view(2, 100, 256).transpose(1, 2)
-        encode_triton.forward(features, torch.zeros(32, 256), torch.zeros(32), False)
+        encoding_plan.forward(features, torch.zeros(32, 256), torch.zeros(32), False)
         return [one.name for one in ran]
 
     monkeypatch.setattr(Launch, "obstacle", obstacle)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from encnet_triton.kernels import _tiles, batch_norm_act, reference
-from encnet_triton.kernels.batch_norm_ops import (
+from encnet_triton.kernels import batch_norm_act, reference
+from encnet_triton.kernels.batch_norm.operator import (
     backward_frozen,
     backward_input,
     backward_sums,
@@ -20,6 +20,7 @@ from encnet_triton.kernels.batch_norm_ops import (
     statistics_of,
     unpack,
 )
+from encnet_triton.kernels.runtime import tiling
 from tests.support import synchronised
 from tests.support.batch_norm import (
     LAYOUTS,
@@ -91,7 +92,7 @@ def test_tiling_changes_nothing(
 ) -> None:
     tensors = example(layout, dtype, residual=True)
     whole = run(batch_norm_act, tensors, training=True)
-    monkeypatch.setattr(_tiles, "_ELEMENTS_CPU", elements)
+    monkeypatch.setattr(tiling, "_ELEMENTS_CPU", elements)
     assert_same(run(batch_norm_act, tensors, training=True), whole)
 
 
@@ -102,7 +103,7 @@ def test_a_mean_far_above_the_spread_keeps_the_variance(
     jump: bool, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mean 1e4, standard deviation 1 in fp32: E[x^2] - E[x]^2 has no correct digit left."""
-    monkeypatch.setattr(_tiles, "_ELEMENTS_CPU", 1 << 14)
+    monkeypatch.setattr(tiling, "_ELEMENTS_CPU", 1 << 14)
     x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 1e4
     if jump:
         x[:, :, :4] = 0.0

@@ -1,6 +1,6 @@
 """`upsample_cross_entropy` and `upsample_argmax` in PyTorch, a tile of output pixels at a time.
 
-Letters and maths as in upsample_loss.py.
+Logits are B x C x h x w, targets B x H x W. The maths are in operator.py.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .upsample_tiles import RANGE, Strip, TiledUpsampling
+from .tiles import RANGE, Strip, TiledUpsampling
 
 
 class _Pixels(NamedTuple):

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from encnet_triton.kernels import batch_norm_ops, upsample_argmax, upsample_cross_entropy
-from encnet_triton.kernels import encode as encode_function
-from encnet_triton.kernels.batch_norm import batch_norm_act
+from encnet_triton.kernels import (
+    batch_norm_act,
+    encode,
+    upsample_argmax,
+    upsample_cross_entropy,
+)
 from encnet_triton.nn import BatchNormAct2d, ContextEncoding, set_norm_impl, set_sync_group
 
-MODULES = [batch_norm_ops] + [
-    sys.modules[function.__module__] for function in (encode_function, upsample_cross_entropy)
+MODULES = [
+    sys.modules[function.__module__]
+    for function in (batch_norm_act, encode, upsample_cross_entropy)
 ]
 OPERATORS = {
     value._opoverload
@@ -44,7 +48,7 @@ def call_all(group: dist.ProcessGroup) -> None:
     common = {"momentum": 0.1, "eps": 1e-5}
     for options in ({"training": True}, {"training": True, "group": group}, {"training": False}):
         batch_norm_act(x, weight, None, *running, **options, **common).sum().backward()
-    encode_function(x, torch.randn(4, 3, requires_grad=True), torch.ones(4)).sum().backward()
+    encode(x, torch.randn(4, 3, requires_grad=True), torch.ones(4)).sum().backward()
     target = torch.zeros(2, 8, 8, dtype=torch.uint8)
     for reduction in ("mean", "none"):
         upsample_cross_entropy(x, target, reduction=reduction).sum().backward()

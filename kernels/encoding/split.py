@@ -1,4 +1,4 @@
-"""Triton kernels of the Encoding Layer that store the weights in between; see encode_kernels.py.
+"""Triton kernels of the Encoding Layer that store the weights in between; see fused.py.
 
 For more channels or codewords than a fused kernel takes, and where one does not fit. One kernel
 makes the weights (and dx) a tile at a time and stores the weights, B N KP entries; another sums
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .encode_kernels import load_rows, softmax, store_rows
+from .fused import load_rows, softmax, store_rows
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Triton kernels of `upsample_cross_entropy`, forward, and `upsample_argmax`.
 
-upsample_triton.py launches them; how they interpolate is in upsample_interpolation.py, and the
-backward pass in upsample_backward_kernels.py. All sums are in float32.
+plan.py launches them; how they interpolate is in interpolation.py, and the backward pass in
+backward.py. All sums are in float32.
 
 A program has R rows of output, which lie between at most three low rows, and walks the classes in
 chunks with a running maximum and sum of exponentials a pixel. Between threads that share a pixel
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .upsample_interpolation import (
+from .interpolation import (
     LN_2,
     LOWEST,
     between,

@@ -1,8 +1,6 @@
 """Which kernels the upsampling operators launch on a GPU.
 
-They are in upsample_kernels.py and upsample_backward_kernels.py.
-
-Letters as in upsample_loss.py.
+They are in forward.py and backward.py. Logits are B x C x h x w, targets B x H x W.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import upsample_backward_kernels as backward_kernels
-from . import upsample_kernels as kernels
-from .launch import Config, Launch, architecture, cdiv, run_chosen
-from .upsample_pytorch import label_dtype
+from ..runtime.launch import Config, Launch, architecture, cdiv, run_chosen
+from . import backward as backward_kernels
+from . import forward as forward_kernels
+from .pytorch import label_dtype
 
 # Forward: columns of a program, classes of a chunk that one thread has to itself.
 _COLUMNS, _OWN_CLASSES, _MOST_ROWS = 32, 8, 9
@@ -220,7 +218,7 @@ def forward_launches(
     total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
     lanes = _lanes(logits.shape[1])
     main = Launch(
-        kernels.forward_kernel,
+        forward_kernels.forward_kernel,
         (programs,),
         {"Target": target, "Lse": lse, "Loss": losses, "P": sums, "parts": parts, "strips": strips}
         | problem.arguments()
@@ -232,7 +230,7 @@ def forward_launches(
         max_registers=config.max_registers,
     )
     finish = Launch(
-        kernels.finish_kernel,
+        forward_kernels.finish_kernel,
         (1,),
         {"P": sums, "Total": total, "Rates": rates, "programs": programs},
         {"BN": 1024},
@@ -293,7 +291,7 @@ def argmax_launches(
     labels = problem.new_map(label_dtype(logits.shape[1]))
     probs = problem.new_map() if with_prob else logits.new_empty(0, dtype=torch.float32)
     launch = Launch(
-        kernels.argmax_kernel,
+        forward_kernels.argmax_kernel,
         (len(logits) * logits.shape[2] * parts * strips,),
         {"Labels": labels, "Probs": probs, "parts": parts, "strips": strips} | problem.arguments(),
         {"R": rows, "BX": config.block_n, "L": lanes, "PROB": with_prob}

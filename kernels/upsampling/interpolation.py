@@ -1,6 +1,6 @@
 """Bilinear interpolation of logits, and what labels ask of it, in the upsampling Triton kernels.
 
-Letters as in upsample_loss.py. Logits are channels last: Logits[b, y, x, c], dense. No product of
+Logits are B x C x h x w, channels last and dense: Logits[b, y, x, c]. No product of
 matrices stands between a logit and its upsampled value, so the values are those of interpolation in
 float32, whatever the dtype of the logits.
 

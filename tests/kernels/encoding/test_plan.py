@@ -14,9 +14,11 @@ pytest.importorskip("triton")
 
 from bench.static.interpreter import Watch
 from bench.static.launches import CIFAR_ENCODE_SHAPES, EncodeShape, encode_launches
-from encnet_triton.kernels import encode, encode_configs, encode_triton, launch, reference
-from encnet_triton.kernels.encode import _encode_backward, _encode_forward
-from encnet_triton.kernels.launch import Config
+from encnet_triton.kernels import encode, reference
+from encnet_triton.kernels.encoding import plan
+from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
+from encnet_triton.kernels.runtime import launch
+from encnet_triton.kernels.runtime.launch import Config
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -57,7 +59,7 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     """The configuration that every launch takes; small tiles, so that there are several."""
     if request.param is not None:
         for name in ("forward_configs", "backward_configs"):
-            monkeypatch.setattr(encode_triton, name, lambda *_: [request.param])
+            monkeypatch.setattr(plan, name, lambda *_: [request.param])
     return request.param
 
 
@@ -141,7 +143,7 @@ def test_many_groups_of_images(
     config: Config, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than the 16 rows that a program has under way at once."""
-    monkeypatch.setattr(encode_triton, "_GROUP", 1)
+    monkeypatch.setattr(plan, "_GROUP", 1)
     *inputs, grad = example("two groups of images", torch.bfloat16)
     with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
         ours = run(encode, *inputs, grad=grad)
@@ -153,16 +155,16 @@ def test_every_forward_pass_leaves_counters_that_the_backward_pass_can_count_in(
     forward: Config, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second backward pass finds them at zero too."""
-    monkeypatch.setattr(encode_triton, "forward_configs", lambda *_: [forward])
-    monkeypatch.setattr(encode_triton, "backward_configs", lambda *_: [WHOLE])
+    monkeypatch.setattr(plan, "forward_configs", lambda *_: [forward])
+    monkeypatch.setattr(plan, "backward_configs", lambda *_: [WHOLE])
     *inputs, grad = example("two groups of images", torch.float32)
     x, codewords, scale = inputs
     features = x.transpose(1, 2)
-    code, _, _, counters = encode_triton.forward(features, codewords, scale, False)
+    code, _, _, counters = plan.forward(features, codewords, scale, False)
     assert not counters.any()
     passes = []
     for _ in range(2):
-        made = encode_triton.backward(grad, features, codewords, scale, None, True, counters)
+        made = plan.backward(grad, features, codewords, scale, None, True, counters)
         assert not counters.any()
         passes.append(made)
     for one, other in zip(*passes, strict=True):
@@ -183,10 +185,10 @@ def test_a_program_that_reads_ahead_reads_the_tile_that_follows(
     dtype: torch.dtype, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine of one multiprocessor gives all tiles of the image to one program."""
-    monkeypatch.setattr(encode_triton, "architecture", lambda _: (90, 1))
+    monkeypatch.setattr(plan, "architecture", lambda _: (90, 1))
     *inputs, grad = example(AHEAD, dtype)
     x, codewords, scale = inputs
-    launches, _ = encode_triton.forward_launches(
+    launches, _ = plan.forward_launches(
         x.transpose(1, 2), codewords, scale, False, arch=90, processors=1
     )
     first = launches[0]
@@ -226,10 +228,10 @@ def test_any_layout_gives_the_same(layout: str) -> None:
 
 def test_channels_last_is_not_copied() -> None:
     x = torch.empty(2, 8, 5, 5, device=DEVICE).to(memory_format=torch.channels_last).flatten(2)
-    assert encode_triton.channels_last(x) is x
-    assert encode_triton.channels_last(x[:, :4]).data_ptr() == x.data_ptr()
+    assert plan.channels_last(x) is x
+    assert plan.channels_last(x[:, :4]).data_ptr() == x.data_ptr()
     contiguous = torch.empty(2, 8, 25, device=DEVICE)
-    assert encode_triton.channels_last(contiguous).stride() == (200, 1, 8)
+    assert plan.channels_last(contiguous).stride() == (200, 1, 8)
 
 
 @pytest.mark.parametrize("case", ["nothing fits a tile", "three channels"])
@@ -302,12 +304,12 @@ def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
     grad = torch.randn(shape[0], 3, 16, device=DEVICE)
     near = run(encode, x.contiguous(), codewords, scale, grad=grad)
     launched = {
-        "E": encode_triton.forward(x.transpose(1, 2), codewords, scale, False)[0],
+        "E": plan.forward(x.transpose(1, 2), codewords, scale, False)[0],
     }
     counters = torch.zeros(shape[0] + 1, dtype=torch.int32, device=DEVICE)
-    launched["x"] = encode_triton.backward(
-        grad, x.transpose(1, 2), codewords, scale, None, True, counters
-    )[0]
+    launched["x"] = plan.backward(grad, x.transpose(1, 2), codewords, scale, None, True, counters)[
+        0
+    ]
     assert torch.equal(launched["E"], near["E"])
     assert torch.equal(launched["x"].transpose(1, 2), near["x"])
 
@@ -315,7 +317,7 @@ def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
 def test_too_many_codewords_take_the_pytorch_code() -> None:
     x, codewords, scale = torch.randn(1, 9, 4), torch.randn(257, 4), -torch.rand(257)
     inputs = [t.to(DEVICE) for t in (x, codewords, scale)]
-    assert not encode_configs.supports(torch.bfloat16, 4, 257)
+    assert not plan.supports(torch.bfloat16, 4, 257)
     expected = reference.encode(*(t.double() for t in inputs))
     torch.testing.assert_close(encode(*inputs).double(), expected, rtol=1e-4, atol=1e-5)
 

@@ -16,10 +16,10 @@ With p_ic = exp(v_ic - lse_i), g_i = dL/dloss_i and r_i = (1 - e) m_t + (e / C) 
 
 v, p and dL/dv have B C H W entries and are never stored. Three ways through:
 
-- On a GPU (upsample_triton.py) forward keeps lse, 4 B H W bytes, and backward makes v again.
+- On a GPU (plan.py) forward keeps lse, 4 B H W bytes, and backward makes v again.
   Bytes that must move, logits of e bytes, labels of one: forward reads e B C h w + B H W and writes
   4 B H W; backward reads those and writes e B C h w.
-- On a CPU (upsample_pytorch.py) v exists for a tile of pixels small enough for a cache. Per-pixel
+- On a CPU (pytorch.py) v exists for a tile of pixels small enough for a cache. Per-pixel
   losses (reduction "none"): as on a GPU.
 - There, sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v
   is at hand, and kept in fp32, 4 B C h w bytes; backward only scales it. That takes two thirds of
@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import upsample_pytorch
-from ._inductor import register_fake
-from ._namespace import add_op_namespace_prefix
-from .launch import takes_triton
+from .._namespace import add_op_namespace_prefix
+from ..runtime.inductor import register_fake
+from ..runtime.launch import takes_triton
+from . import pytorch
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,13 +89,13 @@ def _triton(logits: Tensor, height: int, width: int, align_corners: Optional[boo
     """
     if not takes_triton(logits):
         return None
-    from . import upsample_triton
+    from . import plan
 
     if align_corners is None:
-        supported = upsample_triton.supports(logits, height, width)
+        supported = plan.supports(logits, height, width)
     else:
-        supported = upsample_triton.supports_backward(logits, height, width, align_corners)
-    return upsample_triton if supported else None
+        supported = plan.supports_backward(logits, height, width, align_corners)
+    return plan if supported else None
 
 
 @torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_map"), mutates_args=())
@@ -115,7 +115,7 @@ def _map_op(
         return made
     # Autocast would reach into the body and run its products in half precision.
     with torch.autocast(logits.device.type, enabled=False):
-        loss, lse, _ = upsample_pytorch.forward(logits, target, *options, with_grad=False)
+        loss, lse, _ = pytorch.forward(logits, target, *options, with_grad=False)
     return loss, lse
 
 
@@ -129,7 +129,7 @@ def _map_fake(
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     _check_inputs(logits, target, weight)
-    loss = logits.new_empty(target.shape, dtype=upsample_pytorch.result_dtype(logits))
+    loss = logits.new_empty(target.shape, dtype=pytorch.result_dtype(logits))
     return loss, torch.empty_like(loss)
 
 
@@ -153,7 +153,7 @@ def _backward_op(
         return made
     grad_loss = grad_loss.expand(target.shape)
     with torch.autocast(logits.device.type, enabled=False):
-        return upsample_pytorch.backward(grad_loss, logits, target, lse, *options)
+        return pytorch.backward(grad_loss, logits, target, lse, *options)
 
 
 @register_fake(_backward_op)
@@ -206,7 +206,7 @@ def _sum_op(
         return made
     keeps_lse = takes_triton(logits)
     with torch.autocast(logits.device.type, enabled=False):
-        loss, lse, grad = upsample_pytorch.forward(
+        loss, lse, grad = pytorch.forward(
             logits, target, *options, with_grad=with_grad and not keeps_lse
         )
     total, rates = loss.sum(dtype=torch.float64), _total_weight(target, weight, ignore_index)
@@ -226,7 +226,7 @@ def _sum_fake(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_inputs(logits, target, weight)
-    dtype = upsample_pytorch.result_dtype(logits)
+    dtype = pytorch.result_dtype(logits)
     total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
     if not with_grad:
         saved = logits.new_empty(0, dtype=dtype)
@@ -285,7 +285,7 @@ def _argmax_op(
         )
         return made
     with torch.autocast(logits.device.type, enabled=False):
-        return upsample_pytorch.argmax(logits, height, width, align_corners, with_prob)
+        return pytorch.argmax(logits, height, width, align_corners, with_prob)
 
 
 @register_fake(_argmax_op)
@@ -294,10 +294,8 @@ def _argmax_fake(
 ) -> tuple[Tensor, Tensor]:
     _check_logits("upsample_argmax", logits)
     shape = (logits.shape[0], height, width)
-    label = logits.new_empty(shape, dtype=upsample_pytorch.label_dtype(logits.shape[1]))
-    return label, logits.new_empty(
-        shape if with_prob else (0,), dtype=upsample_pytorch.result_dtype(logits)
-    )
+    label = logits.new_empty(shape, dtype=pytorch.label_dtype(logits.shape[1]))
+    return label, logits.new_empty(shape if with_prob else (0,), dtype=pytorch.result_dtype(logits))
 
 
 # Counted: the multiplications and additions of the interpolation, of its two taps a direction.
@@ -381,7 +379,7 @@ def upsample_cross_entropy(
     total, rates, _ = _sum_op(logits, target, *options, with_grad)
     if reduction == "mean":
         total = total / rates.where(rates > 0, 1.0)
-    return total.to(upsample_pytorch.result_dtype(logits))
+    return total.to(pytorch.result_dtype(logits))
 
 
 def _total_weight(target: Tensor, weight: Optional[Tensor], ignore_index: int) -> Tensor:

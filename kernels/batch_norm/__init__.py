@@ -1,0 +1,1 @@
+"""Batch normalisation, residual addition and ReLU: `operator.batch_norm_act`."""

@@ -1,0 +1,1 @@
+"""Encoding Layer: `operator.encode`."""

@@ -1,0 +1,1 @@
+"""What the operators share: which code runs, launches of kernels, tiles on a CPU."""

@@ -1,0 +1,1 @@
+"""Bilinear upsampling with its loss or arg-max: `operator.upsample_cross_entropy` and others."""
