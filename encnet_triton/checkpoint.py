@@ -7,7 +7,6 @@ one JSON document of metadata. No pickle is read or written.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from encnet_triton.files import write_tensors
 from encnet_triton.models import CifarNet, create_model
 
 FORMAT = "encnet-triton 1"
@@ -56,27 +55,17 @@ class ModelInfo:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and metadata under a temporary name, flush to disk, then rename.
-
-    Either the whole new file is there afterwards or the previous one is untouched.
+    """Write tensors and metadata: the whole new file is there afterwards, or the previous one.
 
     Raises:
         CheckpointError: the file could not be written (full disk, no permission, ...).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     document = {"format": FORMAT, "metadata": json.dumps(dict(metadata))}
-    # A strided copy of one layout: the memory format is restored on load, and views are not shared.
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     try:
-        save_file(plain, temporary, metadata=document)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        write_tensors(tensors, path, document)
     except (OSError, safetensors.SafetensorError) as error:
         kept = f"the previous {path.name} is untouched" if path.exists() else "nothing was written"
         raise CheckpointError(f"cannot save {path}: {error}; {kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -20,9 +20,10 @@ from encnet_triton.checkpoint import ModelInfo, load_model, save_model
 from encnet_triton.command_line import exit_status
 from encnet_triton.data import DATASETS, default_palette
 from encnet_triton.data.base import IMAGENET_MEAN, IMAGENET_STD
+from encnet_triton.files import write_tensors
 from encnet_triton.foreign import Foreign, backbone_name, identify, model_options
 from encnet_triton.models import create_model
-from encnet_triton.weight_files import listed, read_document, read_tensors, tensors_in, write_plain
+from encnet_triton.weight_files import listed, read_document, read_tensors, tensors_in
 
 __all__ = ["convert_model", "export_backbone", "load_backbone", "load_foreign"]
 
@@ -158,7 +159,7 @@ def export_backbone(checkpoint: Path, output: Path) -> None:
     """
     model, _ = load_model(checkpoint)
     backbone: nn.Module = model.backbone  # type: ignore[assignment]
-    write_plain(backbone.state_dict(), output)
+    write_tensors(backbone.state_dict(), output)
 
 
 def convert_backbone(tensors: Mapping[str, Tensor], source: str, output: Path) -> str:
@@ -167,7 +168,7 @@ def convert_backbone(tensors: Mapping[str, Tensor], source: str, output: Path) -
     name = backbone_name(plain, source)
     model = create_model("fcn", 2, backbone=name)
     load_backbone(model, source)
-    write_plain(plain, output)
+    write_tensors(plain, output)
     return name
 
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from encnet_triton import classification
-from encnet_triton.atomic import write_json
 from encnet_triton.checkpoint import load_model
 from encnet_triton.classification import ImageClassifier
 from encnet_triton.command_line import exit_status
 from encnet_triton.data import Dataset, create_dataset, eval_samples
+from encnet_triton.files import write_json
 from encnet_triton.inference import PAPER_SCALES, WHOLE_IMAGE_WARNING, Predictor, Views
 from encnet_triton.metrics import ConfusionMatrix, Scores
 from encnet_triton.models import CifarNet

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from encnet_triton.files import replacing
+
 _MARGIN = 8
 _IGNORED = (0, 0, 0)
 
@@ -136,4 +138,5 @@ def _legend(
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG, making the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")

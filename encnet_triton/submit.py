@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from encnet_triton.command_line import exit_status
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.data.voc import voc_palette
 from encnet_triton.evaluate import add_view_arguments, pick_device, views_of
+from encnet_triton.files import replacing
 from encnet_triton.inference import Predictor
 
 SERVERS = {"voc": 21, "voc_aug": 21, "ade20k": 150}
@@ -73,8 +73,7 @@ def write_archive(
         indices: order of the images; wrap it to show progress.
     """
     sizes: dict[str, tuple[int, int]] = {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for index in range(len(dataset)) if indices is None else indices:
                 image = np.asarray(dataset[index].image)
@@ -83,9 +82,6 @@ def write_archive(
                 archive.writestr(inside, encode_png(label, name))
                 sizes[inside] = image.shape[:2]
         verify(temporary, name, sizes)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(sizes)
 
 

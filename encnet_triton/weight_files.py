@@ -5,7 +5,6 @@ Pickles are read with ``weights_only=True``: nothing in them can run.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["listed", "read_document", "read_tensors", "tensors_in", "write_plain"]
+__all__ = ["listed", "read_document", "read_tensors", "tensors_in"]
 
 # Names such as resnet50-0676ba61.pth carry the start of the file's SHA-256.
 _HASHED_NAME = re.compile(r"-[0-9a-f]{8,}\.[^/]*$")
@@ -82,13 +81,3 @@ def _load(path: Path) -> Any:
     if path.suffix not in (".pth", ".pt"):
         raise ValueError(f"{path}: weights must be a .pth, .pt or .safetensors file")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def write_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A .safetensors file of these tensors and nothing else, written atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from encnet_triton.atomic import write_text
+from encnet_triton.files import write_text
 from encnet_triton.metrics import Scores
 
 METRICS = "metrics.jsonl"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from encnet_triton.atomic import write_json
+from encnet_triton.files import write_json
 from encnet_triton.models import CifarNet
 from encnet_triton.train.error_curves import draw_errors
 from encnet_triton.train.run import RESULT

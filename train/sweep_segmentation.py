@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from encnet_triton.atomic import write_json
 from encnet_triton.checkpoint import load_model
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.evaluate import confusion
+from encnet_triton.files import write_json
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.pictures import comparison, save_png
 from encnet_triton.protocols import protocol_scores

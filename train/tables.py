@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from encnet_triton.atomic import write_text
+from encnet_triton.files import write_text
 
 
 def show_and_write(

@@ -11,7 +11,7 @@ from typing import Any
 from bench.gpu.processes import ROOT
 from bench.gpu.report import Outcomes, markdown, whole
 from bench.gpu.runner import Results
-from encnet_triton.atomic import write_text
+from encnet_triton.files import write_text
 
 FOLDER = ROOT / "docs" / "gpu"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "gpu.md")

@@ -19,7 +19,7 @@ from bench.gpu.processes import together
 from bench.gpu.runner import Results, Runner
 from bench.gpu.stages import STAGES, jobs_of
 from bench.report import machine
-from encnet_triton.atomic import write_text
+from encnet_triton.files import write_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from encnet_triton.atomic import write_text
 from encnet_triton.data import coco, pascal_context, voc
 from encnet_triton.data.base import IGNORE_INDEX, DataError
 from encnet_triton.data.files import find_root, open_image
 from encnet_triton.data.voc import read_ids
+from encnet_triton.files import replacing, write_text
 
 __all__ = ["prepare_coco_voc", "prepare_pascal_context", "prepare_voc_aug"]
 
@@ -231,14 +230,10 @@ def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _write_png(label: NDArray[np.integer[Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     picture = Image.fromarray(np.ascontiguousarray(label, np.uint8))
     picture.putpalette(voc.voc_palette(256).tobytes())
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_lines(lines: Iterable[str], path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Whatever writes a file leaves the former one and nothing else when it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from encnet_triton.files import replacing, write_json, write_tensors, write_text
+from encnet_triton.pictures import save_png
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: write_text("new", path),
+    "json": lambda path: write_json({"new": 1}, path),
+    "tensors": lambda path: write_tensors({"new": torch.zeros(3)}, path),
+    "picture": lambda path: save_png(Image.new("RGB", (4, 4)), path),
+}
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content that is flushed to disk finds no room there."""
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_failing_write_leaves_the_old_content_and_nothing_else(
+    kind: str, full_disk: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="No space left"):
+        WRITERS[kind](path)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        WRITERS[kind](path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
+
+
+def test_content_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(UnicodeEncodeError):
+        write_text("half of a pair \ud800", path)
+    with pytest.raises(RuntimeError, match="on the way"), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("on the way")
+    with pytest.raises(FileNotFoundError):
+        write_text("new", tmp_path / "absent" / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_written_is_all_there_and_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text("a longer text that was there before", path)
+    write_text("é\n", path)
+    assert path.read_bytes() == "é\n".encode()
+    whole = torch.arange(12.0).view(3, 4)
+    write_tensors({"turned": whole.T, "part": whole[:2]}, path, {"format": "x"})
+    found = load_file(path)
+    assert torch.equal(found["turned"], whole.T) and torch.equal(found["part"], whole[:2])
+    assert list(tmp_path.iterdir()) == [path]
