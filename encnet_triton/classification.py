@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from encnet_triton.checkpoint import ModelInfo
 from encnet_triton.data.cifar10 import Images, load_cifar10
+from encnet_triton.weights.checkpoint import ModelInfo
 
 BATCH = 500
 MOST_NAMED = 3
@@ -44,7 +44,7 @@ class ImageClassifier:
     """A trained classifier in evaluation, in float32.
 
     Args:
-        model, info: as `encnet_triton.checkpoint.load_model` returns them.
+        model, info: as `encnet_triton.weights.checkpoint.load_model` returns them.
         device: where the model is.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from encnet_triton.checkpoint import CheckpointError
+from encnet_triton.weights.checkpoint import CheckpointError
 
 
 def exit_status(action: Callable[[], object]) -> int:

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from encnet_triton import classification
-from encnet_triton.checkpoint import load_model
 from encnet_triton.classification import ImageClassifier
 from encnet_triton.command_line import exit_status
 from encnet_triton.data import Dataset, create_dataset, eval_samples
@@ -27,6 +26,7 @@ from encnet_triton.inference import PAPER_SCALES, WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.metrics import ConfusionMatrix, Scores
 from encnet_triton.models import CifarNet
 from encnet_triton.protocols import protocol_scores
+from encnet_triton.weights.checkpoint import load_model
 
 
 def evaluate(

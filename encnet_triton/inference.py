@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from encnet_triton.checkpoint import ModelInfo
 from encnet_triton.kernels import upsample_argmax
+from encnet_triton.weights.checkpoint import ModelInfo
 
 WHOLE_IMAGE_WARNING = (
     "Whole images go through the network at once: the Encoding layer sums over more pixels than in "

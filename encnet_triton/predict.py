@@ -15,13 +15,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 
 from encnet_triton import classification
-from encnet_triton.checkpoint import load_model
 from encnet_triton.classification import ImageClassifier
 from encnet_triton.command_line import exit_status
 from encnet_triton.evaluate import add_view_arguments, pick_device, views_of
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.models import CifarNet
 from encnet_triton.pictures import overlay, palette_image, save_png
+from encnet_triton.weights.checkpoint import load_model
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 

@@ -19,13 +19,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from encnet_triton.checkpoint import load_model
 from encnet_triton.command_line import exit_status
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.data.voc import voc_palette
 from encnet_triton.evaluate import add_view_arguments, pick_device, views_of
 from encnet_triton.files import replacing
 from encnet_triton.inference import Predictor
+from encnet_triton.weights.checkpoint import load_model
 
 SERVERS = {"voc": 21, "voc_aug": 21, "ade20k": 150}
 """Data sets with a test server, and their number of classes."""

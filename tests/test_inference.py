@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encnet_triton.checkpoint import ModelInfo
 from encnet_triton.inference import Predictor, resized, window_starts
+from encnet_triton.weights.checkpoint import ModelInfo
 
 
 class Output(NamedTuple):

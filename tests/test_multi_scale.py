@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encnet_triton.checkpoint import ModelInfo
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
+from encnet_triton.weights.checkpoint import ModelInfo
 
 
 class Output(NamedTuple):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encnet_triton.checkpoint import ModelInfo, save_model
 from encnet_triton.data import ade20k, default_palette, voc
 from encnet_triton.models import create_model
 from encnet_triton.submit import main
+from encnet_triton.weights.checkpoint import ModelInfo, save_model
 
 
 def save_images(folder: Path, *stems: str) -> None:

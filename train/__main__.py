@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from encnet_triton.checkpoint import CheckpointError
 from encnet_triton.train import command, distributed, run, sweep
 from encnet_triton.train.loop import TrainingError
+from encnet_triton.weights.checkpoint import CheckpointError
 
 
 def show_list() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encnet_triton import checkpoint
-from encnet_triton.checkpoint import CheckpointError, ModelInfo
 from encnet_triton.train.config import Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, gather
+from encnet_triton.weights import checkpoint
+from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 

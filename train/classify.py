@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encnet_triton.checkpoint import ModelInfo, save_model
 from encnet_triton.classification import Standardise
 from encnet_triton.data import default_palette
 from encnet_triton.data.cifar10 import CLASSES, MEAN, STD, load_cifar10
@@ -34,6 +33,7 @@ from encnet_triton.train.loop import TrainingError
 from encnet_triton.train.meter import peak_memory
 from encnet_triton.train.setup import autocast_dtype, compile_obstacle
 from encnet_triton.train.stop import StopRequest
+from encnet_triton.weights.checkpoint import ModelInfo, save_model
 
 TEST_BATCH = 500
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from encnet_triton.checkpoint import save_model
 from encnet_triton.data import Batch
 from encnet_triton.metrics import Scores
 from encnet_triton.nn import BatchNormAct1d, BatchNormAct2d, LossTerms
@@ -30,6 +29,7 @@ from encnet_triton.train.meter import Meter
 from encnet_triton.train.setup import Parts, compile_obstacle
 from encnet_triton.train.stop import StopRequest
 from encnet_triton.train.transfer import Transfer
+from encnet_triton.weights.checkpoint import save_model
 
 MAX_SKIPPED = 10
 

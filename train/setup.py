@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from encnet_triton.checkpoint import ModelInfo
-from encnet_triton.convert import load_backbone
 from encnet_triton.data import Augment, Dataset, TrainLoader, create_dataset
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_sync_group
@@ -23,6 +21,8 @@ from encnet_triton.train import checkpoint
 from encnet_triton.train.config import Config, ConfigError
 from encnet_triton.train.distributed import World
 from encnet_triton.train.optim import make_optimizer
+from encnet_triton.weights import load_backbone
+from encnet_triton.weights.checkpoint import ModelInfo
 
 # What a cross-entropy weight may be at most or at least: a class with a handful of pixels would
 # otherwise decide the gradient of a whole batch.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from encnet_triton.checkpoint import load_model
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.evaluate import confusion
 from encnet_triton.files import write_json
@@ -18,6 +17,7 @@ from encnet_triton.protocols import protocol_scores
 from encnet_triton.train import distributed
 from encnet_triton.train.config import Config, ConfigError
 from encnet_triton.train.tables import show_and_write
+from encnet_triton.weights.checkpoint import load_model
 
 if TYPE_CHECKING:
     from encnet_triton.train.sweep import Planned, Sweep

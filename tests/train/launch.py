@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu.processes import kill_tree
-from encnet_triton.checkpoint import read
+from encnet_triton.weights.checkpoint import read
 
 IN_FLOAT64 = "tests.train.in_float64"  # the trainer, as a module to start
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from encnet_triton import evaluate, predict
-from encnet_triton.checkpoint import load_model
 from encnet_triton.classification import ImageClassifier
 from encnet_triton.data.cifar10 import Images, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
@@ -21,6 +20,7 @@ from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.optim import rate_at
 from encnet_triton.train.recipe import build
+from encnet_triton.weights.checkpoint import load_model
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train.launch import IN_FLOAT64, assert_same_state, floating, run, torchrun
 

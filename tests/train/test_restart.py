@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from bench.gpu.processes import descendants
-from encnet_triton.checkpoint import read
 from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
+from encnet_triton.weights.checkpoint import read
 from tests.train.launch import assert_same_state, ended_well, run, running, torchrun
 
 

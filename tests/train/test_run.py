@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from encnet_triton import evaluate, predict
-from encnet_triton.checkpoint import read
 from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
+from encnet_triton.weights.checkpoint import read
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train import launch
 from tests.train.launch import floating

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from encnet_triton.checkpoint import read
 from encnet_triton.train import sweep
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.recipe import build, build_stages
+from encnet_triton.weights.checkpoint import read
 
 STAGES = """
 [[stage]]

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encnet_triton.checkpoint import load_model
-from encnet_triton.convert import load_foreign, main
+from encnet_triton.convert import main
 from encnet_triton.models import create_model
-from encnet_triton.weight_files import read_tensors
+from encnet_triton.weights import load_peer
+from encnet_triton.weights.checkpoint import load_model
+from encnet_triton.weights.reading import read_tensors
 from tests.support import restated
 
 CASES = {
@@ -32,7 +33,7 @@ def test_converted_logits_equal_the_originals(case: str, tmp_path: Path) -> None
     torch.manual_seed(0)
     theirs = restated.settled(CASES[case]())
     torch.save({"state_dict": theirs.state_dict(), "epoch": 3}, tmp_path / "in.pth")
-    ours, _ = load_foreign(tmp_path / "in.pth")
+    ours, _ = load_peer(tmp_path / "in.pth")
     ours.double(), theirs.double()
     x = torch.randn(2, 3, 72, 88, dtype=torch.float64)
     logits, se = theirs(x)
@@ -74,7 +75,7 @@ def small() -> dict[str, torch.Tensor]:
 def refused(tensors: dict[str, torch.Tensor], path: Path) -> str:
     torch.save(tensors, path)
     with pytest.raises(ValueError) as error:
-        load_foreign(path)
+        load_peer(path)
     return str(error.value)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from encnet_triton.checkpoint import CheckpointError, ModelInfo, load_model, save_model
 from encnet_triton.models import create_model
+from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo, load_model, save_model
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     code = f"""
 import resource, signal
 from pathlib import Path
-from encnet_triton.checkpoint import CheckpointError, load_model, save_model
+from encnet_triton.weights.checkpoint import CheckpointError, load_model, save_model
 model, info = load_model({str(path)!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit then fails like a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

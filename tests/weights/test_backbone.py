@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from encnet_triton.convert import load_backbone
 from encnet_triton.models import create_backbone, create_model
+from encnet_triton.weights import load_backbone
 
 
 def model() -> Any:

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from encnet_triton.models import BACKBONES
-from encnet_triton.models.resnet import Bottleneck
-from encnet_triton.weight_files import listed
+from encnet_triton.weights.backbone import backbone_name
+from encnet_triton.weights.reading import listed
 
-__all__ = ["Foreign", "backbone_name", "identify", "model_options"]
+__all__ = ["PeerCheckpoint", "identify", "model_options"]
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -77,7 +76,7 @@ _MMSEG_FCN: Rules = (
 
 
 @dataclass(frozen=True)
-class Foreign:
+class PeerCheckpoint:
     """A checkpoint of another project, under the names of this one.
 
     Attributes:
@@ -98,7 +97,7 @@ class Foreign:
     mmseg: bool
 
 
-def identify(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: str) -> Foreign:
+def identify(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: str) -> PeerCheckpoint:
     """Find out whose checkpoint it is and rename its tensors.
 
     Raises:
@@ -133,7 +132,7 @@ def identify(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: str
             renamed[name] = key
     if strange:
         raise ValueError(f"{source}: {listed(strange)} of {kind} have no place in this project")
-    return Foreign(
+    return PeerCheckpoint(
         kind=kind,
         network="encnet" if encnet else "fcn",
         tensors={name: tensors[key] for name, key in renamed.items()},
@@ -167,28 +166,28 @@ def _class_names(meta: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list | tuple) else []
 
 
-def model_options(foreign: Foreign, source: str) -> dict[str, Any]:
+def model_options(peer: PeerCheckpoint, source: str) -> dict[str, Any]:
     """Arguments of `create_model`, read from the shapes of the tensors.
 
     Raises:
         ValueError: no such backbone, or a tensor that tells a size is missing.
     """
-    tensors = foreign.tensors
+    tensors = peer.tensors
     if "head.classifier.weight" not in tensors:
         raise ValueError(f"{source} has no last layer, so the number of classes is not known")
     prefix = "backbone."
     trunk = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     count, channels = tensors["head.classifier.weight"].shape[:2]
     options: dict[str, Any] = {
-        "name": foreign.network,
+        "name": peer.network,
         "num_classes": count,
         "backbone": backbone_name(trunk, source),
         "head_channels": channels,
         "aux": "aux_head.classifier.weight" in tensors,
-        "align_corners": not foreign.mmseg,
-        "dropout_kind": "channel" if foreign.mmseg else "element",
+        "align_corners": not peer.mmseg,
+        "dropout_kind": "channel" if peer.mmseg else "element",
     }
-    if foreign.network == "encnet":
+    if peer.network == "encnet":
         codewords = tensors.get("head.context.encoding.codewords")
         return {
             **options,
@@ -202,29 +201,3 @@ def model_options(foreign: Foreign, source: str) -> dict[str, Any]:
         "num_convs": 2 if "head.convs.1.conv.weight" in tensors else 1,
         "concat_input": "head.concat.conv.weight" in tensors,
     }
-
-
-def backbone_name(tensors: Mapping[str, Tensor], source: str) -> str:
-    """The entry of `BACKBONES` with the stem and the blocks that a state dict has.
-
-    Raises:
-        ValueError: there is none.
-    """
-    depths = tuple(
-        len({k.split(".")[1] for k in tensors if k.startswith(f"layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    )
-    stem = tuple(
-        len(tensors[key])
-        for key in ("conv1.weight", "conv1.0.weight", "conv1.3.weight", "conv1.6.weight")
-        if key in tensors
-    )
-    bottleneck = "layer1.0.conv3.weight" in tensors
-    for name, config in BACKBONES.items():
-        same_block = (config.block is Bottleneck) == bottleneck
-        if config.depths == depths and config.stem == stem and same_block:
-            return name
-    raise ValueError(
-        f"{source} has a backbone of depths {depths} and stem {stem}, which is none of "
-        f"{', '.join(BACKBONES)}"
-    )
