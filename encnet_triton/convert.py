@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from encnet_triton.command_line import exit_status
+from encnet_triton import options
 from encnet_triton.data import DATASETS
 from encnet_triton.weights import convert_backbone, convert_model, export_backbone, load_backbone
 from encnet_triton.weights import load_peer as load_foreign
@@ -41,34 +41,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
+def run(given: argparse.Namespace, console: Console) -> None:
     """Convert one file and say what it is."""
-    if options.output.suffix != ".safetensors":
-        raise ValueError(f"the output {options.output} must be a .safetensors file")
-    if options.export_backbone:
-        export_backbone(Path(options.input), options.output)
-        console.print(f"wrote the backbone of {options.input} to {options.output}")
+    if given.output.suffix != ".safetensors":
+        raise ValueError(f"the output {given.output} must be a .safetensors file")
+    if given.export_backbone:
+        export_backbone(Path(given.input), given.output)
+        console.print(f"wrote the backbone of {given.input} to {given.output}")
         return
-    content = read_document(options.input)
+    content = read_document(given.input)
     if isinstance(content, Mapping) and "layer1.0.conv1.weight" in content:
-        name = convert_backbone(tensors_in(content, options.input), options.input, options.output)
-        console.print(f"wrote {name} to {options.output}; use it as --pretrained {options.output}")
+        name = convert_backbone(tensors_in(content, given.input), given.input, given.output)
+        console.print(f"wrote {name} to {given.output}; use it as --pretrained {given.output}")
         return
     model = convert_model(
-        options.input,
-        options.output,
-        dataset=options.dataset,
-        crop=options.crop,
-        base_size=options.base_size,
+        given.input,
+        given.output,
+        dataset=given.dataset,
+        crop=given.crop,
+        base_size=given.base_size,
     )
     count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"wrote {options.output}: {count:,} parameters, {model.options}", soft_wrap=True)
+    console.print(f"wrote {given.output}: {count:,} parameters, {model.options}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = parse(arguments)
-    return exit_status(lambda: run(options, Console()))
+    given = parse(arguments)
+    return options.exit_status(lambda: run(given, Console()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -112,6 +113,23 @@ print(kernels.__file__)
     )
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.strip()).is_relative_to(tmp_path / "installed")
+
+
+IMPORTS = {
+    "encnet_triton.convert": "convert_model export_backbone load_backbone load_foreign",
+    "encnet_triton.data": "create_dataset",
+    "encnet_triton.inference": "PAPER_SCALES Predictor Views resized window_starts",
+    "encnet_triton.predict": "read_image",
+    "encnet_triton.protocols": "ProtocolScores protocol_scores",
+    "encnet_triton.weight_files": "listed read_document read_tensors tensors_in write_plain",
+}
+"""Names that programs of others import from where they once were."""
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_imports_of_others_stay_valid(module: str) -> None:
+    found = importlib.import_module(module)
+    assert not [name for name in IMPORTS[module].split() if not hasattr(found, name)]
 
 
 def test_version_is_said_once() -> None:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encnet_triton.classification import Standardise
 from encnet_triton.data import default_palette
 from encnet_triton.data.cifar10 import CLASSES, MEAN, STD, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
+from encnet_triton.data.normalisation import Normalise
 from encnet_triton.models import CifarNet
 from encnet_triton.nn import set_sync_group
 from encnet_triton.train import checkpoint, optim
@@ -84,7 +84,7 @@ class Classifier:
         self.autocast = autocast_dtype(config, self.device)
         self.progress = Progress()
         self._stop = StopRequest()
-        self._standardise = Standardise(MEAN, STD, self.device)
+        self._standardise = Normalise(MEAN, STD, self.device)
 
     def restore(self) -> bool:
         """Load ``last.safetensors`` if it is there; returns whether it was."""

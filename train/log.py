@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from encnet_triton.files import write_text
-from encnet_triton.metrics import Scores
+from encnet_triton.scoring.metrics import Scores
 
 METRICS = "metrics.jsonl"
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from encnet_triton.data import Batch
-from encnet_triton.metrics import Scores
 from encnet_triton.nn import BatchNormAct1d, BatchNormAct2d, LossTerms
+from encnet_triton.scoring.metrics import Scores
 from encnet_triton.train import checkpoint, optim, validate
 from encnet_triton.train.checkpoint import Progress
 from encnet_triton.train.config import Config

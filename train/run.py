@@ -9,11 +9,11 @@ from typing import Any
 
 from encnet_triton.data import DATASETS, create_dataset
 from encnet_triton.data.cifar10 import COUNT, load_cifar10
-from encnet_triton.environment import report
-from encnet_triton.evaluate import score_table
 from encnet_triton.files import write_json
 from encnet_triton.inference import WHOLE_IMAGE_WARNING
 from encnet_triton.models import CifarNet, create_model
+from encnet_triton.report import report
+from encnet_triton.scoring import score_table
 from encnet_triton.train import checkpoint, distributed, setup
 from encnet_triton.train.classify import Classifier
 from encnet_triton.train.config import SECTIONS, Config, ConfigError, changed_fields

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from encnet_triton.data import Dataset, create_dataset
-from encnet_triton.evaluate import confusion
 from encnet_triton.files import write_json
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.pictures import comparison, save_png
-from encnet_triton.protocols import protocol_scores
+from encnet_triton.scoring import confusion
+from encnet_triton.scoring.protocols import protocol_scores
 from encnet_triton.train import distributed
 from encnet_triton.train.config import Config, ConfigError
 from encnet_triton.train.tables import show_and_write

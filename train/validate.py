@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from encnet_triton.evaluate import evaluate
 from encnet_triton.inference import Predictor
-from encnet_triton.metrics import Scores
 from encnet_triton.pictures import panel, save_png
+from encnet_triton.scoring import evaluate
+from encnet_triton.scoring.metrics import Scores
 from encnet_triton.train.distributed import World
 from encnet_triton.train.log import METRICS
 from encnet_triton.train.setup import Parts

@@ -12,8 +12,8 @@ from bench.gpu.device import place
 from bench.gpu.job import Wrong
 from bench.gpu.processes import LOOPBACK, streamed, torchrun
 from bench.report import machine
-from encnet_triton.environment import report
 from encnet_triton.kernels import reference, upsample_argmax
+from encnet_triton.report import report
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # Of the norm. float32 keeps 24 bits, in 3xTF32 products too; half precision rounds what it

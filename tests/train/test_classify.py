@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from encnet_triton import evaluate, predict
-from encnet_triton.classification import ImageClassifier
 from encnet_triton.data.cifar10 import Images, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
+from encnet_triton.inference import ImageClassifier
 from encnet_triton.models import CifarNet
 from encnet_triton.train import sweep
 from encnet_triton.train.__main__ import main

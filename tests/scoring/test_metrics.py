@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from encnet_triton.metrics import ConfusionMatrix
+from encnet_triton.scoring.metrics import ConfusionMatrix
 
 
 def by_hand(prediction: np.ndarray, label: np.ndarray, n: int) -> tuple[float, float]:

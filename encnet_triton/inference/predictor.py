@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -19,61 +18,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from encnet_triton.data.normalisation import Normalise
+from encnet_triton.inference.views import SINGLE_VIEW, Views
+from encnet_triton.inference.windows import filled, resized, window_starts
 from encnet_triton.kernels import upsample_argmax
 from encnet_triton.weights.checkpoint import ModelInfo
-
-WHOLE_IMAGE_WARNING = (
-    "Whole images go through the network at once: the Encoding layer sums over more pixels than in "
-    "training, so its batch normalisation sees other statistics. The default is windows."
-)
-
-
-PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-
-
-@dataclass(frozen=True)
-class Views:
-    """Which views of an image are averaged into one prediction.
-
-    Attributes:
-        scales: relative to the size of a single view.
-        flip: the mirrored image as well.
-        released: as the published evaluation code does it. Logits of an image and of its mirror
-            image are added and the exponential of the sum is averaged, without normalising it over
-            the classes; the long edge is scaled; windows at the border are cut off, not moved.
-    """
-
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    released: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.scales or not all(0 < scale <= 8 for scale in self.scales):
-            raise ValueError(f"scales must be one or more numbers in (0, 8], got {self.scales}")
-
-
-def window_starts(size: int, window: int, flush: bool = True) -> list[int]:
-    """Offsets of windows covering ``size`` pixels, about 2/3 of a window apart.
-
-    The last is moved to end with the image, or, with ``flush`` False, reaches beyond it.
-    """
-    if size <= window:
-        return [0]
-    stride = max(1, window * 2 // 3)
-    count = -(-(size - window) // stride) + 1
-    return [min(i * stride, size - window) if flush else i * stride for i in range(count)]
-
-
-def resized(
-    height: int, width: int, base_size: int | None, scale_by: str, scale: float = 1.0
-) -> tuple[int, int]:
-    """Size of an image whose short or long edge has been scaled to ``base_size`` pixels, or that
-    keeps its own, times ``scale``."""
-    factor = scale
-    if base_size is not None and scale_by != "image":
-        edge = min(height, width) if scale_by == "short" else max(height, width)
-        factor *= base_size / edge
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 class Predictor:
@@ -83,7 +32,8 @@ class Predictor:
         model: network in evaluation mode, on ``device``.
         info: normalisation, crop and scale it was trained with.
         device: where images are processed.
-        whole_image: one pass over the whole image in place of windows (see `WHOLE_IMAGE_WARNING`).
+        whole_image: one pass over the whole image in place of windows (see
+            `windows.WHOLE_IMAGE_WARNING`).
         views: scales and mirror images whose predictions are averaged.
         batch: windows that go through the network at once.
         autocast: compute type on the device (None: float32).
@@ -96,7 +46,7 @@ class Predictor:
         *,
         device: torch.device | str = "cpu",
         whole_image: bool = False,
-        views: Views = Views(),
+        views: Views = SINGLE_VIEW,
         batch: int = 8,
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -107,8 +57,7 @@ class Predictor:
         self.views = views
         self.batch = batch
         self.autocast = autocast
-        self._mean = torch.tensor(info.mean, device=self.device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(info.std, device=self.device).view(1, 3, 1, 1) * 255
+        self._normalise = Normalise(info.mean, info.std, self.device)
         self._align_corners = bool(model.align_corners)
 
     @torch.no_grad()
@@ -120,8 +69,8 @@ class Predictor:
             )
         height, width = image.shape[:2]
         pixels = torch.tensor(image, device=self.device).permute(2, 0, 1)[None]
-        x = (pixels - self._mean) / self._std
-        if self.views == Views():
+        x = self._normalise(pixels)
+        if self.views == SINGLE_VIEW:
             size = self._size(height, width, 1.0)
             if self.whole_image or size == tuple(self.info.crop):
                 logits = self._logits(self._resize(x, size))
@@ -140,6 +89,16 @@ class Predictor:
             total = scores if total is None else total.add_(scores)
         assert total is not None  # there is at least one scale
         return total.argmax(1)[0]
+
+    def describe(self) -> str:
+        """How it looks at an image, in words."""
+        crop, views = self.info.crop, self.views
+        text = "whole images" if self.whole_image else f"windows of {crop[0]}x{crop[1]}"
+        if views.scales != (1.0,):
+            text += ", scales " + " ".join(f"{scale:g}" for scale in views.scales)
+        if views.flip:
+            text += ", mirrored too"
+        return text + (", released protocol" if views.released else "")
 
     def _size(self, height: int, width: int, scale: float) -> tuple[int, int]:
         info = self.info
@@ -189,7 +148,7 @@ class Predictor:
         for start in range(0, len(places), self.batch):
             part = places[start : start + self.batch]
             windows = [x[:, :, t : t + crop[0], left : left + crop[1]] for t, left in part]
-            yield part, torch.cat([_filled(window, crop) for window in windows])
+            yield part, torch.cat([filled(window, crop) for window in windows])
 
     def _scores(self, windows: Tensor) -> Tensor:
         """Scores of B x 3 x h x w windows, and of their mirror images: B x n x h x w."""
@@ -223,8 +182,3 @@ class Predictor:
             output = self.model(x)
         logits: Tensor = output.logits
         return logits
-
-
-def _filled(window: Tensor, crop: tuple[int, int]) -> Tensor:
-    """A window that reaches beyond the image, filled up with the mean colour."""
-    return F.pad(window, (0, crop[1] - window.shape[3], 0, crop[0] - window.shape[2]))

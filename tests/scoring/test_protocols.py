@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from encnet_triton.metrics import ConfusionMatrix
-from encnet_triton.protocols import protocol_scores
+from encnet_triton.scoring.metrics import ConfusionMatrix
+from encnet_triton.scoring.protocols import protocol_scores
 
 
 def maps(classes: int, ignored: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,72 @@
+"""Photos to label: found, read, and written as pictures of their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from encnet_triton.inference.predictor import Predictor
+from encnet_triton.pictures import overlay, palette_image, save_png
+
+__all__ = ["find_images", "label_photo", "read_image", "refuse_equal_names"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
+    """The images among files and folders, in order.
+
+    Raises:
+        ValueError: an input does not exist, or a folder holds no image.
+    """
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if not found:
+                raise ValueError(f"folder {path} holds no image ({', '.join(SUFFIXES)})")
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"image {path} does not exist")
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image, turned upright as the camera's EXIF says.
+
+    Raises:
+        ValueError: the file is no image, or a truncated one.
+    """
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def label_photo(predictor: Predictor, path: Path, output: Path) -> list[tuple[str, float]]:
+    """Write ``<stem>_label.png`` and ``<stem>_overlay.png``; returns (class, share of pixels)."""
+    image = read_image(path)
+    label = predictor(np.asarray(image)).cpu().numpy()
+    info = predictor.info
+    picture = palette_image(label, info.palette)
+    save_png(picture, output / f"{path.stem}_label.png")
+    save_png(overlay(image, picture), output / f"{path.stem}_overlay.png")
+    values, counts = np.unique(label, return_counts=True)
+    shares = [(info.classes[v], float(c) / label.size) for v, c in zip(values, counts, strict=True)]
+    return sorted(shares, key=lambda item: -item[1])
+
+
+def refuse_equal_names(paths: Sequence[Path]) -> None:
+    """A ValueError if two photos would be written to one file."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise ValueError(
+                f"{seen[path.stem]} and {path} would both be written as {path.stem}_label.png; "
+                "label them in two calls with another --output"
+            )
+        seen[path.stem] = path

@@ -1,0 +1,118 @@
+"""Archives of predictions in the layout that the test servers of VOC 2012 and ADE20K ask for."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from encnet_triton.data import Dataset, create_dataset
+from encnet_triton.data.voc import voc_palette
+from encnet_triton.files import replacing
+from encnet_triton.inference.predictor import Predictor
+from encnet_triton.weights import ModelInfo
+
+__all__ = ["SERVERS", "open_test_split", "write_archive"]
+
+SERVERS = {"voc": 21, "voc_aug": 21, "ade20k": 150}
+"""Data sets with a test server, and their number of classes."""
+
+
+def open_test_split(
+    info: ModelInfo, checkpoint: object, name: str, split: str, root: str | None
+) -> Dataset:
+    """The images to predict.
+
+    Raises:
+        ValueError: the data set has no server, or other classes than the network.
+    """
+    if name not in SERVERS:
+        raise ValueError(f"{name} has no test server; --dataset must be {', '.join(SERVERS)}")
+    if len(info.classes) != SERVERS[name]:
+        raise ValueError(
+            f"{checkpoint} has {len(info.classes)} classes, but {name} has {SERVERS[name]}"
+        )
+    dataset = create_dataset(name, split, root or info.data["root"])
+    if list(dataset.classes) != info.classes:
+        raise ValueError(f"{checkpoint} was trained for other classes than {name}'s")
+    return dataset
+
+
+def write_archive(
+    predictor: Predictor,
+    dataset: Dataset,
+    name: str,
+    path: Path,
+    *,
+    competition: str = "comp6",
+    indices: Iterable[int] | None = None,
+) -> int:
+    """Predict all images and write the archive; returns how many files it has.
+
+    Args:
+        predictor: of a network with the data set's classes.
+        dataset: its test split.
+        name: of the data set, a key of `SERVERS`.
+        path: of the archive; nothing is there until it is complete and verified.
+        competition: VOC's "comp5" (trained on VOC alone) or "comp6" (other data too).
+        indices: order of the images; wrap it to show progress.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    with replacing(path) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for index in range(len(dataset)) if indices is None else indices:
+                image = np.asarray(dataset[index].image)
+                label = predictor(image).cpu().numpy().astype(np.uint8)
+                inside = _file_name(name, Path(dataset.name_of(index)).stem, competition)
+                archive.writestr(inside, _encode_png(label, name))
+                sizes[inside] = image.shape[:2]
+        _verify(temporary, name, sizes)
+    return len(sizes)
+
+
+def _verify(path: Path, dataset: str, sizes: dict[str, tuple[int, int]]) -> None:
+    """Read an archive back: exactly these files, each of its image's size and allowed values.
+
+    Raises:
+        ValueError: names the file that is wrong.
+    """
+    first = 1 if dataset == "ade20k" else 0
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if sorted(names) != sorted(sizes):
+            raise ValueError(f"{path} has {len(names)} files, but {len(sizes)} were written")
+        for name in names:
+            picture = Image.open(io.BytesIO(archive.read(name)))
+            label = np.asarray(picture)
+            mode = "L" if dataset == "ade20k" else "P"
+            if picture.mode != mode or label.shape != sizes[name]:
+                raise ValueError(f"{name} is {picture.mode} {label.shape}, not {sizes[name]}")
+            if not first <= label.min() <= label.max() < SERVERS[dataset] + first:
+                raise ValueError(f"{name} has values {label.min()}..{label.max()}")
+
+
+def _file_name(dataset: str, stem: str, competition: str) -> str:
+    """Where the server looks for the prediction of an image, inside the archive."""
+    if dataset == "ade20k":
+        return f"{stem}.png"
+    return f"results/VOC2012/Segmentation/{competition}_test_cls/{stem}.png"
+
+
+def _encode_png(label: NDArray[np.uint8], dataset: str) -> bytes:
+    """A label map of classes 0..n-1 as the PNG that the server reads.
+
+    VOC: palette PNG, values 0..20. ADE20K: single channel, values 1..150.
+    """
+    if dataset == "ade20k":
+        picture = Image.fromarray(label + np.uint8(1))
+    else:
+        picture = Image.fromarray(label)
+        picture.putpalette(voc_palette(256).tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

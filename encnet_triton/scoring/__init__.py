@@ -1,0 +1,15 @@
+"""How good a trained network is: figures, and the ways in which published ones were counted."""
+
+from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
+from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores
+from encnet_triton.scoring.segmentation import confusion, evaluate, score_table
+
+__all__ = [
+    "ConfusionMatrix",
+    "ProtocolScores",
+    "Scores",
+    "confusion",
+    "evaluate",
+    "protocol_scores",
+    "score_table",
+]

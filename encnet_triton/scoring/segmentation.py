@@ -1,0 +1,158 @@
+"""Label maps of a whole data set against its labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from encnet_triton.data import Dataset, create_dataset, eval_samples
+from encnet_triton.inference import Predictor
+from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
+from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores
+from encnet_triton.weights import ModelInfo
+
+__all__ = ["Evaluation", "confusion", "evaluate", "measure_scores", "score_table"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint's scores on a data set.
+
+    Attributes:
+        checkpoint, dataset, split: what was scored on what.
+        images: how many the split has.
+        views: how the predictor looked at each, in words.
+        released: whether it, and the mean over the classes, are as in the published code.
+        classes: their names.
+        scores: over the data set's classes.
+        protocols: the figures under each protocol that the data set has.
+    """
+
+    checkpoint: str
+    dataset: str
+    split: str
+    images: int
+    views: str
+    released: bool
+    classes: list[str]
+    scores: Scores
+    protocols: list[ProtocolScores]
+
+    def show(self, console: Console) -> None:
+        """Print the table and a line for each protocol."""
+        console.print(score_table(self.scores, self.classes, f"{self.checkpoint}, {self.views}"))
+        for one in self.protocols:
+            console.print(one.sentence(), highlight=False)
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-able form."""
+        return {
+            "checkpoint": self.checkpoint,
+            "dataset": self.dataset,
+            "split": self.split,
+            "images": self.images,
+            "protocol": "released" if self.released else "softmax",
+            "views": self.views,
+            "protocols": {one.name: one.as_dict() for one in self.protocols},
+            **self.scores.as_dict(self.classes),
+        }
+
+
+def measure_scores(
+    predictor: Predictor,
+    checkpoint: object,
+    name: str | None,
+    split: str | None,
+    root: str | None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Evaluation:
+    """Predict and score all images of a split; what is None is as it was in the training.
+
+    Raises:
+        ValueError: the data set has other classes than the network; names the checkpoint.
+    """
+    info, released = predictor.info, predictor.views.released
+    dataset = _open_dataset(info, checkpoint, name, split, root)
+    matrix = confusion(predictor, dataset, rank=rank, world_size=world_size, workers=workers)
+    name = name or info.data["name"]
+    return Evaluation(
+        checkpoint=str(checkpoint),
+        dataset=name,
+        split=split or info.data["split"],
+        images=len(dataset),
+        views=predictor.describe(),
+        released=released,
+        classes=info.classes,
+        scores=matrix.scores(absent_is_zero=released),
+        protocols=protocol_scores(matrix, name, released),
+    )
+
+
+def evaluate(
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Scores:
+    """Scores over all labelled pixels of a data set; ranks share its images, each counted once."""
+    return confusion(predictor, dataset, rank=rank, world_size=world_size, workers=workers).scores()
+
+
+def confusion(
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> ConfusionMatrix:
+    """The confusion matrix over a data set, summed over all processes."""
+    matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index, predictor.device)
+    for _, sample in eval_samples(dataset, rank=rank, world_size=world_size, workers=workers):
+        prediction = predictor(np.asarray(sample.image))
+        label = torch.as_tensor(sample.label, device=predictor.device)
+        matrix.update(prediction, label)
+    matrix.all_reduce()
+    return matrix
+
+
+def score_table(scores: Scores, classes: list[str], title: str) -> Table:
+    """Per-class IoU, the mean and the pixel accuracy, as a table for a terminal."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("class")
+    table.add_column("IoU %", justify="right")
+    for name, iou in zip(classes, scores.iou, strict=True):
+        table.add_row(name, "absent" if iou is None else f"{iou * 100:.2f}")
+    table.add_section()
+    table.add_row("mIoU", f"{scores.miou * 100:.2f}", style="bold")
+    table.add_row("pixAcc", f"{scores.pixel_accuracy * 100:.2f}")
+    if scores.absent:
+        table.caption = "mIoU is over the classes present in a label or a prediction"
+    return table
+
+
+def _open_dataset(
+    info: ModelInfo, checkpoint: object, name: str | None, split: str | None, root: str | None
+) -> Dataset:
+    dataset = create_dataset(
+        name or info.data["name"],
+        split or info.data["split"],
+        root or info.data["root"],
+        **(info.data["options"] if name in (None, info.data["name"]) else {}),
+    )
+    if list(dataset.classes) != info.classes:
+        raise ValueError(
+            f"{checkpoint} was trained for {len(info.classes)} classes "
+            f"({', '.join(info.classes[:3])}, ...), but the data set has {len(dataset.classes)} "
+            f"({', '.join(dataset.classes[:3])}, ...)"
+        )
+    return dataset

@@ -1,0 +1,28 @@
+"""What a bug report says about the kernels is what runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from encnet_triton import kernels, report
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_the_kernels_that_run_are_named(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "versions", lambda: {"triton": "3.6.0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    said = report.triton_status()
+    assert said.startswith("Triton kernels run" if runs else "PyTorch code runs: the GPU is sm_75")
+    assert all((name in said) == runs for name in kernels.__all__)
+
+
+def test_without_a_gpu_pytorch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "versions", lambda: {"triton": "3.6.0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert report.triton_status() == "PyTorch code runs: there is no NVIDIA GPU."
+    monkeypatch.setattr(report, "versions", lambda: {"triton": "not installed"})
+    assert "Triton has no package here" in report.triton_status()
