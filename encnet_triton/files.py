@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,9 +50,12 @@ def write_tensors(
     """Write a .safetensors file.
 
     Raises:
-        OSError, safetensors.SafetensorError: it could not be written (full disk, no permission).
+        OSError: it could not be written (full disk, no permission).
     """
     # Copies in one layout: safetensors refuses views that share memory and other strides.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(plain, temporary, dict(metadata) if metadata is not None else None)
+    try:
+        with replacing(path) as temporary:
+            save_file(plain, temporary, dict(metadata) if metadata is not None else None)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot save {path}: {error}") from error

@@ -56,6 +56,8 @@ def test_content_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("on the way")
     with pytest.raises(FileNotFoundError):
         write_text("new", tmp_path / "absent" / "file")
+    with pytest.raises(OSError, match="cannot save .*absent/file: "):
+        write_tensors({"new": torch.zeros(3)}, tmp_path / "absent" / "file")
     assert not list(tmp_path.iterdir())
 
 

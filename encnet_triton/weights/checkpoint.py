@@ -63,9 +63,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     document = {"format": FORMAT, "metadata": json.dumps(dict(metadata))}
     try:
         write_tensors(tensors, path, document)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         kept = f"the previous {path.name} is untouched" if path.exists() else "nothing was written"
-        raise CheckpointError(f"cannot save {path}: {error}; {kept}") from error
+        raise CheckpointError(f"{error}; {kept}") from error
 
 
 def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

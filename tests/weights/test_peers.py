@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encnet_triton.convert import main
-from encnet_triton.models import create_model
+from encnet_triton.models import create_backbone, create_model
 from encnet_triton.weights import load_peer
 from encnet_triton.weights.checkpoint import load_model
 from encnet_triton.weights.reading import read_tensors
@@ -135,8 +135,11 @@ def test_command_errors_are_one_sentence(
 ) -> None:
     assert main([str(tmp_path / "none.pth"), str(tmp_path / "out.safetensors")]) == 2
     assert main([str(tmp_path / "none.pth"), str(tmp_path / "out.pth")]) == 2
+    torch.save(create_backbone("demo").state_dict(), tmp_path / "in.pth")
+    assert main([str(tmp_path / "in.pth"), str(tmp_path / "absent" / "out.safetensors")]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "no weights at" in said[0] and "must be a .safetensors" in said[1]
+    assert len(said) == 3 and "no weights at" in said[0] and "must be a .safetensors" in said[1]
+    assert "cannot save" in said[2] and "out.safetensors" in said[2]
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
