@@ -1,15 +1,17 @@
 """Calls of the operators as the reports make them: lists of launches that nothing runs.
 
-Launches are made on meta tensors or, for the interpreter, on memory that is never written but for
-counters.
+Each operator has a function that makes what its plan calls a pass (`launch.Call`), for the shapes
+and options of the reports; the rest is the same for all. Tensors are on the meta device or, for the
+interpreter, memory that is never written but for counters.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +19,32 @@ from torch import Tensor
 from bench.static.resources import LIMITS
 
 if TYPE_CHECKING:
-    from encnet_triton.kernels.runtime.launch import Config, Launch
+    from encnet_triton.kernels.runtime import launch
+    from encnet_triton.kernels.runtime.launch import Config, Launch, Machine
+
+    Pass = launch.Call[Any]
 
 DIRECTIONS = ("forward", "backward")
 
 
-def _module(name: str) -> Any:
+def _plan(package: str) -> Any:
     # Not at the top: it imports triton, which not every system has.
-    return importlib.import_module(f"encnet_triton.kernels.{name}")
+    return importlib.import_module(f"encnet_triton.kernels.{package}.plan")
+
+
+def _machine(arch: int) -> Machine:
+    from encnet_triton.kernels.runtime.launch import Machine
+
+    return Machine(arch, LIMITS[arch].processors)
+
+
+def launches_of(passes: Sequence[Pass], machine: Machine, config: int = 0) -> list[Launch]:
+    """What these passes launch; `config` counts in the list of each, up to its last."""
+    made: list[Launch] = []
+    for one in passes:
+        choices = one.configs(machine)
+        made += one.launches(machine, choices[min(config, len(choices) - 1)])[0]
+    return made
 
 
 @dataclass(frozen=True)
@@ -75,78 +95,36 @@ MORE_ENCODE_SHAPES = (
 )
 
 
+def encode_passes(
+    shape: EncodeShape,
+    dtype: torch.dtype,
+    direction: str,
+    device: str = "meta",
+    statistics: tuple[bool, ...] = (False, True),
+) -> list[Pass]:
+    """Forward one without and one with the statistics of E; none where there are no kernels."""
+    plan = _plan("encoding")
+    x, codewords, scale, grad = shape.empty(dtype, device)
+    if not plan.supports(x, codewords):
+        return []
+    if direction == "forward":
+        return [plan.Forward(x, codewords, scale, asked) for asked in statistics]
+    counters = x.new_zeros(shape.B + 1, dtype=torch.int32)
+    return [plan.Backward(grad, x, codewords, scale, scale, True, counters)]
+
+
 def encode_launches(
     shape: EncodeShape,
     dtype: torch.dtype,
     direction: str,
     arch: int,
-    config: Config | None = None,
     *,
     return_stats: bool = False,
     device: str = "meta",
 ) -> list[Launch]:
     """What one call launches."""
-    operator = _module("encoding.plan")
-    x, codewords, scale, grad = shape.empty(dtype, device)
-    machine = {"arch": arch, "processors": LIMITS[arch].processors, "config": config}
-    if direction == "forward":
-        return list(operator.forward_launches(x, codewords, scale, return_stats, **machine)[0])
-    counters = x.new_zeros(shape.B + 1, dtype=torch.int32)
-    return list(
-        operator.backward_launches(grad, x, codewords, scale, None, True, counters, **machine)[0]
-    )
-
-
-@dataclass(frozen=True)
-class EncodeCall:
-    """`encode`; `config` counts in `configs`."""
-
-    direction: str
-    dtype: str
-    arch: int
-    size: EncodeShape
-    config: int = 0
-
-    op = "encode"
-
-    @property
-    def shape(self) -> str:
-        return str(self.size)
-
-    def configs(self) -> list[Config]:
-        """What the launcher may choose from, the default first."""
-        choose = getattr(_module("encoding.plan"), f"{self.direction}_configs")
-        size = self.size
-        return list(choose(self.arch, getattr(torch, self.dtype), size.C, size.K, size.N))
-
-    def launches(self) -> list[Launch]:
-        """Forward, those with statistics come after those without."""
-        return [
-            launch
-            for return_stats in ((False, True) if self.direction == "forward" else (False,))
-            for launch in encode_launches(
-                self.size,
-                getattr(torch, self.dtype),
-                self.direction,
-                self.arch,
-                self.configs()[self.config],
-                return_stats=return_stats,
-            )
-        ]
-
-
-def encode_calls(
-    archs: list[int], dtypes: list[str], shapes: list[EncodeShape], every_config: bool
-) -> Iterator[EncodeCall]:
-    """With the default configuration alone or with every one."""
-    supports = _module("encoding.plan").supports
-    for direction in DIRECTIONS:
-        for size in shapes:
-            for dtype in dtypes:
-                for arch in archs if supports(getattr(torch, dtype), size.C, size.K) else ():
-                    call = EncodeCall(direction, dtype, arch, size)
-                    for config in range(len(call.configs()) if every_config else 1):
-                        yield EncodeCall(direction, dtype, arch, size, config)
+    passes = encode_passes(shape, dtype, direction, device, (return_stats,))
+    return launches_of(passes, _machine(arch))
 
 
 @dataclass(frozen=True)
@@ -210,88 +188,42 @@ MORE_BATCH_NORM_SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class BatchNormCall:
-    """`batch_norm_act`: the launches of every variant, which share most of their kernels."""
-
-    direction: str
-    dtype: str
-    arch: int
-    size: BatchNormShape
-    config: int = 0
-
-    op = "batch_norm_act"
-
-    @property
-    def shape(self) -> str:
-        return str(self.size)
-
-    def _x(self) -> Tensor:
-        return self.size.empty(getattr(torch, self.dtype), "meta")
-
-    def configs(self) -> list[Config]:
-        return list(_module("batch_norm.plan").configs(self._x()))
-
-    def launches(self) -> list[Launch]:
-        processors, config = LIMITS[self.arch].processors, self.configs()[self.config]
-        return [
-            launch
-            for variant in VARIANTS
-            for launch in batch_norm_launches(
-                self._x(), variant, self.direction, processors, config
-            )
-        ]
-
-
-def batch_norm_launches(
-    x: Tensor, variant: Variant, direction: str, processors: int, config: Config | None = None
-) -> list[Launch]:
-    """What one layer launches on x, B x C x N, parameters in float32."""
-    operator = _module("batch_norm.plan")
-    machine = (processors, config or operator.configs(x)[0])
+def batch_norm_passes(x: Tensor, variant: Variant, direction: str) -> list[Pass]:
+    """Those of one layer over x, B x C x N; parameters in float32."""
+    plan = _plan("batch_norm")
     mean, var, weight, bias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(4))
-    affine = operator.Affine(mean, var, weight, bias, 1e-5)
-    relu, packed = variant.relu, variant.relu and variant.residual
-    made: list[Launch] = []
+    affine = plan.Affine(mean, var, weight, bias, 1e-5)
+    relu, packed, frozen = variant.relu, variant.relu and variant.residual, variant.frozen
+    made: list[Pass] = []
     if direction == "forward":
-        if not variant.frozen:
-            running = operator.Running(mean, var, 0.1)
-            alone = None if variant.synchronised else running
-            launches, outputs = operator.statistics_launches(x, alone, *machine)
-            made += launches
-            if variant.synchronised:
-                made += operator.moments_launches(outputs[0], running)[0]
+        running = plan.Running(mean, var, 0.1)
+        if not frozen:
+            made.append(plan.Statistics(x, None if variant.synchronised else running))
+        if variant.synchronised:
+            sums = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
+            made.append(plan.Moments(sums, running))
         residual = torch.empty_like(x) if variant.residual else None
-        made += operator.normalise_launches(
-            x, affine, residual, relu, packed and not variant.frozen, variant.frozen, *machine
-        )[0]
-        return made
-    grad = torch.empty_like(x)
-    mask = x.new_empty(operator.mask_bytes(x), dtype=torch.uint8) if packed else None
-    launches, outputs = operator.sums_launches(
-        grad, x, mask, affine, relu, variant.frozen, packed, *machine
-    )
-    made += launches
-    if not variant.frozen:
+        pack = packed and not frozen
+        return [*made, plan.Normalise(x, affine, residual, relu, pack, fold=frozen)]
+    mask = x.new_empty(plan.mask_bytes(x), dtype=torch.uint8) if packed else None
+    given = (x, torch.empty_like(x), mask, affine, relu)
+    made.append(plan.BackwardSums(*given, frozen, packed))
+    if not frozen:
+        sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
         count = x.new_empty(1, dtype=torch.float64)
-        made += operator.input_launches(
-            grad, x, mask, affine, outputs[0], count, relu, packed, *machine
-        )[0]
+        made.append(plan.BackwardInput(*given, sums, count, packed))
     return made
 
 
-def batch_norm_calls(
-    archs: list[int], dtypes: list[str], shapes: list[BatchNormShape], every_config: bool
-) -> Iterator[BatchNormCall]:
-    """With the default configuration alone; of the main shapes, if asked, with every one."""
-    for direction in DIRECTIONS:
-        for size in shapes:
-            for dtype in dtypes:
-                for arch in archs:
-                    call = BatchNormCall(direction, dtype, arch, size)
-                    every = every_config and size in BATCH_NORM_SHAPES
-                    for config in range(len(call.configs()) if every else 1):
-                        yield BatchNormCall(direction, dtype, arch, size, config)
+def batch_norm_launches(x: Tensor, variant: Variant, direction: str, arch: int) -> list[Launch]:
+    """What one layer launches."""
+    return launches_of(batch_norm_passes(x, variant, direction), _machine(arch))
+
+
+def _variants(size: BatchNormShape, dtype: torch.dtype, direction: str) -> list[Pass]:
+    """The passes of every variant, which share most of their kernels."""
+    x = size.empty(dtype, "meta")
+    return [one for variant in VARIANTS for one in batch_norm_passes(x, variant, direction)]
 
 
 @dataclass(frozen=True)
@@ -343,96 +275,100 @@ UPSAMPLE_OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class UpsampleCall:
-    """`upsample_cross_entropy` with every set of options; forward, `upsample_argmax` as well."""
+def upsample_pass(
+    logits: Tensor, size: tuple[int, int], options: UpsampleOptions, direction: str
+) -> Pass:
+    """That of one cross-entropy."""
+    plan = _plan("upsampling")
+    target = logits.new_empty((len(logits), *size), dtype=options.label)
+    weight = logits.new_empty(logits.shape[1], dtype=torch.float32) if options.weighted else None
+    prepared = plan.options(weight, 255, options.align_corners, options.smoothing)
+    a_map = options.reduction == "none"
+    made: Pass
+    if direction == "forward":
+        made = plan.Forward(logits, target, prepared, True, a_map)
+    else:
+        lse = target.new_empty(target.shape, dtype=torch.float32)
+        grad = lse.clone() if a_map else lse.new_empty((), dtype=torch.float64)
+        made = plan.Backward(grad, logits, target, lse, prepared)
+    return made
 
+
+def upsample_launches(
+    logits: Tensor, size: tuple[int, int], options: UpsampleOptions, direction: str, arch: int
+) -> list[Launch]:
+    """What one cross-entropy launches."""
+    return launches_of([upsample_pass(logits, size, options, direction)], _machine(arch))
+
+
+def _options(size: UpsampleShape, dtype: torch.dtype, direction: str) -> list[Pass]:
+    """The cross-entropy with every set of options; forward, `upsample_argmax` as well."""
+    logits, high = size.logits(dtype, "meta"), (size.H, size.W)
+    made = [upsample_pass(logits, high, options, direction) for options in UPSAMPLE_OPTIONS]
+    if direction == "forward":
+        argmax = _plan("upsampling").ArgMax
+        made += [argmax(logits, *high, False, with_prob) for with_prob in (False, True)]
+    return made
+
+
+# Passes of an operator at a size, for a dtype and a direction; those of one call.
+_PASSES: dict[str, Callable[[Any, torch.dtype, str], list[Pass]]] = {
+    "encode": encode_passes,
+    "batch_norm_act": _variants,
+    "upsample": _options,
+}
+# Sizes whose every configuration is compiled, where not all are.
+_EVERY_CONFIG = {"batch_norm_act": BATCH_NORM_SHAPES, "upsample": UPSAMPLE_SHAPES}
+
+
+class Size(Protocol):
+    """A shape of an operator; it can be hashed, and str() tells it."""
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One direction of an operator: all its passes at one size; `config` counts in `configs`."""
+
+    op: str
     direction: str
     dtype: str
     arch: int
-    size: UpsampleShape
+    size: Size
     config: int = 0
-
-    op = "upsample"
 
     @property
     def shape(self) -> str:
         return str(self.size)
 
-    def _logits(self) -> Tensor:
-        return self.size.logits(getattr(torch, self.dtype), "meta")
+    def passes(self) -> list[Pass]:
+        return _PASSES[self.op](self.size, getattr(torch, self.dtype), self.direction)
 
     def configs(self) -> list[Config]:
-        operator, logits = _module("upsampling.plan"), self._logits()
-        if self.direction == "forward":
-            return list(operator.forward_configs(logits, self.arch))
-        return list(operator.backward_configs(logits, self.size.W, True))
+        """What the launcher may choose from in the first pass, the default first."""
+        return list(self.passes()[0].configs(_machine(self.arch)))
 
     def launches(self) -> list[Launch]:
-        made = [
-            launch
-            for options in UPSAMPLE_OPTIONS
-            for launch in upsample_launches(
-                self._logits(),
-                (self.size.H, self.size.W),
-                options,
-                self.direction,
-                self.arch,
-                self.config,
-            )
-        ]
-        if self.direction == "backward":
-            return made
-        operator = _module("upsampling.plan")
-        choices = operator.argmax_configs(self._logits(), self.arch)
-        config = choices[min(self.config, len(choices) - 1)]
-        for with_prob in (False, True):
-            size = (self.size.H, self.size.W)
-            made += operator.argmax_launches(self._logits(), *size, False, with_prob, config)[0]
-        return made
+        return launches_of(self.passes(), _machine(self.arch), self.config)
 
 
-def upsample_launches(
-    logits: Tensor,
-    size: tuple[int, int],
-    options: UpsampleOptions,
-    direction: str,
-    arch: int,
-    config: int = 0,
-) -> list[Launch]:
-    """What one cross-entropy launches; `config` counts in the operator's list."""
-    operator = _module("upsampling.plan")
-    target = logits.new_empty((len(logits), *size), dtype=options.label)
-    weight = logits.new_empty(logits.shape[1], dtype=torch.float32) if options.weighted else None
-    prepared = operator.Options(weight, 255, options.align_corners, options.smoothing)
-    a_map = options.reduction == "none"
-    if direction == "forward":
-        choices = operator.forward_configs(logits, arch, options.smoothing)
-        chosen = choices[min(config, len(choices) - 1)]
-        return list(operator.forward_launches(logits, target, prepared, True, a_map, chosen)[0])
-    lse = target.new_empty(target.shape, dtype=torch.float32)
-    grad = lse.clone() if a_map else lse.new_empty((), dtype=torch.float64)
-    choices = operator.backward_configs(logits, size[1], options.align_corners, options.smoothing)
-    chosen = choices[min(config, len(choices) - 1)]
-    return list(
-        operator.backward_launches(
-            grad, logits, target, lse, prepared, LIMITS[arch].processors, chosen
-        )[0]
-    )
-
-
-def upsample_calls(
-    archs: list[int], dtypes: list[str], shapes: list[UpsampleShape], every_config: bool
-) -> Iterator[UpsampleCall]:
-    """With the default configuration alone; of the main shapes, if asked, with every one."""
+def calls(
+    op: str, archs: list[int], dtypes: list[str], sizes: Sequence[Size], every_config: bool
+) -> Iterator[Call]:
+    """With the default configuration alone or with every one; none where there are no kernels."""
     for direction in DIRECTIONS:
-        for size in shapes:
+        for size in sizes:
             for dtype in dtypes:
                 for arch in archs:
-                    call = UpsampleCall(direction, dtype, arch, size)
-                    every = every_config and size in UPSAMPLE_SHAPES
+                    call = Call(op, direction, dtype, arch, size)
+                    if not call.passes():
+                        continue
+                    every = every_config and size in _EVERY_CONFIG.get(op, sizes)
                     for config in range(len(call.configs()) if every else 1):
-                        yield UpsampleCall(direction, dtype, arch, size, config)
+                        yield Call(op, direction, dtype, arch, size, config)
 
 
-Call = EncodeCall | BatchNormCall | UpsampleCall
+encode_calls = partial(calls, "encode")
+batch_norm_calls = partial(calls, "batch_norm_act")
+upsample_calls = partial(calls, "upsample")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from encnet_triton.kernels import batch_norm_act
-from encnet_triton.kernels.runtime.launch import takes_triton
+from encnet_triton.kernels.runtime.dispatch import takes_triton
 from encnet_triton.nn.arguments import check_choice
 
 if TYPE_CHECKING:

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from .._namespace import add_op_namespace_prefix
+from ..runtime.dispatch import plan_of
 from ..runtime.inductor import register_fake
-from ..runtime.launch import takes_triton
+from ..runtime.launch import run
 from ..runtime.tiling import accumulation_dtype
 from . import pytorch
 
@@ -57,13 +58,11 @@ def _pack(mean: Tensor, m2: Tensor, count: Tensor) -> Tensor:
     return torch.cat([total, m2 + mean * total, count])
 
 
-def _triton(x: Tensor) -> Any:
-    """The module that launches the Triton kernels, where x goes to them; else None."""
-    if not takes_triton(x) or x.numel() == 0:
-        return None
-    from . import plan
-
-    return plan
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor, or a copy of it, as a new tensor like x would lie in memory."""
+    if tensor.numel() == 0 or tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x).copy_(tensor)
 
 
 def _empty_moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,10 +78,9 @@ def moments(
     x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count of x [B, C, N]; moves the running statistics."""
-    if kernels := _triton(x):
-        running = kernels.Running(running_mean, running_var, momentum)
-        made: tuple[Tensor, Tensor, Tensor] = kernels.statistics(x, running)
-        return made
+    if plan := plan_of(__package__, x):
+        running = plan.Running(running_mean, running_var, momentum)
+        return run(plan.Statistics(plan.dense(x), running))
     mean, m2, count = pytorch.statistics(x)
     pytorch.move_running(running_mean, running_var, mean, m2, count, momentum)
     dtype = accumulation_dtype(x)
@@ -99,9 +97,8 @@ def _moments_fake(
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_statistics"), mutates_args=())
 def statistics_of(x: Tensor) -> Tensor:
     """[sum x, sum x^2, count] of x [B, C, N]: 2 C + 1 float64 values."""
-    if kernels := _triton(x):
-        made: tuple[Tensor] = kernels.statistics(x, None)
-        return made[0]
+    if plan := plan_of(__package__, x):
+        return run(plan.Statistics(plan.dense(x), None))[0]
     return _pack(*pytorch.statistics(x))
 
 
@@ -124,11 +121,8 @@ def unpack(
 
     x gives the dtype alone: it may be empty on this rank.
     """
-    if takes_triton(x):
-        from . import plan as kernels
-
-        made = kernels.moments(packed, kernels.Running(running_mean, running_var, momentum))
-        return made
+    if plan := plan_of(__package__, x, read=False):
+        return run(plan.Moments(packed, plan.Running(running_mean, running_var, momentum)))
     channels = packed.shape[0] // 2
     total, squares, count = packed.split([channels, channels, 1])
     count = count.clamp(min=1.0)
@@ -170,12 +164,12 @@ def normalise(
     statistics) and `group_name` serve the backward pass.
     """
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
-    if kernels := _triton(x):
-        affine = kernels.Affine(mean, var, weight, bias, eps)
-        made: tuple[Tensor, Tensor] = kernels.normalise(
-            x, affine, residual, relu, pack, fold=count is None
-        )
-        return made
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        added = None if residual is None else _like(residual, dense)
+        affine = plan.Affine(mean, var, weight, bias, eps)
+        y, mask = run(plan.Normalise(dense, affine, added, relu, pack, fold=count is None))
+        return _like(y, x), mask
     y = pytorch.normalise(x, mean, var, weight, bias, residual, relu, eps)
     return y, x.new_empty(0, dtype=torch.uint8)
 
@@ -195,8 +189,8 @@ def _normalise_fake(
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
-    kernels = _triton(x) if pack else None
-    size = kernels.mask_bytes(x) if kernels else 0
+    plan = plan_of(__package__, x) if pack else None
+    size = plan.mask_bytes(x) if plan else 0
     return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
 
 
@@ -216,11 +210,11 @@ def backward_sums(
 
     `kept` is the mask as `normalise` packed it, or y, or None where g is made again from x.
     """
-    if kernels := _triton(x):
-        affine = kernels.Affine(mean, var, weight, bias, eps)
-        sums, grad_weight, grad_bias, _, masked = kernels.backward_sums(
-            grad, x, kept, affine, relu, frozen=False, need_residual=False
-        )
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        affine = plan.Affine(mean, var, weight, bias, eps)
+        call = plan.BackwardSums(dense, _like(grad, dense), kept, affine, relu, False, False)
+        sums, grad_weight, grad_bias, _, masked = run(call)
         return sums, grad_weight, grad_bias, masked
     sums, masked = pytorch.backward_sums(grad, x, kept, mean, (var + eps).rsqrt())
     return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
@@ -239,7 +233,8 @@ def _backward_sums_fake(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
-    masked = x.new_empty(0) if kept is None or _triton(x) else torch.empty_like(x)
+    no_copy = kept is None or plan_of(__package__, x)
+    masked = x.new_empty(0) if no_copy else torch.empty_like(x)
     return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
 
 
@@ -271,12 +266,11 @@ def backward_input(
 
     `grad` is dL/dy with `kept` as in `backward_sums`, or g with `relu` False.
     """
-    if kernels := _triton(x):
-        affine = kernels.Affine(mean, var, weight, bias, eps)
-        made: tuple[Tensor, Tensor] = kernels.backward_input(
-            grad, x, kept, affine, sums, count, relu, need_residual
-        )
-        return made
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        given = (_like(grad, dense), kept, plan.Affine(mean, var, weight, bias, eps), relu)
+        made = run(plan.BackwardInput(dense, *given, sums, count, need_residual))
+        return _like(made[0], x), _like(made[1], x)
     inv_std = (var + eps).rsqrt()
     grad_x = pytorch.backward_input(grad, x, mean, inv_std, weight, sums, count)
     return grad_x, x.new_empty(0)
@@ -314,12 +308,12 @@ def backward_frozen(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and the residual's gradient (or empty) with frozen statistics."""
-    if kernels := _triton(x):
-        affine = kernels.Affine(mean, var, weight, bias, eps)
-        _, grad_weight, grad_bias, grad_x, grad_residual = kernels.backward_sums(
-            grad, x, kept, affine, relu, frozen=True, need_residual=need_residual
-        )
-        return grad_x, grad_weight, grad_bias, grad_residual
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        given = (_like(grad, dense), kept, plan.Affine(mean, var, weight, bias, eps), relu)
+        call = plan.BackwardSums(dense, *given, frozen=True, need_residual=need_residual)
+        _, grad_weight, grad_bias, grad_x, grad_residual = run(call)
+        return _like(grad_x, x), grad_weight, grad_bias, _like(grad_residual, x)
     inv_std = (var + eps).rsqrt()
     sums, masked = pytorch.backward_sums(grad, x, kept, mean, inv_std)
     grad = grad if kept is None else masked
@@ -341,7 +335,7 @@ def _backward_frozen_fake(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
-    written = need_residual if _triton(x) else kept is not None
+    written = need_residual if plan_of(__package__, x) else kept is not None
     grad_residual = torch.empty_like(x) if written else x.new_empty(0)
     return torch.empty_like(x), *_parameter_gradients(x, sums, weight, bias), grad_residual
 
@@ -356,7 +350,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, mask = output
     ctx.mark_non_differentiable(mask)
     kept = None
-    if ctx.relu and not _triton(x):
+    if ctx.relu and not plan_of(__package__, x):
         kept = y
     elif pack:
         kept = mask
@@ -379,7 +373,7 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional[Tensor]
         if need_x or write_residual:
             if ctx.group_name:
                 sums = _all_reduce(sums, ctx.group_name)
-            if kept is not None and not _triton(x):  # the PyTorch code has made g
+            if kept is not None and not plan_of(__package__, x):  # the PyTorch code has made g
                 grad_x, _ = backward_input(
                     masked, x, None, *call[2:], sums, count, False, ctx.eps, False
                 )

@@ -6,22 +6,13 @@ x is B x C x N (images, channels, pixels) and dense, contiguous or with the chan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from ..runtime.launch import (
-    Config,
-    Launch,
-    architecture,
-    cdiv,
-    next_power_of_2,
-    on,
-    run_all,
-    run_chosen,
-)
+from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from . import kernels
 
 # Bytes of a tile, and warps: one load of 16 bytes a thread. With more, or with 4 warps, the
@@ -55,6 +46,11 @@ def dense(x: Tensor) -> Tensor:
 def _layout(x: Tensor) -> tuple[int, int, int, bool]:
     """Images, channels, pixels, and whether the channels lie innermost."""
     return (*x.shape, _channels_last(x))
+
+
+def supports(x: Tensor, *, read: bool = True) -> bool:
+    """Whether there are kernels: an x that is to be read needs values."""
+    return not read or x.numel() > 0
 
 
 def configs(x: Tensor) -> list[Config]:
@@ -194,234 +190,201 @@ def _new_moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean, var, x.new_empty(1, dtype=torch.float64)
 
 
-def statistics_launches(
-    x: Tensor, running: Optional[Running], processors: int, config: Config
-) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    """Launches and outputs of the statistics of this process's x.
+@dataclass(frozen=True)
+class _Pass:
+    """A pass over x, B x C x N and dense."""
 
-    Without `running`, [sum x, sum x^2, count] to be summed over the processes of a group; with it
-    mean, var and count, and the running statistics are moved.
+    x: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def configs(self, machine: Machine) -> list[Config]:
+        return configs(self.x)
+
+    def walk(self, machine: Machine, config: Config) -> Walk:
+        return _walk(*_layout(self.x), machine.processors, config)
+
+
+@dataclass(frozen=True)
+class Statistics(_Pass):
+    """The statistics of this process's x.
+
+    Without `running` the output is [sum x, sum x^2, count], to be summed over the processes of a
+    group; with it mean, var and count, and the running statistics are moved.
     """
-    walk = _walk(*_layout(x), processors, config)
-    channels = x.shape[1]
-    sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
-    counts = x.new_empty(walk.splits, dtype=torch.int32)
-    mean, var, count = _new_moments(x, channels)
-    packed = x.new_empty(2 * channels + 1, dtype=torch.float64)
-    arguments, constants = _moments_arguments(mean, var, count, running or Running(None, None, 0.0))
-    finish = Launch(
-        kernels.finish_statistics_kernel,
-        _finish_grid(channels),
-        dict(arguments, P=sums_of_runs, PN=counts, Packed=packed, splits=walk.splits),
-        dict(constants, BS=_RUNS_OF_FINISH, ALONE=running is not None),
-        num_warps=4,
-    )
-    first = walk.launch(kernels.statistics_kernel, {"X": x, "P": sums_of_runs, "PN": counts})
-    return [first, finish], (packed,) if running is None else (mean, var, count)
+
+    running: Optional[Running]
+
+    def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], tuple[Tensor, ...]]:
+        x, running = self.x, self.running
+        walk = self.walk(machine, config)
+        channels = x.shape[1]
+        sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
+        counts = x.new_empty(walk.splits, dtype=torch.int32)
+        mean, var, count = _new_moments(x, channels)
+        packed = x.new_empty(2 * channels + 1, dtype=torch.float64)
+        moved = running or Running(None, None, 0.0)
+        arguments, constants = _moments_arguments(mean, var, count, moved)
+        finish = Launch(
+            kernels.finish_statistics_kernel,
+            _finish_grid(channels),
+            dict(arguments, P=sums_of_runs, PN=counts, Packed=packed, splits=walk.splits),
+            dict(constants, BS=_RUNS_OF_FINISH, ALONE=running is not None),
+            num_warps=4,
+        )
+        first = walk.launch(kernels.statistics_kernel, {"X": x, "P": sums_of_runs, "PN": counts})
+        return [first, finish], (packed,) if running is None else (mean, var, count)
 
 
-def moments_launches(
-    packed: Tensor, running: Running
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The launch that makes mean, var and count of the sums over all processes."""
-    channels = packed.shape[0] // 2
-    made = _new_moments(packed, channels)
-    arguments, constants = _moments_arguments(*made, running)
-    launch = Launch(
-        kernels.moments_kernel,
-        _finish_grid(channels),
-        dict(arguments, Packed=packed),
-        constants,
-        num_warps=1,
-    )
-    return [launch], made
+@dataclass(frozen=True)
+class Moments:
+    """Mean, var and count of [sum x, sum x^2, count] over all processes."""
+
+    packed: Tensor
+    running: Running
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def configs(self, machine: Machine) -> list[Config]:
+        return [Config(1, _CHANNELS_OF_FINISH, 1)]
+
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+        channels = self.packed.shape[0] // 2
+        made = _new_moments(self.packed, channels)
+        arguments, constants = _moments_arguments(*made, self.running)
+        launch = Launch(
+            kernels.moments_kernel,
+            _finish_grid(channels),
+            dict(arguments, Packed=self.packed),
+            constants,
+            num_warps=config.num_warps,
+        )
+        return [launch], made
 
 
-def normalise_launches(
-    x: Tensor,
-    affine: Affine,
-    residual: Optional[Tensor],
-    relu: bool,
-    pack: bool,
-    fold: bool,
-    processors: int,
-    config: Config,
-) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The launch that writes y, and the packed mask (else empty); residual lies as x does."""
-    walk = _walk(*_layout(x), processors, config)
-    y = torch.empty_like(x)
-    mask = x.new_empty(mask_bytes(x) if pack else 0, dtype=torch.uint8)
-    arguments = {"X": x, "R": x if residual is None else residual, "Y": y}
-    launch = walk.launch(
-        kernels.normalise_kernel,
-        arguments | {"Bits": mask if pack else y} | affine.arguments(),
-        **affine.constants(),
-        RESIDUAL=residual is not None,
-        RELU=relu,
-        PACK=pack,
-        FOLD=fold,
-    )
-    return [launch], (y, mask)
+@dataclass(frozen=True)
+class Normalise(_Pass):
+    """y, and the packed mask (else empty); residual lies as x does."""
+
+    affine: Affine
+    residual: Optional[Tensor]
+    relu: bool
+    pack: bool
+    fold: bool
+
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+        x, residual = self.x, self.residual
+        y = torch.empty_like(x)
+        mask = x.new_empty(mask_bytes(x) if self.pack else 0, dtype=torch.uint8)
+        arguments = {"X": x, "R": x if residual is None else residual, "Y": y}
+        launch = self.walk(machine, config).launch(
+            kernels.normalise_kernel,
+            arguments | {"Bits": mask if self.pack else y} | self.affine.arguments(),
+            **self.affine.constants(),
+            RESIDUAL=residual is not None,
+            RELU=self.relu,
+            PACK=self.pack,
+            FOLD=self.fold,
+        )
+        return [launch], (y, mask)
 
 
-def _gradient_arguments(
-    grad: Tensor, x: Tensor, mask: Optional[Tensor], affine: Affine
-) -> dict[str, Any]:
-    return {"dY": grad, "X": x, "Bits": x if mask is None else mask} | affine.arguments()
+@dataclass(frozen=True)
+class _BackwardPass(_Pass):
+    """A pass over x and grad, dy, which lies as x does; mask: see `Normalise`."""
+
+    grad: Tensor
+    mask: Optional[Tensor]
+    affine: Affine
+    relu: bool
+
+    def arguments(self) -> dict[str, Any]:
+        bits = self.x if self.mask is None else self.mask
+        return {"dY": self.grad, "X": self.x, "Bits": bits} | self.affine.arguments()
+
+    def constants(self) -> dict[str, bool]:
+        return {**self.affine.constants(), "RELU": self.relu, "PACKED": self.mask is not None}
 
 
-def sums_launches(
-    grad: Tensor,
-    x: Tensor,
-    mask: Optional[Tensor],
-    affine: Affine,
-    relu: bool,
-    frozen: bool,
-    need_residual: bool,
-    processors: int,
-    config: Config,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Launches that sum g and g u s over this process, and what they write.
+@dataclass(frozen=True)
+class BackwardSums(_BackwardPass):
+    """Sums of g and g u s over this process.
 
-    Outputs: sums, 2 x C in float64, the gradients of weight and bias, and for frozen statistics
-    dx and, where needed, that of the residual; empty where there is none. grad lies as x does.
+    Outputs: sums, 2 x C in float64, the gradients of weight and bias, and for frozen statistics dx
+    and, where needed, that of the residual; empty where there is none.
     """
-    walk = _walk(*_layout(x), processors, config)
-    channels = x.shape[1]
-    sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
-    sums = x.new_empty((2, channels), dtype=torch.float64)
-    grad_x = torch.empty_like(x) if frozen else x.new_empty(0)
-    grad_residual = torch.empty_like(x) if frozen and need_residual else x.new_empty(0)
-    parameters = [
-        x.new_empty(0) if t is None else torch.empty_like(t) for t in (affine.weight, affine.bias)
-    ]
-    first = walk.launch(
-        kernels.backward_sums_kernel,
-        _gradient_arguments(grad, x, mask, affine)
-        | {"P": sums_of_runs, "dX": grad_x, "dR": grad_residual},
-        **affine.constants(),
-        RELU=relu,
-        PACKED=mask is not None,
-        FROZEN=frozen,
-        RESIDUAL=frozen and need_residual,
-    )
-    finish = Launch(
-        kernels.finish_backward_kernel,
-        _finish_grid(channels),
-        {
-            "P": sums_of_runs,
-            "Var": affine.var,
-            "eps": affine.eps,
-            "Sums": sums,
-            "dWeight": parameters[0],
-            "dBias": parameters[1],
-            "C": channels,
-            "splits": walk.splits,
-        },
-        dict(affine.constants(), BC=_CHANNELS_OF_FINISH, BS=_RUNS_OF_FINISH),
-        num_warps=4,
-    )
-    return [first, finish], (sums, parameters[0], parameters[1], grad_x, grad_residual)
+
+    frozen: bool
+    need_residual: bool
+
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        x, affine = self.x, self.affine
+        walk = self.walk(machine, config)
+        channels = x.shape[1]
+        sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
+        sums = x.new_empty((2, channels), dtype=torch.float64)
+        write_residual = self.frozen and self.need_residual
+        grad_x = torch.empty_like(x) if self.frozen else x.new_empty(0)
+        grad_residual = torch.empty_like(x) if write_residual else x.new_empty(0)
+        grad_weight, grad_bias = (
+            x.new_empty(0) if t is None else torch.empty_like(t)
+            for t in (affine.weight, affine.bias)
+        )
+        first = walk.launch(
+            kernels.backward_sums_kernel,
+            self.arguments() | {"P": sums_of_runs, "dX": grad_x, "dR": grad_residual},
+            **self.constants(),
+            FROZEN=self.frozen,
+            RESIDUAL=write_residual,
+        )
+        finish = Launch(
+            kernels.finish_backward_kernel,
+            _finish_grid(channels),
+            {
+                "P": sums_of_runs,
+                "Var": affine.var,
+                "eps": affine.eps,
+                "Sums": sums,
+                "dWeight": grad_weight,
+                "dBias": grad_bias,
+                "C": channels,
+                "splits": walk.splits,
+            },
+            dict(affine.constants(), BC=_CHANNELS_OF_FINISH, BS=_RUNS_OF_FINISH),
+            num_warps=4,
+        )
+        return [first, finish], (sums, grad_weight, grad_bias, grad_x, grad_residual)
 
 
-def input_launches(
-    grad: Tensor,
-    x: Tensor,
-    mask: Optional[Tensor],
-    affine: Affine,
-    sums: Tensor,
-    count: Tensor,
-    relu: bool,
-    need_residual: bool,
-    processors: int,
-    config: Config,
-) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The launch that writes dx and, where needed, the residual's gradient (else empty)."""
-    walk = _walk(*_layout(x), processors, config)
-    grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
-    launch = walk.launch(
-        kernels.backward_input_kernel,
-        _gradient_arguments(grad, x, mask, affine)
-        | {"Sums": sums, "Count": count, "dX": grad_x, "dR": grad_residual},
-        **affine.constants(),
-        RELU=relu,
-        PACKED=mask is not None,
-        RESIDUAL=need_residual,
-    )
-    return [launch], (grad_x, grad_residual)
+@dataclass(frozen=True)
+class BackwardInput(_BackwardPass):
+    """dx from the sums over all processes; the residual's gradient where needed, else empty."""
 
+    sums: Tensor
+    count: Tensor
+    need_residual: bool
 
-def _run(x: Tensor, launches: Any) -> Any:
-    """Choose a tile for x, run `launches(processors, tile)` and return its outputs."""
-    _, processors = architecture(x)
-    return run_chosen(configs(x), lambda config: launches(processors, config), x.device)
-
-
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    """The tensor, or a copy of it, as a new tensor like x would lie in memory."""
-    if tensor.numel() == 0 or tensor.stride() == x.stride():
-        return tensor
-    return torch.empty_like(x).copy_(tensor)
-
-
-def statistics(x: Tensor, running: Optional[Running]) -> tuple[Tensor, ...]:
-    """See `statistics_launches`."""
-    x = dense(x)
-    build = partial(statistics_launches, x, running)
-    outputs: tuple[Tensor, ...] = _run(x, build)
-    return outputs
-
-
-def moments(packed: Tensor, running: Running) -> tuple[Tensor, Tensor, Tensor]:
-    """See `moments_launches`."""
-    launches, outputs = moments_launches(packed, running)
-    with on(packed.device):
-        run_all(launches)
-    return outputs
-
-
-def normalise(
-    x: Tensor, affine: Affine, residual: Optional[Tensor], relu: bool, pack: bool, fold: bool
-) -> tuple[Tensor, Tensor]:
-    """See `normalise_launches`."""
-    given, x = x, dense(x)
-    residual = None if residual is None else _like(residual, x)
-    build = partial(normalise_launches, x, affine, residual, relu, pack, fold)
-    y, mask = _run(x, build)
-    return _like(y, given), mask
-
-
-def backward_sums(
-    grad: Tensor,
-    x: Tensor,
-    mask: Optional[Tensor],
-    affine: Affine,
-    relu: bool,
-    frozen: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `sums_launches`."""
-    given, x = x, dense(x)
-    build = partial(sums_launches, _like(grad, x), x, mask, affine, relu, frozen, need_residual)
-    sums, grad_weight, grad_bias, grad_x, grad_residual = _run(x, build)
-    return sums, grad_weight, grad_bias, _like(grad_x, given), _like(grad_residual, given)
-
-
-def backward_input(
-    grad: Tensor,
-    x: Tensor,
-    mask: Optional[Tensor],
-    affine: Affine,
-    sums: Tensor,
-    count: Tensor,
-    relu: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `input_launches`."""
-    given, x = x, dense(x)
-    build = partial(
-        input_launches, _like(grad, x), x, mask, affine, sums, count, relu, need_residual
-    )
-    grad_x, grad_residual = _run(x, build)
-    return _like(grad_x, given), _like(grad_residual, given)
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+        x = self.x
+        grad_x = torch.empty_like(x)
+        grad_residual = torch.empty_like(x) if self.need_residual else x.new_empty(0)
+        launch = self.walk(machine, config).launch(
+            kernels.backward_input_kernel,
+            self.arguments()
+            | {"Sums": self.sums, "Count": self.count, "dX": grad_x, "dR": grad_residual},
+            **self.constants(),
+            RESIDUAL=self.need_residual,
+        )
+        return [launch], (grad_x, grad_residual)

@@ -16,7 +16,6 @@ again. Bytes: forward reads x once, backward reads x once and writes dx once.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal, Optional, Union, overload
 
 import torch
@@ -24,13 +23,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._namespace import add_op_namespace_prefix
+from ..runtime.dispatch import plan_of
 from ..runtime.inductor import register_fake
-from ..runtime.launch import takes_triton
+from ..runtime.launch import run
 from ..runtime.tiling import accumulation_dtype
 from . import pytorch
-
-with contextlib.suppress(ImportError):  # no Triton for this platform: takes_triton says so
-    from . import plan
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -82,8 +79,10 @@ def _counters(x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0] + 1, dtype=torch.int32)
 
 
-def _takes_triton(x: Tensor, codewords: Tensor) -> bool:
-    return takes_triton(x) and plan.supports(x.dtype, x.shape[1], codewords.shape[0])
+def _laid_out_as(x: Tensor, grad_x: Tensor) -> Tensor:
+    """The gradient, or a copy of it, as a new tensor like x would lie in memory."""
+    out = torch.empty_like(x)
+    return grad_x if grad_x.stride() == out.stride() else out.copy_(grad_x)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("encode_forward"), mutates_args=())
@@ -99,8 +98,9 @@ def _encode_forward(
     The fourth output is for the backward pass, see `_counters`.
     """
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
-    if _takes_triton(x, codewords):
-        return plan.forward(x, codewords, scale, return_stats)
+    if plan := plan_of(__package__, x, codewords):
+        x, codewords, scale = plan.channels_last(x), codewords.contiguous(), scale.contiguous()
+        return run(plan.Forward(x, codewords, scale, return_stats))
     # Autocast would reach into the body and run its products in half precision.
     with torch.autocast(x.device.type, enabled=False):
         code = pytorch.forward(x, codewords, scale)
@@ -140,8 +140,12 @@ def _encode_backward(
     `counters` are those of the forward pass, see `_counters`.
     """
     _check_inputs(x, x.shape[1], codewords, scale, backward_scale)
-    if _takes_triton(x, codewords):
-        return plan.backward(grad.float(), x, codewords, scale, backward_scale, need_x, counters)
+    if plan := plan_of(__package__, x, codewords):
+        factor = (scale if backward_scale is None else backward_scale).contiguous()
+        parameters = codewords.contiguous(), scale.contiguous(), factor
+        grad = grad.float().contiguous()
+        made = run(plan.Backward(grad, plan.channels_last(x), *parameters, need_x, counters))
+        return _laid_out_as(x, made[0]) if need_x else made[0], made[1], made[2]
     with torch.autocast(x.device.type, enabled=False):
         grad = grad.to(accumulation_dtype(x))
         return pytorch.backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)

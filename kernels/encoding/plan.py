@@ -10,12 +10,12 @@ so K is padded to a power of two from 16 on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..runtime.launch import Config, Launch, architecture, cdiv, next_power_of_2, run_chosen
+from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from . import finish, fused, split
 
 # Entries of the K x C sum that one program can hold: 64 registers a thread in 8 warps.
@@ -42,9 +42,10 @@ def parts(channels: int, num: int) -> int:
     return cdiv(padded(num) * channels, _FUSED_ENTRIES)
 
 
-def supports(dtype: torch.dtype, channels: int, num: int) -> bool:
+def supports(x: Tensor, codewords: Tensor) -> bool:
     """Whether there are kernels; 3xTF32 products hold each operand twice, so fewer codewords."""
-    return channels <= MAX_CHANNELS and num <= (64 if dtype == torch.float32 else 256)
+    num, channels = codewords.shape
+    return channels <= MAX_CHANNELS and num <= (64 if x.dtype == torch.float32 else 256)
 
 
 def _split_config(dtype: torch.dtype, channels: int, num: int) -> Config:
@@ -256,45 +257,55 @@ def channels_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def forward_launches(
-    x: Tensor,
-    codewords: Tensor,
-    scale: Tensor,
-    return_stats: bool,
-    *,
-    arch: int,
-    processors: int,
-    config: Optional[Config] = None,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Launches of the forward pass and its outputs.
+@dataclass(frozen=True)
+class Forward:
+    """The forward pass over x, B x C x N and channels last.
 
-    x is B x C x N and channels last; nothing runs here. Outputs are E, its sums and M2 or two empty
-    tensors, and B + 1 counters at zero for the backward pass.
+    Outputs are E, its sums and M2 or two empty tensors, and B + 1 counters at zero for the backward
+    pass. Codewords (K x C) and scale (K) are contiguous.
     """
-    images, channels, pixels = x.shape
-    num = codewords.shape[0]
-    config = config or forward_configs(arch, x.dtype, channels, num, pixels)[0]
-    problem = _Problem(x, codewords, scale, config, processors)
-    code = _Code.empty(problem, return_stats)
-    if config.whole:
-        launch, _, _ = _fused_forward(problem, code)
-        return [launch], code.outputs
-    if config.fused:
-        launch, partial, masses = _fused_forward(problem, code)
-        launches = [launch]
-    else:
-        launches, partial, masses = _split_forward(problem)
-    add_up = Launch(
-        finish.finish_forward_kernel,
-        (images * num,),
-        dict(
-            code.arguments(), P=partial, PM=masses, D=codewords, splits=partial.shape[1],
-            mass_splits=masses.shape[1],
-        ),
-        dict(C=channels, K=num, CP=next_power_of_2(channels), BS=8, STATS=return_stats),
-        num_warps=4,
-    )  # fmt: skip
-    return [*launches, add_up], code.outputs
+
+    x: Tensor
+    codewords: Tensor
+    scale: Tensor
+    return_stats: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def configs(self, machine: Machine) -> list[Config]:
+        _, channels, pixels = self.x.shape
+        num = len(self.codewords)
+        return forward_configs(machine.arch, self.x.dtype, channels, num, pixels)
+
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        problem = _Problem(self.x, self.codewords, self.scale, config, machine.processors)
+        code = _Code.empty(problem, self.return_stats)
+        if config.whole:
+            launch, _, _ = _fused_forward(problem, code)
+            return [launch], code.outputs
+        if config.fused:
+            launch, partial, masses = _fused_forward(problem, code)
+            launches = [launch]
+        else:
+            launches, partial, masses = _split_forward(problem)
+        add_up = Launch(
+            finish.finish_forward_kernel,
+            (problem.images * problem.num,),
+            dict(
+                code.arguments(), P=partial, PM=masses, D=self.codewords, splits=partial.shape[1],
+                mass_splits=masses.shape[1],
+            ),
+            dict(
+                C=problem.channels, K=problem.num, CP=next_power_of_2(problem.channels), BS=8,
+                STATS=self.return_stats,
+            ),
+            num_warps=4,
+        )  # fmt: skip
+        return [*launches, add_up], code.outputs
 
 
 def _fused_forward(problem: _Problem, code: _Code) -> tuple[Launch, Tensor, Tensor]:
@@ -374,53 +385,72 @@ def _aggregate(problem: _Problem, weights: Tensor) -> tuple[Launch, Tensor]:
     return launch, partial
 
 
-def backward_launches(
-    grad: Tensor,
-    x: Tensor,
-    codewords: Tensor,
-    scale: Tensor,
-    backward_scale: Optional[Tensor],
-    need_x: bool,
-    counters: Tensor,
-    *,
-    arch: int,
-    processors: int,
-    config: Optional[Config] = None,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """Launches of the backward pass and its outputs: dx (empty unless needed), dcodewords, dscale.
+@dataclass(frozen=True)
+class Backward:
+    """The backward pass; outputs are dx (channels last; empty unless needed), dcodewords, dscale.
 
-    grad is B x K x C in float32, contiguous; x as in the forward pass; dx is channels last. The
-    counters are those of the forward pass, at zero before and after.
+    grad, dE, is B x K x C in float32, contiguous; x and the parameters are as in the forward pass;
+    factor is the scale in w, K. The counters are those of the forward pass, at zero before and
+    after.
     """
-    images, channels, pixels = x.shape
-    num = codewords.shape[0]
-    config = config or backward_configs(arch, x.dtype, channels, num, pixels)[0]
-    problem = _Problem(x, codewords, scale, config, processors)
-    grad_x = x.new_empty((images, pixels, channels) if need_x else (0,))
-    grad_codewords, grad_scale = torch.empty_like(codewords), torch.empty_like(scale)
-    factor = scale if backward_scale is None else backward_scale
-    gradient = _Gradient(grad, factor, grad_x, grad_codewords, grad_scale, counters)
-    outputs = (grad_x.transpose(1, 2) if need_x else grad_x, grad_codewords, grad_scale)
-    # Without images there is no program that could be the last one.
-    if config.whole and images:
-        return [_fused_backward(problem, gradient)[0]], outputs
-    if config.fused:
-        launch, partial, masses = _fused_backward(problem, gradient)
-        launches = [launch]
-    else:
-        launches, partial, masses = _split_backward(problem, gradient)
-    block_c = min(64, next_power_of_2(channels))
-    add_up = Launch(
-        finish.finish_backward_kernel,
-        (num * cdiv(channels, block_c),),
-        dict(
-            P=partial, PM=masses, G=grad, D=codewords, dD=grad_codewords, dS=grad_scale,
-            images=images, splits=partial.shape[1], mass_splits=masses.shape[1],
-        ),
-        dict(C=channels, K=num, BC=block_c, BS=16, BM=256),
-        num_warps=4,
-    )  # fmt: skip
-    return [*launches, add_up], outputs
+
+    grad: Tensor
+    x: Tensor
+    codewords: Tensor
+    scale: Tensor
+    factor: Tensor
+    need_x: bool
+    counters: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def configs(self, machine: Machine) -> list[Config]:
+        _, channels, pixels = self.x.shape
+        num = len(self.codewords)
+        return backward_configs(machine.arch, self.x.dtype, channels, num, pixels)
+
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+        images, channels, pixels = self.x.shape
+        problem = _Problem(self.x, self.codewords, self.scale, config, machine.processors)
+        grad_x = self.x.new_empty((images, pixels, channels) if self.need_x else (0,))
+        gradient = _Gradient(
+            self.grad,
+            self.factor,
+            grad_x,
+            torch.empty_like(self.codewords),
+            torch.empty_like(self.scale),
+            self.counters,
+        )
+        outputs = (
+            grad_x.transpose(1, 2) if self.need_x else grad_x,
+            gradient.codewords,
+            gradient.scale,
+        )
+        # Without images there is no program that could be the last one.
+        if config.whole and images:
+            return [_fused_backward(problem, gradient)[0]], outputs
+        if config.fused:
+            launch, partial, masses = _fused_backward(problem, gradient)
+            launches = [launch]
+        else:
+            launches, partial, masses = _split_backward(problem, gradient)
+        block_c = min(64, next_power_of_2(channels))
+        add_up = Launch(
+            finish.finish_backward_kernel,
+            (problem.num * cdiv(channels, block_c),),
+            dict(
+                P=partial, PM=masses, G=self.grad, D=self.codewords, dD=gradient.codewords,
+                dS=gradient.scale, images=images, splits=partial.shape[1],
+                mass_splits=masses.shape[1],
+            ),
+            dict(C=channels, K=problem.num, BC=block_c, BS=16, BM=256),
+            num_warps=4,
+        )  # fmt: skip
+        return [*launches, add_up], outputs
 
 
 def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Tensor, Tensor]:
@@ -476,52 +506,3 @@ def _split_backward(problem: _Problem, gradient: _Gradient) -> tuple[list[Launch
     )
     aggregate, partial = _aggregate(problem, weights)
     return [make_tables, make_weights, aggregate], partial, masses
-
-
-def forward(
-    x: Tensor, codewords: Tensor, scale: Tensor, return_stats: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E, its sums and M2 over the channels (two empty tensors if not asked for), the counters."""
-    arch, processors = architecture(x)
-    x, codewords, scale = channels_last(x), codewords.contiguous(), scale.contiguous()
-    _, channels, pixels = x.shape
-    num = codewords.shape[0]
-
-    def launches(config: Config) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
-        return forward_launches(
-            x, codewords, scale, return_stats, arch=arch, processors=processors, config=config
-        )
-
-    configs = forward_configs(arch, x.dtype, channels, num, pixels)
-    return run_chosen(configs, launches, x.device)
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    codewords: Tensor,
-    scale: Tensor,
-    backward_scale: Optional[Tensor],
-    need_x: bool,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (empty unless needed), codewords and scale."""
-    arch, processors = architecture(x)
-    given, x = x, channels_last(x)
-    grad, codewords, scale = grad.contiguous(), codewords.contiguous(), scale.contiguous()
-    factor = None if backward_scale is None else backward_scale.contiguous()
-    _, channels, pixels = x.shape
-    num = codewords.shape[0]
-
-    def launches(config: Config) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-        return backward_launches(
-            grad, x, codewords, scale, factor, need_x, counters,
-            arch=arch, processors=processors, config=config,
-        )  # fmt: skip
-
-    configs = backward_configs(arch, x.dtype, channels, num, pixels)
-    grad_x, grad_codewords, grad_scale = run_chosen(configs, launches, x.device)
-    if need_x:
-        out = torch.empty_like(given)
-        grad_x = grad_x if grad_x.stride() == out.stride() else out.copy_(grad_x)
-    return grad_x, grad_codewords, grad_scale

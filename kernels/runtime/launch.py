@@ -1,6 +1,6 @@
 """Launches as data, and the choice between configurations on the user's machine.
 
-A launcher lists its kernel launches without running them, so that the same list can be run,
+A plan lists the kernel launches of a call without running them, so that the same list can be run,
 compiled for an architecture that is not there, or counted byte by byte.
 
 Another Triton version may compile a kernel differently. The first time a program is used, it is
@@ -14,15 +14,13 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, TypeVar
+from functools import partial
+from typing import Any, Callable, NamedTuple, Optional, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-except ImportError:  # no wheel for this platform
-    triton = None
+from .dispatch import interpreting
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +105,8 @@ class Launch:
 
     def obstacle(self) -> Optional[str]:
         """Compile for the current device; why the result is not to be used, or None."""
+        import triton  # not at the top: not every platform has it
+
         try:
             compiled = self.kernel.warmup(**self._call(), grid=self.grid)
             # Asking for it loads the program; only then does the driver tell what it takes.
@@ -148,37 +148,48 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 at import)."""
-    return triton is not None and bool(triton.knobs.runtime.interpret)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_sm_80_or_newer(index: Optional[int]) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 0)
-
-
-def takes_triton(x: Tensor) -> bool:
-    """Whether an operator runs its Triton kernels on x: on sm_80 and up, or when interpreting."""
-    if triton is None or x.dtype == torch.float64:
-        return False
-    if x.is_cuda:
-        return _is_sm_80_or_newer(x.device.index)
-    return interpreting()
-
-
-def architecture(x: Tensor) -> tuple[int, int]:
-    """(compute capability such as 90, number of multiprocessors) of x's device."""
-    if not x.is_cuda:
-        return 90, 132  # an H100, for the interpreter
-    properties = torch.cuda.get_device_properties(x.device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
 # Why a program, on a device, is not to be used, or None.
 _obstacles: dict[Any, Optional[str]] = {}
 
 Outputs = TypeVar("Outputs")
+Made = TypeVar("Made", covariant=True)
+
+
+class Machine(NamedTuple):
+    """What a plan has to know of a GPU: its compute capability, such as 90, and multiprocessors."""
+
+    arch: int
+    processors: int
+
+
+class Call(Protocol[Made]):
+    """One pass of an operator over tensors that its kernels can read: what every plan is made of.
+
+    Nothing of it runs. The tensors may be on the meta device.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+
+    def configs(self, machine: Machine) -> Sequence[Config]:
+        """What the launches can be made with, the preferred first, the conservative one last."""
+
+    def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], Made]:
+        """Launches in order, and the outputs they write."""
+
+
+def machine(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return Machine(90, 132)  # an H100, for the interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def run(call: Call[Outputs]) -> Outputs:
+    """Run a call on its device, with the configuration that `run_chosen` finds; its outputs."""
+    here = machine(call.device)
+    return run_chosen(call.configs(here), partial(call.launches, here), call.device)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -219,6 +230,8 @@ def _good(
     launches: Sequence[Launch], device: torch.device, config: Config, following: Config
 ) -> bool:
     """Whether no program of these is to be avoided; looks at each once, and logs what it finds."""
+    import triton
+
     good = True
     for launch in launches:
         key = device, launch.program()

@@ -39,8 +39,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._namespace import add_op_namespace_prefix
+from ..runtime.dispatch import plan_of, takes_triton
 from ..runtime.inductor import register_fake
-from ..runtime.launch import takes_triton
+from ..runtime.launch import run
 from . import pytorch
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,21 +82,22 @@ def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> N
             raise ValueError(f"{name}: {what} is on {other.device}, but logits on {logits.device}.")
 
 
-def _triton(logits: Tensor, height: int, width: int, align_corners: Optional[bool] = None) -> Any:
-    """The module that launches the Triton kernels, where it takes these sizes; else None.
+def _plan_of(logits: Tensor, target: Tensor, align_corners: bool) -> Any:
+    """The plan of the cross-entropy, or None: forward and backward run the same code."""
+    return plan_of(__package__, logits, target.shape[1], target.shape[2], align_corners)
 
-    With `align_corners` those of the backward pass as well. Not to be asked by a fake
-    implementation: sizes may be symbols there.
-    """
-    if not takes_triton(logits):
-        return None
-    from . import plan
 
-    if align_corners is None:
-        supported = plan.supports(logits, height, width)
-    else:
-        supported = plan.supports_backward(logits, height, width, align_corners)
-    return plan if supported else None
+def _run_forward(
+    plan: Any,
+    logits: Tensor,
+    target: Tensor,
+    options: tuple[Optional[Tensor], int, bool, float],
+    keep_lse: bool,
+    keep_losses: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of the losses and of the label weights, lse and losses; see `plan.Forward`."""
+    given = plan.channels_last(logits.detach()), target.contiguous()
+    return run(plan.Forward(*given, plan.options(*options), keep_lse, keep_losses))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_map"), mutates_args=())
@@ -110,9 +112,9 @@ def _map_op(
     """Loss and lse of each pixel, B x H x W both."""
     _check_inputs(logits, target, weight)
     options = (weight, ignore_index, align_corners, smoothing)
-    if kernels := _triton(logits, target.shape[1], target.shape[2], align_corners):
-        made: tuple[Tensor, Tensor] = kernels.losses(logits, target, *options)
-        return made
+    if plan := _plan_of(logits, target, align_corners):
+        _, _, lse, loss = _run_forward(plan, logits, target, options, True, True)
+        return loss, lse
     # Autocast would reach into the body and run its products in half precision.
     with torch.autocast(logits.device.type, enabled=False):
         loss, lse, _ = pytorch.forward(logits, target, *options, with_grad=False)
@@ -148,9 +150,11 @@ def _backward_op(
 ) -> Tensor:
     """The gradient of logits from that of each pixel's loss, or of the sum of all (a scalar)."""
     options = (weight, ignore_index, align_corners, smoothing)
-    if kernels := _triton(logits, target.shape[1], target.shape[2], align_corners):
-        made: Tensor = kernels.backward(grad_loss, logits, target, lse, *options)
-        return made
+    if plan := _plan_of(logits, target, align_corners):
+        given = plan.channels_last(logits.detach()), target.contiguous(), lse
+        made = run(plan.Backward(grad_loss.contiguous(), *given, plan.options(*options)))
+        layout = torch.empty_like(logits)
+        return made if made.stride() == layout.stride() else layout.copy_(made)
     grad_loss = grad_loss.expand(target.shape)
     with torch.autocast(logits.device.type, enabled=False):
         return pytorch.backward(grad_loss, logits, target, lse, *options)
@@ -201,9 +205,9 @@ def _sum_op(
     """
     _check_inputs(logits, target, weight)
     options = (weight, ignore_index, align_corners, smoothing)
-    if kernels := _triton(logits, target.shape[1], target.shape[2], align_corners):
-        made: tuple[Tensor, Tensor, Tensor] = kernels.total(logits, target, *options, with_grad)
-        return made
+    if plan := _plan_of(logits, target, align_corners):
+        made = _run_forward(plan, logits, target, options, with_grad, False)
+        return made[0], made[1], made[2]
     keeps_lse = takes_triton(logits)
     with torch.autocast(logits.device.type, enabled=False):
         loss, lse, grad = pytorch.forward(
@@ -279,11 +283,9 @@ def _argmax_op(
 ) -> tuple[Tensor, Tensor]:
     """Label map, B x H x W, and the probability of the label (empty if not asked for)."""
     _check_logits("upsample_argmax", logits)
-    if kernels := _triton(logits, height, width):
-        made: tuple[Tensor, Tensor] = kernels.argmax(
-            logits, height, width, align_corners, with_prob
-        )
-        return made
+    if plan := plan_of(__package__, logits, height, width):
+        given = plan.channels_last(logits.detach())
+        return run(plan.ArgMax(given, height, width, align_corners, with_prob))
     with torch.autocast(logits.device.type, enabled=False):
         return pytorch.argmax(logits, height, width, align_corners, with_prob)
 

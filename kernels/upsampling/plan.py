@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..runtime.launch import Config, Launch, architecture, cdiv, run_chosen
+from ..runtime.launch import Config, Launch, Machine, cdiv
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .pytorch import label_dtype
@@ -106,17 +106,25 @@ class Options:
         return {"WEIGHT": self.weight is not None, "SMOOTH": self.smoothing > 0}
 
 
-def supports(logits: Tensor, height: int, width: int) -> bool:
-    """Whether the kernels take this size: positions within an image are 32-bit numbers."""
+def options(
+    weight: Optional[Tensor], ignore_index: int, align_corners: bool, smoothing: float
+) -> Options:
+    """Options with a weight that the kernels can read."""
+    weight = None if weight is None else weight.detach().contiguous()
+    return Options(weight, ignore_index, align_corners, smoothing)
+
+
+def supports(logits: Tensor, height: int, width: int, align_corners: Optional[bool] = None) -> bool:
+    """Whether the kernels take this size: positions within an image are 32-bit numbers.
+
+    With `align_corners` those of the backward pass as well: a low column must not touch too many
+    output columns.
+    """
     _, classes, low_height, low_width = logits.shape
     numbers = (classes * low_height * low_width, 4 * height * low_height, 4 * width * low_width)
-    return max(*numbers, height * width) < _MOST_NUMBER
-
-
-def supports_backward(logits: Tensor, height: int, width: int, align_corners: bool) -> bool:
-    """Whether they also take it backward: a low column must not touch too many output columns."""
-    axis = Axis(logits.shape[3], width, align_corners)
-    return supports(logits, height, width) and strip_of(axis) is not None
+    if max(*numbers, height * width) >= _MOST_NUMBER:
+        return False
+    return align_corners is None or strip_of(Axis(low_width, width, align_corners)) is not None
 
 
 def _together(classes: int, element_size: int) -> int:
@@ -150,7 +158,7 @@ def backward_configs(
 ) -> list[Config]:
     """As `forward_configs`."""
     found = strip_of(Axis(logits.shape[3], width, align_corners))
-    assert found is not None, "supports_backward was not asked"
+    assert found is not None, "supports was not asked"
     free = Config(found[1], _CLASSES, found[1] // 32)
     # Left alone, the compiler takes so many that only 8 warps are resident. One warp a program is
     # for small maps, and smoothing needs them.
@@ -194,112 +202,164 @@ class _Problem:
         return self.logits.new_empty((len(self.logits), self.height, self.width), dtype=dtype)
 
 
-def forward_launches(
-    logits: Tensor,
-    target: Tensor,
-    options: Options,
-    keep_lse: bool,
-    keep_losses: bool,
-    config: Config,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Launches of the forward pass, and its outputs.
+@dataclass(frozen=True)
+class Forward:
+    """The forward pass of the cross-entropy over logits, channels last, and target, contiguous.
 
-    Sum of the losses and of the label weights, float64; lse and loss of each pixel, or empty ones.
+    Outputs are the sums of the losses and of the label weights, float64; lse and loss of each
+    pixel, or empty tensors.
     """
-    problem = _Problem(logits, target.shape[1], target.shape[2], options.align_corners)
-    rows, parts = rows_of_part(problem.axes[0])
-    strips = cdiv(problem.width, config.block_n)
-    programs = len(logits) * logits.shape[2] * parts * strips
-    lse, losses = (
-        problem.new_map() if keep else logits.new_empty(0, dtype=torch.float32)
-        for keep in (keep_lse, keep_losses)
-    )
-    sums = logits.new_empty((3, programs), dtype=torch.float32)
-    total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
-    lanes = _lanes(logits.shape[1])
-    main = Launch(
-        forward_kernels.forward_kernel,
-        (programs,),
-        {"Target": target, "Lse": lse, "Loss": losses, "P": sums, "parts": parts, "strips": strips}
-        | problem.arguments()
-        | options.arguments(logits),
-        {"R": rows, "BX": config.block_n, "L": lanes, "LSE": keep_lse, "MAP": keep_losses}
-        | problem.constants(config.block_c // lanes)
-        | options.constants(),
-        num_warps=config.num_warps,
-        max_registers=config.max_registers,
-    )
-    finish = Launch(
-        forward_kernels.finish_kernel,
-        (1,),
-        {"P": sums, "Total": total, "Rates": rates, "programs": programs},
-        {"BN": 1024},
-        num_warps=4,
-    )
-    return [main, finish], (total, rates, lse, losses)
+
+    logits: Tensor
+    target: Tensor
+    options: Options
+    keep_lse: bool
+    keep_losses: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def configs(self, machine: Machine) -> list[Config]:
+        return forward_configs(self.logits, machine.arch, self.options.smoothing)
+
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        logits, options = self.logits, self.options
+        _, height, width = self.target.shape
+        problem = _Problem(logits, height, width, options.align_corners)
+        rows, parts = rows_of_part(problem.axes[0])
+        strips = cdiv(problem.width, config.block_n)
+        programs = len(logits) * logits.shape[2] * parts * strips
+        lse, losses = (
+            problem.new_map() if keep else logits.new_empty(0, dtype=torch.float32)
+            for keep in (self.keep_lse, self.keep_losses)
+        )
+        sums = logits.new_empty((3, programs), dtype=torch.float32)
+        total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
+        lanes = _lanes(logits.shape[1])
+        main = Launch(
+            forward_kernels.forward_kernel,
+            (programs,),
+            {"Target": self.target, "Lse": lse, "Loss": losses, "P": sums}
+            | {"parts": parts, "strips": strips}
+            | problem.arguments()
+            | options.arguments(logits),
+            {"R": rows, "BX": config.block_n, "L": lanes}
+            | {"LSE": self.keep_lse, "MAP": self.keep_losses}
+            | problem.constants(config.block_c // lanes)
+            | options.constants(),
+            num_warps=config.num_warps,
+            max_registers=config.max_registers,
+        )
+        finish = Launch(
+            forward_kernels.finish_kernel,
+            (1,),
+            {"P": sums, "Total": total, "Rates": rates, "programs": programs},
+            {"BN": 1024},
+            num_warps=4,
+        )
+        return [main, finish], (total, rates, lse, losses)
 
 
-def backward_launches(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    options: Options,
-    processors: int,
-    config: Config,
-) -> tuple[list[Launch], Tensor]:
-    """The launch of the backward pass, and the gradient of logits.
+@dataclass(frozen=True)
+class Backward:
+    """The backward pass of the cross-entropy; its output is the gradient of logits.
 
-    grad is a scalar, that of the sum of the losses, or a map, that of each pixel's loss.
+    grad is a scalar, that of the sum of the losses, or a map, that of each pixel's loss; the rest
+    is as in the forward pass.
     """
-    problem = _Problem(logits, target.shape[1], target.shape[2], options.align_corners)
-    images, classes, h, w = logits.shape
-    found = strip_of(problem.axes[1])
-    assert found is not None
-    strips, chunks = cdiv(w, found[0]), cdiv(classes, config.block_c)
-    wanted = cdiv(_PROGRAMS * processors, max(1, images * strips * chunks))
-    own_rows = cdiv(h, max(1, min(wanted, h // _LEAST_ROWS)))
-    segments = cdiv(h, own_rows)
-    result = torch.empty_like(logits)
-    arguments = {"Target": target, "Lse": lse, "Grad": grad, "dLogits": result}
-    sizes = {"own_rows": own_rows, "own_columns": found[0], "segments": segments, "strips": strips}
-    # Three products in TF32, which would do for float32, need more registers than there are.
-    precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(logits.dtype, "ieee")
-    constants = {"BX": config.block_n, "BM": _LOW_COLUMNS, "MAP": grad.dim() > 0}
-    launch = Launch(
-        backward_kernels.backward_kernel,
-        (images * segments * strips * chunks,),
-        arguments | sizes | problem.arguments() | options.arguments(logits),
-        constants
-        | {"PRECISION": precision}
-        | problem.constants(config.block_c)
-        | options.constants(),
-        num_warps=config.num_warps,
-        max_registers=config.max_registers,
-    )
-    return [launch], result
+
+    grad: Tensor
+    logits: Tensor
+    target: Tensor
+    lse: Tensor
+    options: Options
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def configs(self, machine: Machine) -> list[Config]:
+        options = self.options
+        width = self.target.shape[2]
+        return backward_configs(self.logits, width, options.align_corners, options.smoothing)
+
+    def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
+        logits, options = self.logits, self.options
+        _, height, width = self.target.shape
+        problem = _Problem(logits, height, width, options.align_corners)
+        images, classes, h, w = logits.shape
+        found = strip_of(problem.axes[1])
+        assert found is not None
+        strips, chunks = cdiv(w, found[0]), cdiv(classes, config.block_c)
+        wanted = cdiv(_PROGRAMS * machine.processors, max(1, images * strips * chunks))
+        own_rows = cdiv(h, max(1, min(wanted, h // _LEAST_ROWS)))
+        segments = cdiv(h, own_rows)
+        result = torch.empty_like(logits)
+        tensors = {"Target": self.target, "Lse": self.lse, "Grad": self.grad, "dLogits": result}
+        sizes = {
+            "own_rows": own_rows,
+            "own_columns": found[0],
+            "segments": segments,
+            "strips": strips,
+        }
+        # Three products in TF32, which would do for float32, need more registers than there are.
+        precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(logits.dtype, "ieee")
+        constants = {"BX": config.block_n, "BM": _LOW_COLUMNS, "MAP": self.grad.dim() > 0}
+        launch = Launch(
+            backward_kernels.backward_kernel,
+            (images * segments * strips * chunks,),
+            tensors | sizes | problem.arguments() | options.arguments(logits),
+            constants
+            | {"PRECISION": precision}
+            | problem.constants(config.block_c)
+            | options.constants(),
+            num_warps=config.num_warps,
+            max_registers=config.max_registers,
+        )
+        return [launch], result
 
 
-def argmax_launches(
-    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool, config: Config
-) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The launch of `upsample_argmax`, the labels, and their probabilities or an empty tensor."""
-    problem = _Problem(logits, height, width, align_corners)
-    rows, parts = rows_of_part(problem.axes[0])
-    strips = cdiv(width, config.block_n)
-    lanes = _lanes(logits.shape[1])
-    labels = problem.new_map(label_dtype(logits.shape[1]))
-    probs = problem.new_map() if with_prob else logits.new_empty(0, dtype=torch.float32)
-    launch = Launch(
-        forward_kernels.argmax_kernel,
-        (len(logits) * logits.shape[2] * parts * strips,),
-        {"Labels": labels, "Probs": probs, "parts": parts, "strips": strips} | problem.arguments(),
-        {"R": rows, "BX": config.block_n, "L": lanes, "PROB": with_prob}
-        | problem.constants(config.block_c // lanes),
-        num_warps=config.num_warps,
-        max_registers=config.max_registers,
-    )
-    return [launch], (labels, probs)
+@dataclass(frozen=True)
+class ArgMax:
+    """`upsample_argmax`: the labels, and their probabilities or an empty tensor."""
+
+    logits: Tensor
+    height: int
+    width: int
+    align_corners: bool
+    with_prob: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def configs(self, machine: Machine) -> list[Config]:
+        return argmax_configs(self.logits, machine.arch)
+
+    def launches(
+        self, machine: Machine, config: Config
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+        logits = self.logits
+        problem = _Problem(logits, self.height, self.width, self.align_corners)
+        rows, parts = rows_of_part(problem.axes[0])
+        strips = cdiv(self.width, config.block_n)
+        lanes = _lanes(logits.shape[1])
+        labels = problem.new_map(label_dtype(logits.shape[1]))
+        probs = problem.new_map() if self.with_prob else logits.new_empty(0, dtype=torch.float32)
+        launch = Launch(
+            forward_kernels.argmax_kernel,
+            (len(logits) * logits.shape[2] * parts * strips,),
+            {"Labels": labels, "Probs": probs, "parts": parts, "strips": strips}
+            | problem.arguments(),
+            {"R": rows, "BX": config.block_n, "L": lanes, "PROB": self.with_prob}
+            | problem.constants(config.block_c // lanes),
+            num_warps=config.num_warps,
+            max_registers=config.max_registers,
+        )
+        return [launch], (labels, probs)
 
 
 def channels_last(logits: Tensor) -> Tensor:
@@ -311,63 +371,3 @@ def channels_last(logits: Tensor) -> Tensor:
     """
     dense = logits.contiguous(memory_format=torch.channels_last)
     return dense.clone(memory_format=torch.channels_last) if dense.data_ptr() % 16 else dense
-
-
-def _prepared(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Options]:
-    weight, *others = options
-    weight = None if weight is None else weight.detach().contiguous()
-    return channels_last(logits.detach()), target.contiguous(), Options(weight, *others)
-
-
-def _run_forward(
-    logits: Tensor, target: Tensor, *options: Any, keep_lse: bool, keep_losses: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of losses, sum of label weights, lse and losses, as of `forward_launches`."""
-    logits, target, prepared = _prepared(logits, target, *options)
-    return run_chosen(
-        forward_configs(logits, architecture(logits)[0], prepared.smoothing),
-        lambda config: forward_launches(logits, target, prepared, keep_lse, keep_losses, config),
-        logits.device,
-    )
-
-
-def losses(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Loss and lse of each pixel, B x H x W.
-
-    `options` here and below: weight, ignore_index, align_corners, smoothing.
-    """
-    made = _run_forward(logits, target, *options, keep_lse=True, keep_losses=True)
-    return made[3], made[2]
-
-
-def total(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of losses and of label weights, float64, and lse if asked for by the last option."""
-    *rest, with_grad = options
-    made = _run_forward(logits, target, *rest, keep_lse=with_grad, keep_losses=False)
-    return made[0], made[1], made[2]
-
-
-def backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *options: Any) -> Tensor:
-    """The gradient of logits, laid out as they are; see `backward_launches`."""
-    layout = torch.empty_like(logits)
-    logits, target, prepared = _prepared(logits, target, *options)
-    grad = grad.contiguous()
-    _, processors = architecture(logits)
-    made = run_chosen(
-        backward_configs(logits, target.shape[2], prepared.align_corners, prepared.smoothing),
-        lambda config: backward_launches(grad, logits, target, lse, prepared, processors, config),
-        logits.device,
-    )
-    return made if made.stride() == layout.stride() else layout.copy_(made)
-
-
-def argmax(
-    logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
-) -> tuple[Tensor, Tensor]:
-    """Label of each pixel, and its probability if asked for (else empty)."""
-    logits = channels_last(logits.detach())
-    return run_chosen(
-        argmax_configs(logits, architecture(logits)[0]),
-        lambda config: argmax_launches(logits, height, width, align_corners, with_prob, config),
-        logits.device,
-    )

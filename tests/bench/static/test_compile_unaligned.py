@@ -9,13 +9,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bench.static.resources import LIMITS, report
-from encnet_triton.kernels.batch_norm import plan as batch_norm_plan
-from encnet_triton.kernels.encoding import plan as encoding_plan
-from encnet_triton.kernels.runtime.launch import Launch
+from encnet_triton.kernels.batch_norm import plan as batch_norm
+from encnet_triton.kernels.encoding import plan as encoding
+from encnet_triton.kernels.runtime.launch import Call, Launch, Machine
 
 pytestmark = pytest.mark.slow
 ARCH = 90
-PROCESSORS = LIMITS[ARCH].processors
+MACHINE = Machine(ARCH, LIMITS[ARCH].processors)
 
 
 def unaligned(pixels: int, channels: int) -> Tensor:
@@ -25,31 +25,28 @@ def unaligned(pixels: int, channels: int) -> Tensor:
     return memory[1:].view(2, pixels, channels).transpose(1, 2)
 
 
+def first_launch(call: Call) -> Launch:
+    return call.launches(MACHINE, call.configs(MACHINE)[0])[0][0]
+
+
 def encode_launches() -> list[Launch]:
     x, codewords, scale = unaligned(3600, 64), torch.empty(32, 64), torch.empty(32)
-    machine = {"arch": ARCH, "processors": PROCESSORS}
-    forward, outputs = encoding_plan.forward_launches(x, codewords, scale, False, **machine)
-    code, counters = outputs[0], outputs[-1]
-    backward, _ = encoding_plan.backward_launches(
-        code, x, codewords, scale, None, True, counters, **machine
-    )
-    return [forward[0], backward[0]]
+    grad, counters = torch.empty(2, 32, 64, device="meta"), torch.empty(3, dtype=torch.int32)
+    forward = encoding.Forward(x, codewords, scale, False)
+    backward = encoding.Backward(grad, x, codewords, scale, scale, True, counters)
+    return [first_launch(forward), first_launch(backward)]
 
 
 def batch_norm_launches() -> list[Launch]:
     """Behind a residual, with a mask of bits."""
     x = unaligned(3600, 64)
     channel = torch.empty(64, device="meta")
-    affine = batch_norm_plan.Affine(channel, channel, channel, channel, 1e-5)
-    machine = PROCESSORS, batch_norm_plan.configs(x)[0]
-    forward, (_, mask) = batch_norm_plan.normalise_launches(
-        x, affine, x, True, True, False, *machine
-    )
+    affine = batch_norm.Affine(channel, channel, channel, channel, 1e-5)
+    mask = channel.new_empty(batch_norm.mask_bytes(x), dtype=torch.uint8)
     sums, count = channel.new_empty(2, 64).double(), channel.new_empty(1).double()
-    backward, _ = batch_norm_plan.input_launches(
-        x, x, mask, affine, sums, count, True, True, *machine
-    )
-    return [forward[0], backward[0]]
+    forward = batch_norm.Normalise(x, affine, x, True, True, False)
+    backward = batch_norm.BackwardInput(x, x, mask, affine, True, sums, count, True)
+    return [first_launch(forward), first_launch(backward)]
 
 
 @pytest.mark.parametrize("launches", [encode_launches, batch_norm_launches])

@@ -64,7 +64,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         size, channels = request.param
         monkeypatch.setattr(plan, "_TILE_BYTES", size)
         monkeypatch.setattr(plan, "_CHANNELS", channels)
-        monkeypatch.setattr(plan, "architecture", lambda _: (90, 1))
+        monkeypatch.setattr(launch, "machine", lambda _: launch.Machine(90, 1))
         plan._configs.cache_clear()
 
 
@@ -162,13 +162,13 @@ def test_the_mask_is_one_bit_a_value(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_no_mask_without_a_gradient_to_come(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = plan.normalise
+    original = plan.Normalise
 
     def normalise(*arguments: Any, **named: Any) -> Any:
-        asked.append(arguments[4])
+        asked.append(original(*arguments, **named).pack)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(plan, "normalise", normalise)
+    monkeypatch.setattr(plan, "Normalise", normalise)
     tensors = example(layout, torch.float32, residual=True, device=DEVICE)
     with torch.no_grad():
         batch_norm_act(**tensors, training=True, momentum=0.1, eps=1e-5)
@@ -237,7 +237,7 @@ def test_statistics_that_encode_returns(monkeypatch: pytest.MonkeyPatch) -> None
     running = [torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)]
     others = [t.clone() for t in running]
     expected = batch_norm_act(code, None, None, *others, **call)
-    monkeypatch.setattr(plan, "statistics", None)
+    monkeypatch.setattr(plan, "Statistics", None)
     ours = batch_norm_act(code, None, None, *running, statistics=tuple(statistics), **call)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(running, others)

@@ -18,7 +18,7 @@ from encnet_triton.kernels import encode, reference
 from encnet_triton.kernels.encoding import plan
 from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
 from encnet_triton.kernels.runtime import launch
-from encnet_triton.kernels.runtime.launch import Config
+from encnet_triton.kernels.runtime.launch import Config, Machine
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -160,11 +160,11 @@ def test_every_forward_pass_leaves_counters_that_the_backward_pass_can_count_in(
     *inputs, grad = example("two groups of images", torch.float32)
     x, codewords, scale = inputs
     features = x.transpose(1, 2)
-    code, _, _, counters = plan.forward(features, codewords, scale, False)
+    code, _, _, counters = _encode_forward(features, codewords, scale, None, False)
     assert not counters.any()
     passes = []
     for _ in range(2):
-        made = plan.backward(grad, features, codewords, scale, None, True, counters)
+        made = _encode_backward(grad, features, codewords, scale, None, True, True, counters)
         assert not counters.any()
         passes.append(made)
     for one, other in zip(*passes, strict=True):
@@ -185,12 +185,12 @@ def test_a_program_that_reads_ahead_reads_the_tile_that_follows(
     dtype: torch.dtype, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine of one multiprocessor gives all tiles of the image to one program."""
-    monkeypatch.setattr(plan, "architecture", lambda _: (90, 1))
+    one = Machine(90, 1)
+    monkeypatch.setattr(launch, "machine", lambda _: one)
     *inputs, grad = example(AHEAD, dtype)
     x, codewords, scale = inputs
-    launches, _ = plan.forward_launches(
-        x.transpose(1, 2), codewords, scale, False, arch=90, processors=1
-    )
+    call = plan.Forward(x.transpose(1, 2), codewords, scale, False)
+    launches, _ = call.launches(one, call.configs(one)[0])
     first = launches[0]
     assert first.constants["PREFETCH"] and first.arguments["splits"] == 1
     assert x.shape[1] > 2 * first.constants["BN"]
@@ -304,12 +304,12 @@ def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
     grad = torch.randn(shape[0], 3, 16, device=DEVICE)
     near = run(encode, x.contiguous(), codewords, scale, grad=grad)
     launched = {
-        "E": plan.forward(x.transpose(1, 2), codewords, scale, False)[0],
+        "E": _encode_forward(x.transpose(1, 2), codewords, scale, None, False)[0],
     }
     counters = torch.zeros(shape[0] + 1, dtype=torch.int32, device=DEVICE)
-    launched["x"] = plan.backward(grad, x.transpose(1, 2), codewords, scale, None, True, counters)[
-        0
-    ]
+    launched["x"] = _encode_backward(
+        grad, x.transpose(1, 2), codewords, scale, None, True, True, counters
+    )[0]
     assert torch.equal(launched["E"], near["E"])
     assert torch.equal(launched["x"].transpose(1, 2), near["x"])
 
@@ -317,7 +317,7 @@ def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
 def test_too_many_codewords_take_the_pytorch_code() -> None:
     x, codewords, scale = torch.randn(1, 9, 4), torch.randn(257, 4), -torch.rand(257)
     inputs = [t.to(DEVICE) for t in (x, codewords, scale)]
-    assert not plan.supports(torch.bfloat16, 4, 257)
+    assert not plan.supports(inputs[0].transpose(1, 2), inputs[1])
     expected = reference.encode(*(t.double() for t in inputs))
     torch.testing.assert_close(encode(*inputs).double(), expected, rtol=1e-4, atol=1e-5)
 

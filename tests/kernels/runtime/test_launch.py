@@ -19,7 +19,7 @@ import triton
 from bench.static.resources import identity
 from encnet_triton.kernels.batch_norm import plan as batch_norm_plan
 from encnet_triton.kernels.encoding import plan as encoding_plan
-from encnet_triton.kernels.runtime import launch
+from encnet_triton.kernels.runtime import dispatch, launch
 from encnet_triton.kernels.runtime.launch import Config, Launch
 
 BEST, SECOND, LAST = Config(64, 64, 8), Config(32, 64, 8), Config(32, 64, 4, fused=False)
@@ -84,8 +84,8 @@ def test_local_and_too_much_memory_lead_to_the_next_one_and_one_line_each(
 
 
 def test_float64_and_cpu_tensors_take_the_pytorch_code() -> None:
-    assert not launch.takes_triton(torch.zeros(1, dtype=torch.float64))
-    assert not launch.takes_triton(torch.zeros(1))
+    assert not dispatch.takes_triton(torch.zeros(1, dtype=torch.float64))
+    assert not dispatch.takes_triton(torch.zeros(1))
 
 
 def test_nothing_is_launched_for_an_empty_grid() -> None:
@@ -232,7 +232,7 @@ def backward_of_batch_norm(images: int, pixels: int, channels: int = 64) -> None
     mean = torch.zeros(channels)
     affine = batch_norm_plan.Affine(mean, mean, mean, mean, 1e-5)
     sums, count = torch.zeros(2, channels, dtype=torch.float64), torch.ones(1).double()
-    batch_norm_plan.backward_input(x, x, None, affine, sums, count, True, False)
+    launch.run(batch_norm_plan.BackwardInput(x, x, None, affine, True, sums, count, False))
 
 
 def test_a_small_batch_does_not_decide_the_tile_of_a_large_one(
@@ -262,7 +262,7 @@ def test_encode_is_looked_at_anew_for_an_odd_storage_offset(
     def kernels_of(x: Tensor) -> list[str]:
         ran.clear()
         features = x.view(2, 100, 256).transpose(1, 2)
-        encoding_plan.forward(features, torch.zeros(32, 256), torch.zeros(32), False)
+        launch.run(encoding_plan.Forward(features, torch.zeros(32, 256), torch.zeros(32), False))
         return [one.name for one in ran]
 
     monkeypatch.setattr(Launch, "obstacle", obstacle)

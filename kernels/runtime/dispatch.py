@@ -1,0 +1,45 @@
+"""Which code runs: the Triton kernels of an operator, or its PyTorch code."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # no wheel for this platform
+    triton = None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 at import)."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_sm_80_or_newer(index: Optional[int]) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether kernels run on tensors like x: on sm_80 and up, or when interpreting; not float64."""
+    if triton is None or x.dtype == torch.float64:
+        return False
+    if x.is_cuda:
+        return _is_sm_80_or_newer(x.device.index)
+    return interpreting()
+
+
+def plan_of(package: str, x: Tensor, *sizes: Any, **more: Any) -> Any:
+    """The plan of the operator in `package` where its kernels run, or None: PyTorch code runs.
+
+    Kernels run where they take tensors like x and the plan supports what is asked for; the rest of
+    the arguments goes to its `supports` behind x. Not to be asked of symbolic sizes that it reads.
+    """
+    if not takes_triton(x):
+        return None
+    plan = import_module(".plan", package)  # imports triton, which not every platform has
+    return plan if plan.supports(x, *sizes, **more) else None
