@@ -6,8 +6,8 @@ values, and a program owns one channel in a run of images and pixels. Either way
 tiles of BP x BQ values, the inner dimension contiguous in memory, and holds what belongs to its
 channels as a vector of BQ (LAST) or 1.
 
-P is for partial sums, one slice for each run of tiles; a last small kernel adds them in a fixed
-order in float64.
+Of each run of tiles a kernel stores partial sums, P; a last small kernel adds them in a fixed order
+in float64. g is dy where the activation let it pass, u = x - mean, s = 1 / sqrt(var + eps).
 
 Mask of a ReLU behind a residual: one bit a value, packed along the inner dimension, each plane or,
 of BQ channels, each row beginning at a byte of its own. Without a residual the backward pass makes
@@ -38,7 +38,7 @@ def _tile(
     t, B, C, N, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, DENSITY: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of tile t in x, and which of them are inside; with DENSITY 8, bytes of the mask.
+    """Offsets of tile t, BP x BQ, in x, and which are inside; with DENSITY 8, bytes of the mask.
 
     `packed` is BQ / 8, bytes of a row of the mask; as a constant it would have the compiler spread
     a tile's bytes over the threads anew, by way of shared memory.
@@ -124,9 +124,19 @@ def _unpack(packed, BP: tl.constexpr, BQ: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    X, P, PN, B, C, N, per, tiles, packed,
-    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    X,  # B x C x N, dense
+    P,  # runs x 2 x C, float32: mean and M2
+    PN,  # runs, int32: values a channel has in the run
+    B,  # images
+    C,  # channels
+    N,  # pixels
+    per,  # tiles of a run
+    tiles,  # tiles in all, of one block of channels or of one channel
+    packed,  # BQ / 8
+    BP: tl.constexpr,  # rows of a tile: pixels (LAST), else images
+    BQ: tl.constexpr,  # values of a row: channels (LAST), else pixels
+    LAST: tl.constexpr,  # channels last
+):
     """P[split] = mean and M2, 2 x C; PN[split] = number of values a channel has in the run.
 
     Sums are taken about the mean of the run's first tile. It is at least 1/32 of the run, so its
@@ -160,11 +170,31 @@ def statistics_kernel(
 
 @triton.jit
 def normalise_kernel(
-    X, R, Y, Bits, Mean, Var, Weight, Bias, eps, B, C, N, per, tiles, packed,
-    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
-    FOLD: tl.constexpr,
-):  # fmt: skip
+    X,  # B x C x N, dense
+    R,  # as X: the residual; read with RESIDUAL
+    Y,  # as X
+    Bits,  # the mask, uint8; written with PACK
+    Mean,  # C, float32
+    Var,  # C, float32
+    Weight,  # C; read with WEIGHT
+    Bias,  # C; read with BIAS
+    eps,  # added to Var
+    B,  # images
+    C,  # channels
+    N,  # pixels
+    per,  # tiles of a run
+    tiles,  # tiles in all, of one block of channels or of one channel
+    packed,  # BQ / 8
+    BP: tl.constexpr,  # rows of a tile: pixels (LAST), else images
+    BQ: tl.constexpr,  # values of a row: channels (LAST), else pixels
+    LAST: tl.constexpr,  # channels last
+    WEIGHT: tl.constexpr,  # there is a weight
+    BIAS: tl.constexpr,  # there is a bias
+    RESIDUAL: tl.constexpr,  # add R
+    RELU: tl.constexpr,  # the activation is a ReLU
+    PACK: tl.constexpr,  # write the mask of what it let pass
+    FOLD: tl.constexpr,  # one multiply-add a value: for frozen statistics
+):
     """Y = act(normalised X + R), and the packed mask of the activation."""
     split, channels = _split(C, BQ, LAST)
     mean, inv_std, factor, bias = _coefficients(
@@ -206,11 +236,33 @@ def _masked(
 
 @triton.jit
 def backward_sums_kernel(
-    dY, X, Bits, Mean, Var, Weight, Bias, eps, P, dX, dR, B, C, N, per, tiles, packed,
-    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, RELU: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    dY,  # as X
+    X,  # B x C x N, dense
+    Bits,  # the mask of the activation, uint8; read with PACKED
+    Mean,  # C, float32
+    Var,  # C, float32
+    Weight,  # C; read with WEIGHT
+    Bias,  # C; read with BIAS
+    eps,  # added to Var
+    P,  # runs x 2 x C, float32: sums of g and of g u
+    dX,  # as X; written with FROZEN
+    dR,  # as X: g, the gradient of the residual; written with FROZEN and RESIDUAL
+    B,  # images
+    C,  # channels
+    N,  # pixels
+    per,  # tiles of a run
+    tiles,  # tiles in all, of one block of channels or of one channel
+    packed,  # BQ / 8
+    BP: tl.constexpr,  # rows of a tile: pixels (LAST), else images
+    BQ: tl.constexpr,  # values of a row: channels (LAST), else pixels
+    LAST: tl.constexpr,  # channels last
+    WEIGHT: tl.constexpr,  # there is a weight
+    BIAS: tl.constexpr,  # there is a bias
+    RELU: tl.constexpr,  # the activation is a ReLU
+    PACKED: tl.constexpr,  # its mask is read, not made again from X
+    FROZEN: tl.constexpr,  # statistics are constants: dX needs no sums
+    RESIDUAL: tl.constexpr,  # write dR
+):
     """P[split] = sum g and sum g u, 2 x C; frozen statistics: dX, and dR, in the same pass."""
     split, channels = _split(C, BQ, LAST)
     in_c = channels < C
@@ -242,10 +294,33 @@ def backward_sums_kernel(
 
 @triton.jit
 def backward_input_kernel(
-    dY, X, Bits, Mean, Var, Weight, Bias, eps, Sums, Count, dX, dR, B, C, N, per, tiles, packed,
-    BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, RELU: tl.constexpr, PACKED: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    dY,  # as X
+    X,  # B x C x N, dense
+    Bits,  # the mask of the activation, uint8; read with PACKED
+    Mean,  # C, float32
+    Var,  # C, float32
+    Weight,  # C; read with WEIGHT
+    Bias,  # C; read with BIAS
+    eps,  # added to Var
+    Sums,  # 2 x C, float64: sums of g and of g u s over all processes
+    Count,  # 1, float64: values a channel over all processes
+    dX,  # as X
+    dR,  # as X: g, the gradient of the residual; written with RESIDUAL
+    B,  # images
+    C,  # channels
+    N,  # pixels
+    per,  # tiles of a run
+    tiles,  # tiles in all, of one block of channels or of one channel
+    packed,  # BQ / 8
+    BP: tl.constexpr,  # rows of a tile: pixels (LAST), else images
+    BQ: tl.constexpr,  # values of a row: channels (LAST), else pixels
+    LAST: tl.constexpr,  # channels last
+    WEIGHT: tl.constexpr,  # there is a weight
+    BIAS: tl.constexpr,  # there is a bias
+    RELU: tl.constexpr,  # the activation is a ReLU
+    PACKED: tl.constexpr,  # its mask is read, not made again from X
+    RESIDUAL: tl.constexpr,  # write dR
+):
     """dX from the sums over all processes, and dR."""
     split, channels = _split(C, BQ, LAST)
     in_c = channels < C
@@ -299,9 +374,23 @@ def _write_moments(
 
 @triton.jit
 def finish_statistics_kernel(
-    P, PN, Packed, Mean, Var, Count, RunningMean, RunningVar, momentum, C, splits,
-    BC: tl.constexpr, BS: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr, ALONE: tl.constexpr,
-):  # fmt: skip
+    P,  # splits x 2 x C, float32: mean and M2 of each run
+    PN,  # splits, int32: values a channel has in each run
+    Packed,  # 2 C + 1, float64; written unless ALONE
+    Mean,  # C, float32
+    Var,  # C, float32
+    Count,  # 1, float64: values a channel
+    RunningMean,  # C; moved with MEAN
+    RunningVar,  # C; moved with VAR
+    momentum,  # weight of the new value in the running statistics
+    C,  # channels
+    splits,  # runs
+    BC: tl.constexpr,  # channels of a program
+    BS: tl.constexpr,  # runs read at once
+    MEAN: tl.constexpr,  # move RunningMean
+    VAR: tl.constexpr,  # move RunningVar
+    ALONE: tl.constexpr,  # no other process: write Mean, Var and Count
+):
     """Packed = sum x, sum x^2, count: 2 C + 1 values in float64 (paper, appendix A, eq. 2).
 
     For a process ALONE what moments_kernel makes of them.
@@ -336,9 +425,18 @@ def finish_statistics_kernel(
 
 @triton.jit
 def moments_kernel(
-    Packed, Mean, Var, Count, RunningMean, RunningVar, momentum, C,
-    BC: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr,
-):  # fmt: skip
+    Packed,  # 2 C + 1, float64: sums of x and of x^2, and the count
+    Mean,  # C, float32
+    Var,  # C, float32
+    Count,  # 1, float64: values a channel
+    RunningMean,  # C; moved with MEAN
+    RunningVar,  # C; moved with VAR
+    momentum,  # weight of the new value in the running statistics
+    C,  # channels
+    BC: tl.constexpr,  # channels of a program
+    MEAN: tl.constexpr,  # move RunningMean
+    VAR: tl.constexpr,  # move RunningVar
+):
     """Mean and variance over all processes, from the sums over all processes."""
     channels = tl.program_id(0) * BC + tl.arange(0, BC)
     in_c = channels < C
@@ -352,9 +450,19 @@ def moments_kernel(
 
 @triton.jit
 def finish_backward_kernel(
-    P, Var, eps, Sums, dWeight, dBias, C, splits,
-    BC: tl.constexpr, BS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    P,  # splits x 2 x C, float32: sums of g and of g u of each run
+    Var,  # C, float32
+    eps,  # added to Var
+    Sums,  # 2 x C, float64
+    dWeight,  # C; written with WEIGHT
+    dBias,  # C; written with BIAS
+    C,  # channels
+    splits,  # runs
+    BC: tl.constexpr,  # channels of a program
+    BS: tl.constexpr,  # runs read at once
+    WEIGHT: tl.constexpr,  # there is a weight
+    BIAS: tl.constexpr,  # there is a bias
+):
     """Sums = sum g and sum g u s of this process in float64; the parameters' gradients."""
     channels, s = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BS)
     in_c = channels < C

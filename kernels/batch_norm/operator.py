@@ -2,7 +2,7 @@
 
     y = act(weight (x - mean) / sqrt(var + eps) + bias + residual)
 
-Letters: B images, C channels, N everything else, n = number of values per channel (B N, summed
+B images have C channels, N is everything else, n the number of values per channel (B N, summed
 over the processes of a group). Gradients, with g = dy where act let it pass, u = x - mean,
 s = 1 / sqrt(var + eps):
 

@@ -48,9 +48,17 @@ def _arrive(Count, of):
 
 @triton.jit
 def add_images(
-    P, dD, dS, Count, b, images, group,
-    C: tl.constexpr, K: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
+    P,  # (B + groups) x K (C + 1), float32: a row an image (dD, then dS), then one a group
+    dD,  # K x C
+    dS,  # K
+    Count,  # B + 1, int32, at zero before and after
+    b,  # the image of this program
+    images,  # B
+    group,  # images of a group
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    BE: tl.constexpr,  # entries of a row taken at once
+):
     """dD and dS from the rows of P, one an image; those behind them are for sums of groups."""
     WIDTH: tl.constexpr = K * (C + 1)
     number = b // group
@@ -72,9 +80,21 @@ def add_images(
 
 @triton.jit
 def finish_forward_kernel(
-    P, PM, D, E, ESUM, EM2, Count, splits, mass_splits,
-    C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr, BS: tl.constexpr, STATS: tl.constexpr,
-):  # fmt: skip
+    P,  # B x splits x K x C, float32: sums of a x
+    PM,  # B x mass_splits x K, float32: sums of a
+    D,  # K x C, the codewords
+    E,  # B x K x C, float32
+    ESUM,  # B x K, float32: sum of E over its channels; only with STATS
+    EM2,  # B x K, float32: sum of its squares about their mean; only with STATS
+    Count,  # B + 1, int32: cleared for the backward pass
+    splits,  # partial sums an image in P
+    mass_splits,  # and in PM, where a split form has one a tile
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    CP: tl.constexpr,  # C padded to a power of two
+    BS: tl.constexpr,  # partial sums read at once
+    STATS: tl.constexpr,  # write ESUM and EM2
+):
     """E[b, k] = sum of partial sums - mass d_k, and its sum and M2 over the channels."""
     b = (tl.program_id(0) // K).to(tl.int64)
     k = tl.program_id(0) % K
@@ -104,9 +124,21 @@ def finish_forward_kernel(
 
 @triton.jit
 def finish_backward_kernel(
-    P, PM, G, D, dD, dS, images, splits, mass_splits,
-    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+    P,  # B x splits x K x C, float32: sums of w x
+    PM,  # B x mass_splits x 3 x K, float32: sums of a, of w and of dl |x - d|^2
+    G,  # B x K x C, float32: dE
+    D,  # K x C, the codewords
+    dD,  # K x C
+    dS,  # K
+    images,  # B
+    splits,  # partial sums an image in P
+    mass_splits,  # and in PM
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    BC: tl.constexpr,  # channels of a program
+    BS: tl.constexpr,  # partial sums, and images, read at once
+    BM: tl.constexpr,  # entries of PM read at once
+):
     """dD_k = -sum_b mass_bk G_bk - sum of w x + (sum of w) d_k, and dS_k."""
     k = (tl.program_id(0) // tl.cdiv(C, BC)).to(tl.int64)
     column = tl.program_id(0) % tl.cdiv(C, BC) * BC

@@ -1,11 +1,11 @@
 """Triton kernels of the Encoding Layer; plan.py launches them.
 
-Letters as in encode.py; KP is K rounded up to a power of two, a product needs 16 at least. X is
-channels last: X[b, n, c] with strides (sxb, sxn, 1). P is for partial sums, one slice a program.
+x is B x C x N (images, channels, pixels); there are K codewords d, and a are the weights that
+operator.py defines, w their part in the gradients. X[b, n, c] has strides (sxb, sxn, 1).
 
 Forward: a program owns a run of pixels of one image and keeps sum_i a_ik x_i for all K and C in
 registers, chunk by chunk. A tile of x is read once and feeds both products; the codewords stay in
-shared memory from the first tile to the last. Where KP x C is too much for the registers, two
+shared memory from the first tile to the last. Where K x C is too much for the registers, two
 programs share the channels of the sum and both make the weights.
 
 Backward: the same walk. Weights and their gradients are made again from the tile, the tile's dx is
@@ -52,7 +52,11 @@ def store_rows(
 
 @triton.jit
 def _column(part, j: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
-    """First channel of chunk j; a program's own chunks come first."""
+    """First channel of chunk j, of BC channels.
+
+    Where programs share the CHUNKS chunks, `part` is the program's place among them, and the OWN
+    chunks whose sums it keeps come first.
+    """
     if OWN == CHUNKS:
         return j * BC
     return (part * OWN + j) % CHUNKS * BC
@@ -63,7 +67,7 @@ def _load_tile(
     base, rows, cols, in_rows, part, stride,
     C: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows as a tuple of chunks."""
+    """A tile of rows as a tuple of CHUNKS chunks, rows x BC each; see `_column`."""
     chunks = ()
     for j in tl.static_range(CHUNKS):
         column = _column(part, j, OWN, CHUNKS, BC)
@@ -86,7 +90,11 @@ def _store_code(
     C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
     STATS: tl.constexpr,
 ):  # fmt: skip
-    """E[b] from the sums over all its pixels and the mass of each codeword; its sum and M2."""
+    """E[b] from the sums over all its pixels and the mass of each codeword; its sum and M2.
+
+    `sums` are CHUNKS chunks of sum_i a_ik x_i, KP x BC each, mass is sum_i a_ik, KP; the other
+    arguments are those of forward_kernel.
+    """
     EVEN: tl.constexpr = C == CHUNKS * BC
     cols, k = tl.arange(0, BC), tl.arange(0, KP)
     in_k = k < K
@@ -110,11 +118,31 @@ def _store_code(
 
 @triton.jit
 def forward_kernel(
-    X, D, S, P, PM, E, ESUM, EM2, Count, sxb, sxn, N, splits,
-    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    OWN: tl.constexpr, CHUNKS: tl.constexpr, PREFETCH: tl.constexpr, WHOLE: tl.constexpr,
-    STATS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    X,  # B x N x C, channels innermost
+    D,  # K x C, the codewords d
+    S,  # K, the scale
+    P,  # B x splits x K x C, float32: sums of a x; not written if WHOLE
+    PM,  # B x splits x K, float32: sums of a, the mass of each codeword; not written if WHOLE
+    E,  # B x K x C, float32; this and the next three are written if WHOLE
+    ESUM,  # B x K, float32: sum of E over its channels; only with STATS
+    EM2,  # B x K, float32: sum of its squares about their mean; only with STATS
+    Count,  # B + 1, int32: the counters of the backward pass
+    sxb,  # stride of X from image to image
+    sxn,  # and from pixel to pixel
+    N,  # pixels of an image
+    splits,  # runs that an image's pixels are cut into
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    KP: tl.constexpr,  # K padded to a power of two, 16 at least
+    BN: tl.constexpr,  # pixels of a tile
+    BC: tl.constexpr,  # channels of a chunk, which one product covers
+    OWN: tl.constexpr,  # chunks whose sums this program keeps; all of them unless programs share
+    CHUNKS: tl.constexpr,  # chunks of all channels, a multiple of OWN
+    PREFETCH: tl.constexpr,  # read the following tile before the softmax of this one
+    WHOLE: tl.constexpr,  # a program has all pixels of an image (splits is 1) and makes its E
+    STATS: tl.constexpr,  # write ESUM and EM2
+    PRECISION: tl.constexpr,  # of products: "tf32x3" where X is float32, else "tf32"
+):
     """P[b, split, k, c] = sum of a x over the split's pixels, PM[b, split, k] = sum of a.
 
     WHOLE, with one split and all channels in one program: E[b, k, c], and its statistics.
@@ -189,7 +217,11 @@ def _store_share(
     P, D, G, sums, mass, moment, slope, b,
     C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Image b's row of P: its share of dD and dS from the sums over all its pixels."""
+    """Image b's row of P: its share of dD and dS from the sums over all its pixels.
+
+    `sums` are CHUNKS chunks of sum_i w_ik x_i, KP x BC each; mass, moment and slope, KP, are the
+    sums of a, of w and of dl |x - d|^2. The other arguments are those of backward_kernel.
+    """
     EVEN: tl.constexpr = C == CHUNKS * BC
     cols, k = tl.arange(0, BC), tl.arange(0, KP)
     in_k = k < K
@@ -204,11 +236,34 @@ def _store_share(
 
 @triton.jit
 def backward_kernel(
-    X, D, S, R, G, dX, P, PM, dD, dS, Count, sxb, sxn, N, splits, images, group,
-    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    CHUNKS: tl.constexpr, BE: tl.constexpr, NEED_X: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+    X,  # B x N x C, channels innermost
+    D,  # K x C, the codewords d
+    S,  # K, the scale
+    R,  # K, the scale in w: S, or another one where that is asked for
+    G,  # B x K x C, float32, contiguous: dE
+    dX,  # B x N x C, contiguous; or empty, without NEED_X
+    P,  # B x splits x K x C, float32: sums of w x; WHOLE: rows of K (C + 1), see add_images
+    PM,  # B x splits x 3 x K, float32: sums of a, of w and of dl |x - d|^2; not if WHOLE
+    dD,  # K x C; this and the next two are written if WHOLE
+    dS,  # K
+    Count,  # B + 1, int32, at zero: how many images, and groups of images, are done
+    sxb,  # stride of X from image to image
+    sxn,  # and from pixel to pixel
+    N,  # pixels of an image
+    splits,  # runs that an image's pixels are cut into
+    images,  # B
+    group,  # images whose rows one program adds up, if WHOLE
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    KP: tl.constexpr,  # K padded to a power of two, 16 at least
+    BN: tl.constexpr,  # pixels of a tile
+    BC: tl.constexpr,  # channels of a chunk, which one product covers
+    CHUNKS: tl.constexpr,  # chunks of all channels
+    BE: tl.constexpr,  # entries of a row of P that add_images takes at once
+    NEED_X: tl.constexpr,  # write dX
+    WHOLE: tl.constexpr,  # a program has all pixels of an image (splits is 1)
+    PRECISION: tl.constexpr,  # of products: "tf32x3" where X is float32, else "tf32"
+):
     """dX; P[b, split, k, c] = sum of w x; PM[b, split, :, k] = sums of a, w and dl |x - d|^2.
 
     WHOLE, with one split: dX, dD and dS; see add_images.

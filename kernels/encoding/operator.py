@@ -2,7 +2,7 @@
 
     l_ik = scale_k |x_i - d_k|^2    a_ik = softmax over k of l_ik    E_k = sum_i a_ik (x_i - d_k)
 
-Letters: B images, C channels, N = H W pixels, K codewords. x is B x C x N in any strides,
+B images have C channels of N = H W pixels; K codewords. x is B x C x N in any strides,
 codewords d K x C, scale K, E B x K x C. Gradients, with G = dE:
 
     da_ik = (x_i - d_k).G_k    dl_ik = a_ik (da_ik - sum_j a_ij da_ij)    w_ik = 2 scale_k dl_ik

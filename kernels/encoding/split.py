@@ -1,8 +1,8 @@
 """Triton kernels of the Encoding Layer that store the weights in between; see fused.py.
 
 For more channels or codewords than a fused kernel takes, and where one does not fit. One kernel
-makes the weights (and dx) a tile at a time and stores the weights, B N KP entries; another sums
-over pixels.
+makes the weights (and dx) a tile at a time and stores the weights, about B N K entries;
+another sums over pixels.
 """
 
 from __future__ import annotations
@@ -15,10 +15,27 @@ from .fused import load_rows, softmax, store_rows
 
 @triton.jit
 def weights_kernel(
-    X, T, TQ, S, R, dX, PW, PM, sxb, sxn, N, tiles,
-    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    BACKWARD: tl.constexpr, NEED_X: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    X,  # B x N x C, channels innermost
+    T,  # forward: the codewords, K x C; BACKWARD: (1 + B) K x C, see tables_kernel
+    TQ,  # BACKWARD: (1 + B) K, float32, see tables_kernel
+    S,  # K, the scale
+    R,  # BACKWARD: K, the scale in w
+    dX,  # BACKWARD with NEED_X: B x N x C, contiguous
+    PW,  # B x N x KP: the weights a, or BACKWARD w, in X's dtype
+    PM,  # B x tiles x K, float32: sums of a; BACKWARD: B x tiles x 3 x K, of a, w and dl |x - d|^2
+    sxb,  # stride of X from image to image
+    sxn,  # and from pixel to pixel
+    N,  # pixels of an image
+    tiles,  # tiles an image
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    KP: tl.constexpr,  # K padded to a power of two, 16 at least
+    BN: tl.constexpr,  # pixels of a tile
+    BC: tl.constexpr,  # channels that one product covers
+    BACKWARD: tl.constexpr,  # which pass
+    NEED_X: tl.constexpr,  # write dX
+    PRECISION: tl.constexpr,  # of products: "tf32x3" where X is float32, else "tf32"
+):
     """Split form: one tile a program. Forward: PW = a. Backward: PW = w, and dX.
 
     Forward: T are the codewords. Backward: see tables_kernel.
@@ -82,10 +99,20 @@ def weights_kernel(
 
 @triton.jit
 def aggregate_kernel(
-    X, PW, P, sxb, sxn, N, splits,
-    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+    X,  # B x N x C, channels innermost
+    PW,  # B x N x KP, weights in X's dtype
+    P,  # B x splits x K x C, float32
+    sxb,  # stride of X from image to image
+    sxn,  # and from pixel to pixel
+    N,  # pixels of an image
+    splits,  # runs that an image's pixels are cut into
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    KP: tl.constexpr,  # K padded to a power of two, 16 at least
+    BN: tl.constexpr,  # pixels of a tile
+    BC: tl.constexpr,  # channels of a program
+    PRECISION: tl.constexpr,  # of products: "tf32x3" where X is float32, else "tf32"
+):
     """Split form: P[b, split, k, c] = sum over the split's pixels of PW x, for BC channels."""
     EVEN: tl.constexpr = C % BC == 0
     CHUNKS: tl.constexpr = (C + BC - 1) // BC
@@ -108,7 +135,15 @@ def aggregate_kernel(
 
 
 @triton.jit
-def tables_kernel(D, G, T, TQ, C: tl.constexpr, K: tl.constexpr, CP: tl.constexpr):
+def tables_kernel(
+    D,  # K x C, the codewords
+    G,  # B x K x C, float32: dE
+    T,  # (1 + B) K x C, in X's dtype: rows of D, then of G
+    TQ,  # (1 + B) K, float32: the product of each row with its codeword
+    C: tl.constexpr,  # channels
+    K: tl.constexpr,  # codewords
+    CP: tl.constexpr,  # C padded to a power of two
+):
     """T = codewords, then G, in X's dtype; TQ = |d|^2, then d.G; one row of C a program."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CP)

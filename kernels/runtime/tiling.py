@@ -1,6 +1,6 @@
 """Tiles of a B x C x N tensor for operators written in PyTorch: part of its pixels, all channels.
 
-Letters: B images, C channels, N pixels; b and n are the images and pixels of one tile.
+B images have C channels of N pixels; b and n are the images and pixels of one tile.
 """
 
 from __future__ import annotations

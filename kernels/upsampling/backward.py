@@ -74,11 +74,34 @@ def _gradient(
 
 @triton.jit
 def backward_kernel(
-    Logits, Target, Weight, Mean, Lse, Grad, dLogits, h, w, H, W, own_rows, own_columns, segments,
-    strips, ignore, smoothing, C: tl.constexpr, ALIGN: tl.constexpr,
-    BX: tl.constexpr, BM: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr, WEIGHT: tl.constexpr,
-    SMOOTH: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    Logits,  # B x h x w x C, dense
+    Target,  # B x H x W, uint8 or int64
+    Weight,  # C, the class weights m; read with WEIGHT
+    Mean,  # 1, their mean; read with WEIGHT and SMOOTH
+    Lse,  # B x H x W, float32, infinite where ignored
+    Grad,  # with MAP B x H x W, of the losses; else a scalar, of their sum
+    dLogits,  # B x h x w x C, dense
+    h,  # low rows
+    w,  # low columns
+    H,  # output rows
+    W,  # output columns
+    own_rows,  # low rows whose gradients a program writes
+    own_columns,  # and low columns
+    segments,  # programs that share the low rows
+    strips,  # programs that share the low columns
+    ignore,  # the label that counts nowhere
+    smoothing,  # e, the share of a label that is spread over all classes
+    C: tl.constexpr,  # classes
+    ALIGN: tl.constexpr,  # corners of both maps coincide
+    BX: tl.constexpr,  # output columns of a program: all that touch its low columns
+    BM: tl.constexpr,  # low columns of the product that sums over columns, own_columns at least
+    VEC: tl.constexpr,  # classes side by side that one load reads
+    G: tl.constexpr,  # such loads in a program's VEC G classes
+    WEIGHT: tl.constexpr,  # there are class weights
+    SMOOTH: tl.constexpr,  # smoothing is above 0
+    MAP: tl.constexpr,  # Grad is a map
+    PRECISION: tl.constexpr,  # of that product: "bf16", "tf32" or "ieee"
+):
     """dLogits of a program's own low rows and columns, for one chunk of classes."""
     BC: tl.constexpr = G * VEC
     chunks: tl.constexpr = (C + BC - 1) // BC

@@ -34,7 +34,10 @@ def _exact_lse(
     image, i, h, w, left, right, share, down,
     C: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the sum of exponentials of a row of output, about each pixel's own maximum."""
+    """log2 of the sum of exponentials of a row of output, about each pixel's own maximum.
+
+    The row lies `down` below low row i, and each pixel `share` right of low column `left`.
+    """
     peak = tl.full((left.shape[0], L), LOWEST, tl.float32)
     total = tl.zeros((left.shape[0], L), tl.float32)
     for chunk in range(tl.cdiv(C, L * VEC * G)):
@@ -60,7 +63,11 @@ def _finish_row(
     w, h, ignore, smoothing, C: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
     LSE: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
-    """Stores lse and loss of a row; the losses, the weights of their labels, and what is wrong."""
+    """Stores lse and loss of a row; the losses, the weights of their labels, and what is wrong.
+
+    lse2 is lse times log2 e, and average the sum of all logits (with class weights, if any) times
+    log2 e, for the label smoothing.
+    """
     lse = lse2 * LN_2
     label = tl.load(Target + at, mask=inside, other=0)
     labelled = inside & (label != ignore)
@@ -114,11 +121,33 @@ def _means(
 
 @triton.jit
 def forward_kernel(
-    Logits, Target, Weight, Mean, Lse, Loss, P, h, w, H, W, parts, strips, ignore, smoothing,
-    C: tl.constexpr, ALIGN: tl.constexpr, R: tl.constexpr, BX: tl.constexpr,
-    L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr, WEIGHT: tl.constexpr,
-    SMOOTH: tl.constexpr, LSE: tl.constexpr, MAP: tl.constexpr,
-):  # fmt: skip
+    Logits,  # B x h x w x C, dense
+    Target,  # B x H x W, uint8 or int64
+    Weight,  # C, the class weights m; read with WEIGHT
+    Mean,  # 1, their mean; read with WEIGHT and SMOOTH
+    Lse,  # B x H x W, float32; written with LSE
+    Loss,  # B x H x W, float32; written with MAP
+    P,  # 3 x programs, float32: sums of losses, of label weights, and of labels not allowed
+    h,  # low rows
+    w,  # low columns
+    H,  # output rows
+    W,  # output columns
+    parts,  # programs that share the output rows behind one low row
+    strips,  # programs that share a row of output
+    ignore,  # the label that counts nowhere
+    smoothing,  # e, the share of a label that is spread over all classes
+    C: tl.constexpr,  # classes
+    ALIGN: tl.constexpr,  # corners of both maps coincide
+    R: tl.constexpr,  # output rows of a program
+    BX: tl.constexpr,  # output columns of a program
+    L: tl.constexpr,  # threads (lanes) that share a pixel
+    VEC: tl.constexpr,  # classes side by side that one load reads
+    G: tl.constexpr,  # such loads of a thread in a chunk of L VEC G classes
+    WEIGHT: tl.constexpr,  # there are class weights
+    SMOOTH: tl.constexpr,  # smoothing is above 0
+    LSE: tl.constexpr,  # write Lse
+    MAP: tl.constexpr,  # write Loss
+):
     """lse and loss of each pixel; P: sums of losses, of label weights, and of labels not allowed.
 
     `smoothing` is e; Mean is that of the class weights m.
@@ -196,7 +225,13 @@ def forward_kernel(
 
 
 @triton.jit(debug=True)  # for its assertion
-def finish_kernel(P, Total, Rates, programs, BN: tl.constexpr):
+def finish_kernel(
+    P,  # 3 x programs, float32: see forward_kernel
+    Total,  # a scalar, float64: the sum of the losses
+    Rates,  # a scalar, float64: the sum of the label weights
+    programs,  # of forward_kernel
+    BN: tl.constexpr,  # entries read at once
+):
     """Total and Rates, float64: the sums of P over the programs; fails where a label is wrong."""
     n = tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float64)
@@ -218,10 +253,24 @@ def finish_kernel(P, Total, Rates, programs, BN: tl.constexpr):
 
 @triton.jit
 def argmax_kernel(
-    Logits, Labels, Probs, h, w, H, W, parts, strips, C: tl.constexpr, ALIGN: tl.constexpr,
-    R: tl.constexpr, BX: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
-    PROB: tl.constexpr,
-):  # fmt: skip
+    Logits,  # B x h x w x C, dense
+    Labels,  # B x H x W, uint8 or int64
+    Probs,  # B x H x W, float32; written with PROB
+    h,  # low rows
+    w,  # low columns
+    H,  # output rows
+    W,  # output columns
+    parts,  # programs that share the output rows behind one low row
+    strips,  # programs that share a row of output
+    C: tl.constexpr,  # classes
+    ALIGN: tl.constexpr,  # corners of both maps coincide
+    R: tl.constexpr,  # output rows of a program
+    BX: tl.constexpr,  # output columns of a program
+    L: tl.constexpr,  # threads (lanes) that share a pixel
+    VEC: tl.constexpr,  # classes side by side that one load reads
+    G: tl.constexpr,  # such loads of a thread in a chunk of L VEC G classes
+    PROB: tl.constexpr,  # write Probs
+):
     """The class of the largest value of each pixel, the first of equals, and its probability."""
     b, i, x, y, rows, left, right, share = _own_pixels(h, w, H, W, parts, strips, R, BX, ALIGN)
     image = Logits + b * h * w * C

@@ -69,10 +69,11 @@ def _load_classes(
     pixels, words, LIMIT: tl.constexpr, first: tl.constexpr, step: tl.constexpr, G: tl.constexpr,
     EVEN: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Logits of G groups of classes, `step` words apart, in float32: columns x lanes x VEC G.
+    """Logits of G groups of VEC classes, `step` words apart, in float32: columns x lanes x VEC G.
 
     One load a group: as many classes side by side as C allows to be read at once. Groups run
-    fastest, so that joining them moves nothing between registers. A word is PACK logits.
+    fastest, so that joining them moves nothing between registers. A word is PACK logits, and a
+    pixel has LIMIT of them; EVEN: no load reaches beyond.
     """
     if G == 1:
         at = words[None, :, :] + first
@@ -98,13 +99,19 @@ def _load_classes(
 
 @triton.jit
 def first_class_of(chunk, C: tl.constexpr, CHUNK: tl.constexpr):
-    """The last chunk begins early where it would end late: then no load needs a mask."""
+    """That of a chunk of CHUNK classes.
+
+    The last one begins early where it would end late: then no load needs a mask.
+    """
     return tl.minimum(chunk * CHUNK, C - CHUNK) if C >= CHUNK else chunk * CHUNK
 
 
 @triton.jit
 def classes_of(chunk, C: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr):
-    """The classes of a chunk as they lie in registers, L x VEC G, and which are not another's."""
+    """The classes of a chunk as they lie in registers, L x VEC G, and which are not another's.
+
+    L threads share a pixel, and each has G groups of VEC classes side by side.
+    """
     s = tl.arange(0, VEC * G)
     own = s % G * (L * VEC) + s // G
     classes = (tl.arange(0, L) * VEC)[:, None] + own[None, :]

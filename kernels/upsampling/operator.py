@@ -1,6 +1,6 @@
 """Bilinear upsampling joined with softmax cross-entropy, or with the arg-max over the classes.
 
-Letters: B images, C classes, h x w the low resolution of the logits, H x W that of the target.
+B images, C classes; h x w is the low resolution of the logits, H x W that of the target.
 
 With U_h [H, h] and U_w [W, w] the matrices of bilinear interpolation (two entries a row), z the
 map of one class and v = U_h z U_w^T its upsampled values, the loss of pixel i with label t is

@@ -5,7 +5,7 @@ row. A strip of output columns needs a few low-resolution columns, and a tile of
 rows of those: one matrix product widens the low-resolution map for a strip, and one more stretches
 it for a tile. Classes come last, so that a pixel's classes are neighbours in memory.
 
-Letters: a tile has R x X output pixels of C classes, made of k x m low-resolution pixels.
+A tile has R x X output pixels of C classes, made of k x m low-resolution pixels.
 """
 
 import math
