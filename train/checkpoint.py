@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from encnet_triton.train.config import Config, ConfigError, changed_fields
-from encnet_triton.train.distributed import World, gather
+from encnet_triton.train.distributed import World, WorldError, gather
 from encnet_triton.weights import checkpoint
 from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo
 
@@ -38,6 +38,22 @@ class Progress:
     best_step: int = 0
     validated: int = -1
     best_error: float = 1.0
+
+
+def on_all_ranks(path: Path) -> bool:
+    """Whether the ranks see a file: all of them, or none.
+
+    Raises:
+        WorldError: names the ranks that do not see it while others do.
+    """
+    found = gather(path.exists())
+    blind = [rank for rank, there in enumerate(found) if not there]
+    if blind and any(found):
+        raise WorldError(
+            f"ranks {blind} do not see {path}, which other ranks do; "
+            "the folder of runs must be one that all hosts share (--runs)"
+        )
+    return not blind
 
 
 def save(

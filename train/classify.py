@@ -26,13 +26,12 @@ from encnet_triton.train.distributed import (
     all_reduce_sum,
     check_same_weights,
     data_parallel,
-    gather,
 )
 from encnet_triton.train.log import Log
 from encnet_triton.train.loop import TrainingError
 from encnet_triton.train.meter import peak_memory
 from encnet_triton.train.setup import autocast_dtype, compile_obstacle
-from encnet_triton.train.stop import StopRequest
+from encnet_triton.train.signals import StopRequest, agree
 from encnet_triton.weights.checkpoint import ModelInfo, save_model
 
 TEST_BATCH = 500
@@ -84,12 +83,17 @@ class Classifier:
         self.autocast = autocast_dtype(config, self.device)
         self.progress = Progress()
         self._stop = StopRequest()
+        self._stopping = False  # agreed by all ranks
         self._standardise = Normalise(MEAN, STD, self.device)
 
     def restore(self) -> bool:
-        """Load ``last.safetensors`` if it is there; returns whether it was."""
+        """Load ``last.safetensors`` if it is there; returns whether it was.
+
+        Raises:
+            WorldError: some ranks see the file and others do not.
+        """
         path = self.folder / checkpoint.LAST
-        if not all(gather(path.exists())):
+        if not checkpoint.on_all_ranks(path):
             self.log.rewind(0)
             return False
         self.progress = checkpoint.load(path, self.world, self.model, self.optimizer, self.config)
@@ -113,7 +117,7 @@ class Classifier:
         last = min(self.steps, self.config.run.stop_at or self.steps)
         error = None
         with self._stop:
-            while self.progress.step < last and not self._stop.requested:
+            while self.progress.step < last and not self._stopping:
                 error = self._epoch(network, last)
         if self.progress.step < self.steps:
             self.log.say(
@@ -135,8 +139,7 @@ class Classifier:
         for index in range(first, self.steps_per_epoch):
             sums += self._step(network, epoch.batch(*self._share(index)))
             done += 1
-            stop = self._agreed_to_stop() or self.progress.step == last
-            if stop and index < self.steps_per_epoch - 1:
+            if (self._stopping or self.progress.step == last) and index < self.steps_per_epoch - 1:
                 self._save()
                 return None
         loss, wrong, images = all_reduce_sum(sums).tolist()
@@ -168,8 +171,10 @@ class Classifier:
             logits.float(), labels, label_smoothing=self.config.optim.label_smoothing
         )
         self.optimizer.zero_grad(set_to_none=True)
+        read = agree(loss.detach(), self._stop.requested)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        _, self._stopping = read()
         self.progress.step += 1
         wrong = (logits.detach().argmax(1) != labels).sum()
         count = torch.full_like(loss, len(labels))
@@ -191,13 +196,6 @@ class Classifier:
         part = size // self.world.size
         start = index * size + self.world.rank * part
         return start, start + part
-
-    def _agreed_to_stop(self) -> bool:
-        if self.world.size == 1:
-            return self._stop.requested
-        flag = torch.full((), float(self._stop.requested), device=self.device)
-        self._stop.requested = bool(all_reduce_sum(flag))
-        return self._stop.requested
 
     @torch.no_grad()
     def test(self) -> float:

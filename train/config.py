@@ -292,6 +292,10 @@ class Config:
         """Whether this trains a CIFAR-10 network."""
         return self.model.model in CIFAR_UNITS
 
+    def value(self, name: str) -> Any:
+        """A field's value by its name alone."""
+        return getattr(getattr(self, all_fields()[name][0]), name)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form, sections as dictionaries."""
         return asdict(self)

@@ -18,7 +18,6 @@ from encnet_triton.train.checkpoint import Progress
 from encnet_triton.train.config import Config
 from encnet_triton.train.distributed import (
     World,
-    WorldError,
     all_reduce_sum,
     check_same_weights,
     data_parallel,
@@ -27,7 +26,7 @@ from encnet_triton.train.distributed import (
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
 from encnet_triton.train.setup import Parts, compile_obstacle
-from encnet_triton.train.stop import StopRequest
+from encnet_triton.train.signals import StopRequest, agree
 from encnet_triton.train.transfer import Transfer
 from encnet_triton.weights.checkpoint import save_model
 
@@ -80,14 +79,7 @@ class Trainer:
             WorldError: some ranks see the file and others do not.
         """
         path = self.folder / checkpoint.LAST
-        found = gather(path.exists())
-        blind = [rank for rank, there in enumerate(found) if not there]
-        if blind:
-            if any(found):
-                raise WorldError(
-                    f"ranks {blind} do not see {path}, which other ranks do; "
-                    "the folder of runs must be one that all hosts share (--runs)"
-                )
+        if not checkpoint.on_all_ranks(path):
             self.log.rewind(0)  # of a run that ended before its first checkpoint
             return False
         self.progress = checkpoint.load(
@@ -189,7 +181,7 @@ class Trainer:
                 terms = self._forward(batch.images, target, share, images)
                 total = total + terms.total.detach()
                 self.meter.add(terms)
-                read = self._flags(total) if final else None
+                read = agree(total, self._stop.requested) if final else None
                 terms.total.backward()  # type: ignore[no-untyped-call]
                 if read is not None:
                     bad, stop = read()
@@ -212,29 +204,6 @@ class Trainer:
             output = self.network(x)
         terms: LossTerms = self.parts.loss(output, target, pixels=pixels, images=share)
         return terms
-
-    def _flags(self, total: Tensor):  # type: ignore[no-untyped-def]
-        """Start moving (loss not finite anywhere, stop requested anywhere) to the host.
-
-        On a GPU the copy is waited for only after the backward pass has been launched, so the
-        device never runs out of work.
-        """
-        flags = torch.stack(
-            [(~torch.isfinite(total)).float(), torch.full_like(total, self._stop.requested)]
-        )
-        all_reduce_sum(flags)
-        if self.device.type != "cuda":
-            return lambda: tuple(bool(f) for f in flags)
-        host = torch.empty(2, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-
-        def read() -> tuple[bool, bool]:
-            done.synchronize()
-            return bool(host[0]), bool(host[1])
-
-        return read
 
     def _skip(self, micro: list[Batch]) -> None:
         """Leave weights and running statistics as they were before this step, and count it."""

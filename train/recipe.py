@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from encnet_triton.data import DATASETS
+from encnet_triton.train.classification import Classification
 from encnet_triton.train.config import (
     SECTIONS,
     Config,
@@ -24,6 +25,8 @@ from encnet_triton.train.config import (
     one_of,
     require,
 )
+from encnet_triton.train.segmentation import Segmentation
+from encnet_triton.train.task import Task
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -122,12 +125,13 @@ def build_stages(recipe: str, overrides: Mapping[str, Any]) -> list[Config]:
     whole = _configuration(name, values, overrides)
     configs: list[Config] = []
     for number, (stage, fields) in enumerate(stages, start=1):
-        config = _configuration(name, {**values, **fields}, overrides)
-        config.run.runs = str(Path(whole.run.runs) / whole.run.name)
-        config.run.name = f"{number}_{stage}"
+        start: dict[str, Any] = {}
         if configs:
             before = configs[-1].run
-            config.run.init_from = str(Path(before.runs) / before.name / "last.safetensors")
+            start["init_from"] = str(Path(before.runs) / before.name / "last.safetensors")
+        config = _configuration(name, {**values, **fields}, {**overrides, **start})
+        config.run.runs = str(Path(whole.run.runs) / whole.run.name)
+        config.run.name = f"{number}_{stage}"
         configs.append(config)
     return configs
 
@@ -151,10 +155,16 @@ def _configuration(name: str, values: Mapping[str, Any], overrides: Mapping[str,
         "/" not in config.run.name and config.run.name not in (".", ".."),
         "name", config.run.name, "the name of a folder, without slashes",
     )  # fmt: skip
-    known_sets = ("cifar10",) if config.classification else tuple(DATASETS)
-    one_of("dataset", config.data.dataset, known_sets)
+    task = task_of(config)
+    one_of("dataset", config.data.dataset, task.datasets)
+    task.refuse_unread(config, {**values, **overrides})
     config.data.data = data_folder(config.data.data, config.data.dataset)
     return config
+
+
+def task_of(config: Config) -> type[Task]:
+    """What kind of training this is."""
+    return Classification if config.classification else Segmentation
 
 
 def data_folder(given: str | None, dataset: str) -> str | None:

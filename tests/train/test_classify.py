@@ -15,7 +15,7 @@ from encnet_triton.data.cifar10 import Images, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
 from encnet_triton.inference import ImageClassifier
 from encnet_triton.models import CifarNet
-from encnet_triton.train import sweep
+from encnet_triton.train import checkpoint, sweep
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.optim import rate_at
@@ -33,21 +33,6 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Ten classes of one colour each, and noise."""
-    rng = np.random.default_rng(4)
-    colours = rng.integers(40, 216, (10, 3, 1, 1))
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    for i in range(6):
-        labels = rng.permutation(np.arange(20) % 10).astype(np.uint8)
-        images = (colours[labels] + rng.integers(-30, 30, (20, 3, 32, 32))).astype(np.uint8)
-        records = np.concatenate([labels[:, None], images.reshape(20, -1)], 1)
-        records.tofile(folder / (f"data_batch_{i + 1}.bin" if i < 5 else "test_batch.bin"))
-    return tmp_path
 
 
 def train(data: Path, *arguments: str, recipe: str = "cifar10_encnet_16k64d") -> int:
@@ -223,3 +208,16 @@ def test_a_sweep_averages_over_seeds_and_draws_the_curves(
     assert Image.open(folder / "tiny.png").size[0] > 300
     assert main([*options, "--seed", "3"]) == 2
     assert "seeds of its own" in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_see_the_checkpoint_are_named(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Once all ranks started anew, and what had been measured was gone."""
+    assert train(data, "--resume", "--stop-at", "6") == 0
+    metrics = Path("runs/cifar10_encnet_16k64d/metrics.jsonl")
+    before = metrics.read_text()
+    monkeypatch.setattr(checkpoint, "gather", lambda found: [found, False])
+    assert train(data, "--resume", "--stop-at", "6") == 2
+    assert "ranks [1] do not see runs/cifar10_encnet_16k64d/last" in capsys.readouterr().err
+    assert metrics.read_text() == before

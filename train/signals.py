@@ -1,0 +1,60 @@
+"""A scheduler's notice that a run must end, and how the ranks agree on it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encnet_triton.train.distributed import all_reduce_sum
+
+
+class StopRequest:
+    """Inside of it, SIGTERM and SIGUSR1 only set ``requested``."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __enter__(self) -> StopRequest:
+        wanted = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+        self._previous = {number: signal.signal(number, self._request) for number in wanted}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def agree(loss: Tensor, requested: bool) -> Callable[[], tuple[bool, bool]]:
+    """Start moving (loss not finite anywhere, stop requested anywhere) to the host.
+
+    Call what it returns once the backward pass has been launched: on a GPU only then is the copy
+    waited for, so the device never runs out of work.
+    """
+    flags = torch.stack([(~torch.isfinite(loss)).float(), torch.full_like(loss, requested).float()])
+    all_reduce_sum(flags)
+    if not flags.is_cuda:
+        return lambda: _both(flags)
+    host = torch.empty(2, pin_memory=True)
+    host.copy_(flags, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def read() -> tuple[bool, bool]:
+        done.synchronize()
+        return _both(host)
+
+    return read
+
+
+def _both(flags: Tensor) -> tuple[bool, bool]:
+    bad, stop = flags.tolist()
+    return bool(bad), bool(stop)
