@@ -26,3 +26,7 @@ def test_without_a_gpu_pytorch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.triton_status() == "PyTorch code runs: there is no NVIDIA GPU."
     monkeypatch.setattr(report, "versions", lambda: {"triton": "not installed"})
     assert "Triton has no package here" in report.triton_status()
+
+
+def test_the_report_ends_with_it() -> None:
+    assert report.report()[-1] == ("kernels", report.triton_status())

@@ -15,12 +15,13 @@ from encnet_triton.data.cifar10 import Images, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
 from encnet_triton.inference import ImageClassifier
 from encnet_triton.models import CifarNet
-from encnet_triton.train import checkpoint, sweep
+from encnet_triton.train import checkpoint, classify, sweep
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
+from encnet_triton.train.distributed import World
 from encnet_triton.train.optim import rate_at
 from encnet_triton.train.recipe import build
-from encnet_triton.weights.checkpoint import load_model
+from encnet_triton.weights.checkpoint import load_model, read
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train.launch import IN_FLOAT64, assert_same_state, floating, run, torchrun
 
@@ -221,3 +222,27 @@ def test_ranks_that_do_not_see_the_checkpoint_are_named(
     assert train(data, "--resume", "--stop-at", "6") == 2
     assert "ranks [1] do not see runs/cifar10_encnet_16k64d/last" in capsys.readouterr().err
     assert metrics.read_text() == before
+
+
+def test_ranks_have_the_same_weights_and_draw_other_smoothing_factors() -> None:
+    options = {"sync_bn": "false", "width": 8}
+    config = build("cifar10_encnet_16k64d", options)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    weights, logits = [], []
+    for rank in range(2):
+        model = classify.make_classifier(config, World(rank, 2, rank, 2, torch.device("cpu")))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+        logits.append(model(images))  # in training, where the factors are drawn
+    assert torch.equal(*weights)
+    assert not torch.equal(*logits)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_error(data: Path, monkeypatch) -> None:
+    errors = iter([0.5, 0.3, 0.4, 0.3])
+    monkeypatch.setattr(classify.Classifier, "test", lambda self: next(errors))
+    assert train(data) == 0
+    folder = Path("runs/cifar10_encnet_16k64d")
+    assert read(folder / "best.safetensors")[1]["error"] == 0.3
+    assert read(folder / "best.safetensors")[1]["step"] == 2 * 6
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["error"], result["best_error"], result["best_epoch"]) == (0.3, 0.3, 2)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from encnet_triton import evaluate, predict
+from encnet_triton.scoring.metrics import Scores
 from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
 from encnet_triton.weights.checkpoint import read
@@ -110,6 +111,23 @@ def test_two_processes_equal_one(recipe: Path) -> None:
     launch.run([*launch.torchrun(module=launch.IN_FLOAT64), *two], Path("two.log"))
     for kind in ("model.", "momentum."):
         assert_equal_in_float64(floating("two", kind), floating("one", kind))
+    (one,), (two,) = records("one", "train"), records("two", "train")
+    for name in ("loss", "segmentation", "se"):
+        assert one[name] == pytest.approx(two[name], rel=1e-12) != 0
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_score(recipe: Path, monkeypatch) -> None:
+    scores = iter([0.2, 0.4, 0.3, 0.4])
+
+    def validate(*_: object) -> Scores:
+        return Scores(0.5, next(scores), (None, None, None), (), 1)
+
+    monkeypatch.setattr(loop.validate, "validate", validate)
+    assert train(recipe, "--epochs", "4", "--pictures", "0") == 0
+    _, about = read(Path("runs/tiny/best.safetensors"))
+    assert (about["miou"], about["step"]) == (0.4, 4)
+    progress = read(Path("runs/tiny/last.safetensors"))[1]["progress"]
+    assert (progress["best_miou"], progress["best_step"]) == (0.4, 4)
 
 
 def test_an_existing_run_and_changed_fields_are_refused(recipe: Path, capsys) -> None:
