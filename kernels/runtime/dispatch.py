@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any, Optional
 
@@ -41,5 +42,10 @@ def plan_of(package: str, x: Tensor, *sizes: Any, **more: Any) -> Any:
     """
     if not takes_triton(x):
         return None
-    plan = import_module(".plan", package)  # imports triton, which not every platform has
+    plan = _plan(package)
     return plan if plan.supports(x, *sizes, **more) else None
+
+
+@cache
+def _plan(package: str) -> Any:
+    return import_module(".plan", package)  # imports triton, which not every platform has

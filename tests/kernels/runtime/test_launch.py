@@ -19,7 +19,7 @@ import triton
 from bench.static.resources import identity
 from encnet_triton.kernels.batch_norm import plan as batch_norm_plan
 from encnet_triton.kernels.encoding import plan as encoding_plan
-from encnet_triton.kernels.runtime import dispatch, launch
+from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.runtime.launch import Config, Launch
 
 BEST, SECOND, LAST = Config(64, 64, 8), Config(32, 64, 8), Config(32, 64, 4, fused=False)
@@ -81,11 +81,6 @@ def test_local_and_too_much_memory_lead_to_the_next_one_and_one_line_each(
     assert "does not fit" in first and "'fused n32 c64 w8' in place of 'fused n64 c64 w8'" in first
     assert "12 bytes of local memory (stack and spills)" in second
     assert triton.__version__ in second
-
-
-def test_float64_and_cpu_tensors_take_the_pytorch_code() -> None:
-    assert not dispatch.takes_triton(torch.zeros(1, dtype=torch.float64))
-    assert not dispatch.takes_triton(torch.zeros(1))
 
 
 def test_nothing_is_launched_for_an_empty_grid() -> None:
