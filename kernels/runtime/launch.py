@@ -230,14 +230,14 @@ def _good(
     launches: Sequence[Launch], device: torch.device, config: Config, following: Config
 ) -> bool:
     """Whether no program of these is to be avoided; looks at each once, and logs what it finds."""
-    import triton
-
     good = True
     for launch in launches:
         key = device, launch.program()
         if key not in _obstacles:
             _obstacles[key] = found = launch.obstacle()
             if found is not None:
+                import triton
+
                 logger.warning(
                     "%s as compiled by Triton %s; using '%s' in place of '%s'",
                     found,
