@@ -17,7 +17,7 @@ from bench.cases import CASES, Case
 from bench.options import add_device, add_json, chosen_device
 from bench.passes import is_compiled
 from bench.timing import Measurement, copy_bandwidth, measure
-from encnet_triton.train.setup import compile_obstacle
+from encnet_triton.train.compiling import compile_obstacle
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

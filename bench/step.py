@@ -38,9 +38,9 @@ from bench.options import add_device, add_json, chosen_device
 from bench.passes import is_compiled
 from encnet_triton.models import SegmentationOutput, create_model
 from encnet_triton.nn import Encoding, SegmentationLoss, presence_target, set_norm_impl
+from encnet_triton.train.compiling import compile_obstacle
 from encnet_triton.train.config import OptimConfig
 from encnet_triton.train.optim import make_optimizer
-from encnet_triton.train.setup import compile_obstacle
 
 VARIANTS = ("ours, eager", "ours, compiled", "stock, eager", "stock, compiled")
 PHASES = ("data", "forward", "loss", "backward", "optimiser")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from encnet_triton.train import command
+from encnet_triton.train import cli
 
 DOCS = Path(__file__).parents[1] / "docs"
 MARK = "-m encnet_triton.train"
@@ -49,8 +49,8 @@ def test_the_trainer_takes_the_options_shown(commands, count: int) -> None:
     assert len(found) == count
     for line in found:
         launcher, _, rest = line.partition(MARK)
-        options = command.parse(shlex.split(rest))
-        config = command.configuration(options)
+        options = cli.parse(shlex.split(rest))
+        config = cli.configuration(options)
         assert "--rdzv-backend" in launcher and "--nnodes" in launcher
         if "--max-restarts" in launcher:
             assert config.run.resume, "a restarted group goes on only with --resume"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from encnet_triton.files import write_text
-from encnet_triton.scoring.metrics import Scores
 
 METRICS = "metrics.jsonl"
 
@@ -70,6 +68,8 @@ class Log:
             if record.get(name)
         )
         status = f"loss {record['loss']:.3f}" + (f" ({losses})" if losses else "")
+        if "train_error" in record:
+            status += f"  train error {record['train_error']:.2%}"
         status += f"  lr {record['lr']:.2e}"
         if record["images_per_second"] is not None:
             status += f"  {record['images_per_second']:.1f} img/s  data {record['data_wait']:.0%}"
@@ -81,15 +81,6 @@ class Log:
             self._progress.update(self._task, status=status)
         else:
             self.say(f"step {record['step']:>6}/{steps}  {status}")
-
-    def validation(self, scores: Scores, classes: Sequence[str], record: dict[str, Any]) -> None:
-        """Record a validation and show its two figures."""
-        self.write({"kind": "val", **record, **scores.as_dict(classes)})
-        self.say(
-            f"validation at step {record['step']} (epoch {record['epoch']}): "
-            f"mIoU {scores.miou:.2%}  pixAcc {scores.pixel_accuracy:.2%}  "
-            f"({record['seconds']:.1f} s)"
-        )
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one JSON object to ``metrics.jsonl``."""

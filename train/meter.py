@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from encnet_triton.nn import LossTerms
 from encnet_triton.train.distributed import all_reduce_sum
-
-NAMES = ("loss", "segmentation", "se", "aux")
 
 
 class Meter:
     """Losses, throughput and the share of time spent waiting for data.
 
     The first step of a process (compilation, worker start-up) is left out of the throughput.
+
+    Args:
+        device: where the losses are.
+        names: of what is averaged.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
         self.device = device
+        self._names = names
         self._warm = False
         self.restart()
 
     def restart(self) -> None:
         """Begin a new interval now."""
-        self._losses = torch.zeros(len(NAMES), device=self.device)
+        self._losses = torch.zeros(len(self._names), device=self.device)
         self._steps = 0
         self._images = 0
         self._wait = 0.0
@@ -42,8 +44,8 @@ class Meter:
         yield
         self._wait += time.perf_counter() - start
 
-    def add(self, terms: LossTerms) -> None:
-        """Add one micro-batch's losses, without looking at them."""
+    def add(self, terms: Sequence[Tensor]) -> None:
+        """Add what one micro-batch adds to the sums over a step, without looking at it."""
         values: list[Tensor] = [t.detach() for t in terms]
         self._losses += torch.stack([v.to(self._losses.dtype) for v in values])
 
@@ -66,7 +68,7 @@ class Meter:
         losses = all_reduce_sum(self._losses / (max(1, self._steps) * ranks)).tolist()
         seconds = time.perf_counter() - self._start
         return {
-            **{name: value for name, value in zip(NAMES, losses, strict=True)},
+            **{name: value for name, value in zip(self._names, losses, strict=True)},
             "images_per_second": self._images / seconds if self._images else None,
             "data_wait": self._wait / seconds if seconds else 0.0,
             "peak_memory_gib": peak_memory(self.device) / 2**30,

@@ -26,7 +26,6 @@ from encnet_triton.train.config import (
     require,
 )
 from encnet_triton.train.segmentation import Segmentation
-from encnet_triton.train.task import Task
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -162,7 +161,7 @@ def _configuration(name: str, values: Mapping[str, Any], overrides: Mapping[str,
     return config
 
 
-def task_of(config: Config) -> type[Task]:
+def task_of(config: Config) -> type[Segmentation] | type[Classification]:
     """What kind of training this is."""
     return Classification if config.classification else Segmentation
 

@@ -2,18 +2,316 @@
 
 from __future__ import annotations
 
-from encnet_triton.data import DATASETS
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from encnet_triton.data import (
+    DATASETS,
+    Augment,
+    Batch,
+    Dataset,
+    TrainLoader,
+    create_dataset,
+)
+from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
+from encnet_triton.models import create_model
+from encnet_triton.nn import LossTerms, SegmentationLoss
+from encnet_triton.pictures import panel, save_png
+from encnet_triton.scoring import evaluate, score_table
+from encnet_triton.scoring.metrics import Scores
+from encnet_triton.train import run_state
+from encnet_triton.train.class_weights import balanced_weights
 from encnet_triton.train.config import Config, all_fields
-from encnet_triton.train.task import Task
+from encnet_triton.train.curves import draw_curves
+from encnet_triton.train.distributed import World, all_reduce_sum
+from encnet_triton.train.forecast import peak_memory
+from encnet_triton.train.log import Log
+from encnet_triton.train.optim import make_optimizer
+from encnet_triton.train.run_state import Progress
+from encnet_triton.train.task import Task, initial
+from encnet_triton.train.transfer import Transfer
+from encnet_triton.weights import load_backbone
+from encnet_triton.weights.checkpoint import ModelInfo
 
 
-class Segmentation(Task):
-    """A network that names the class of every pixel."""
+class Part(NamedTuple):
+    """A micro-batch on the device.
+
+    ``pixels`` is what its cross-entropies are divided by: 0-d float64.
+    """
+
+    batch: Batch
+    pixels: Tensor
+
+
+class Segmentation(Task[Scores]):
+    """A network that names the class of every pixel; its score is the mean IoU.
+
+    Raises:
+        ConfigError: fields that do not go together.
+        ValueError: the data set or the model refuses its options.
+    """
 
     datasets = tuple(DATASETS)
+    terms = ("loss", "segmentation", "se", "aux")
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        data, optim, device = config.data, config.optim, world.device
+        options = data.dataset_options()
+        self.train_set = create_dataset(data.dataset, data.train_split, data.data, **options)
+        self.val_set = create_dataset(data.dataset, data.val_split, data.data, **options)
+        self.val_every = config.run.val_every
+        self.images = len(self.train_set)
+        classes = len(self.train_set.classes)
+        self.loader = TrainLoader(
+            self.train_set,
+            make_augment(config, self.train_set),
+            batch_size=optim.batch_size,
+            seed=config.run.seed,
+            workers=worker_count(config, world),
+            rank=world.rank,
+            world_size=world.size,
+            accumulation=optim.accumulation,
+            pin_memory=device.type == "cuda",
+        )
+        self.steps_per_epoch = len(self.loader)
+        self.model = initial(config, world, lambda: make_model(config, classes))
+        weight = None
+        if optim.class_weight == "balanced":
+            weight = balanced_weights(self.train_set, classes).to(device)
+        self.loss = SegmentationLoss(
+            classes,
+            ignore_index=self.train_set.ignore_index,
+            se_weight=optim.se_weight,
+            aux_weight=optim.aux_weight,
+            align_corners=bool(self.model.align_corners),
+            class_weight=weight,
+            label_smoothing=optim.label_smoothing,
+        ).to(device)
+        self.optimizer = make_optimizer(self.model, optim)
+        self.info = model_info(config, self.train_set, self.model)
+        self._transfer = Transfer(device)
+        mean = torch.tensor(self.train_set.mean, device=device).view(1, 3, 1, 1)
+        std = torch.tensor(self.train_set.std, device=device).view(1, 3, 1, 1)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
 
     @classmethod
     def reads(cls, config: Config) -> frozenset[str]:
         """All but what CIFAR-10 networks have; `create_model` and `create_dataset` refuse options
         of another network or data set."""
         return frozenset(all_fields()) - {"width", "block", "shake_scale"}
+
+    @classmethod
+    def outlook(cls, config: Config, world: World) -> Iterator[str]:
+        """The data need not be there for published data sets."""
+        images, classes, where = image_count(config)
+        optim, data = config.optim, config.data
+        model = create_model(num_classes=classes, **config.model.options())
+        count = sum(p.numel() for p in model.parameters())
+        amount = "a number of images that is known once it is prepared"
+        if images is not None:
+            steps = images // optim.batch_size * optim.epochs
+            amount = f"{images:,} images ({where}), {steps:,} steps"
+        yield (
+            f"{config.run.name}: {config.model.model} {config.model.backbone}, {classes} classes, "
+            f"{count:,} parameters"
+        )
+        yield (
+            f"  {data.dataset} {data.train_split}: {amount}, {optim.epochs} epochs in batches of "
+            f"{optim.batch_size}, lr {optim.lr:g}"
+        )
+        if world.main:
+            size = peak_memory(config, classes, world.size) / 2**30
+            place = "the GPU" if world.size == 1 else f"each of {world.size} GPUs"
+            yield (
+                f"  predicted, not measured: at most {size:.1f} GiB on {place}, without the "
+                "workspaces of cuDNN"
+            )
+
+    def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step."""
+        return self.loader.epoch(epoch, start_step=start)
+
+    def parts(self, step: list[Batch]) -> Sequence[Part]:
+        """DDP averages gradients over ranks, so each divides by its share of the global count."""
+        batches = self._transfer(step)
+        pixels = torch.stack([self.loss.pixels_in(batch.labels) for batch in batches]).sum()
+        share = (all_reduce_sum(pixels) / self.world.size).clamp(min=1e-12)
+        return [Part(batch, share) for batch in batches]
+
+    def compute(self, network: nn.Module, part: Part) -> LossTerms:
+        """The losses, divided by what is labelled in the whole batch."""
+        x = torch.addcmul(self._shift, part.batch.images, self._scale)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            output = network(x)
+        images = self.config.optim.batch_size / self.world.size
+        terms: LossTerms = self.loss(output, part.batch.labels, pixels=part.pixels, images=images)
+        return terms
+
+    def names(self, step: list[Batch]) -> list[str]:
+        """The files."""
+        return [name for batch in step for name in batch.names]
+
+    def records_at(self, step: int, last: int) -> bool:
+        """Every ``log_every`` steps."""
+        return step % self.config.run.log_every == 0 or step == last
+
+    def predictor(self) -> Predictor:
+        """The network as it is now, as evaluate would use it."""
+        return Predictor(
+            self.model.eval(),
+            self.info,
+            device=self.world.device,
+            whole_image=self.config.run.whole_image,
+            autocast=self.dtype,
+        )
+
+    def warm_up(self) -> None:
+        """One prediction that is thrown away."""
+        self.predictor()(np.asarray(self.val_set[0].image))
+
+    def validate(self) -> Scores:
+        """As the command evaluate counts them."""
+        rank, size = self.world.rank, self.world.size
+        return evaluate(self.predictor(), self.val_set, rank=rank, world_size=size)
+
+    def note_best(self, score: Scores, progress: Progress) -> dict[str, float] | None:
+        """The highest mean IoU."""
+        if score.miou <= progress.best_miou:
+            return None
+        progress.best_miou = score.miou
+        return {"miou": score.miou}
+
+    def tell(self, score: Scores, record: dict[str, Any], log: Log) -> None:
+        """Everything into the file, two figures on the screen."""
+        log.write({"kind": "val", **record, **score.as_dict(self.info.classes)})
+        log.say(
+            f"validation at step {record['step']} (epoch {record['epoch']}): "
+            f"mIoU {score.miou:.2%}  pixAcc {score.pixel_accuracy:.2%}  "
+            f"({record['seconds']:.1f} s)"
+        )
+
+    def draw(self, folder: Path) -> None:
+        """Image | label | prediction of a few validation images, and the curves."""
+        draw_predictions(self.predictor(), self.val_set, self.config.run.pictures, folder)
+        draw_curves(folder)
+
+    def result(self, score: Scores, progress: Progress) -> dict[str, Any]:
+        """The scores after the last step."""
+        return {"step": progress.step, **score.as_dict(self.info.classes)}
+
+    def conclude(self, score: Scores, progress: Progress, folder: Path, log: Log) -> None:
+        """A table, and where to look."""
+        title = f"{self.config.run.name}, last step"
+        log.console.print(score_table(score, self.info.classes, title))
+        where = folder / run_state.BEST
+        log.say(f"best mIoU {progress.best_miou:.2%} at step {progress.best_step}: {where}")
+        log.say(f"pictures: {folder / 'predictions'}")
+
+    def warning(self) -> str | None:
+        """About windows that training did not have."""
+        return f"Warning: {WHOLE_IMAGE_WARNING}" if self.config.run.whole_image else None
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self.loader.close()
+
+
+def make_model(config: Config, num_classes: int) -> nn.Module:
+    """The network, with the weights of a backbone or of another run where the configuration names
+    some."""
+    model = create_model(num_classes=num_classes, **config.model.options())
+    model.backbone.activation_checkpointing = config.run.activation_checkpointing
+    if config.model.pretrained:
+        load_backbone(model, config.model.pretrained)
+    if config.run.init_from:
+        path = Path(config.run.init_from)
+        run_state.initialise(path, model, num_classes, config.run.new_head)
+    return model
+
+
+def make_augment(config: Config, dataset: Dataset) -> Augment:
+    """The one-warp augmentation of the training set; outside of images is its mean colour."""
+    data = config.data
+    return Augment(
+        data.crop,
+        base_size=data.base_size,
+        scale=data.scale,
+        scale_by=data.scale_by,
+        rotation=data.rotation,
+        flip=data.flip,
+        ignore_index=dataset.ignore_index,
+        fill=tuple(round(255 * m) for m in dataset.mean),
+    )
+
+
+def model_info(config: Config, dataset: Dataset, model: nn.Module) -> ModelInfo:
+    """What is stored beside the weights so that they can be used without this configuration."""
+    data = config.data
+    return ModelInfo(
+        options=dict(model.options),  # type: ignore[arg-type]
+        classes=list(dataset.classes),
+        palette=np.asarray(dataset.palette).tolist(),
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        crop=list(data.crop),
+        base_size=data.base_size,
+        scale_by=data.scale_by,
+        ignore_index=dataset.ignore_index,
+        data={
+            "name": data.dataset,
+            "root": None if data.data is None else str(Path(data.data).resolve()),
+            "split": data.val_split,
+            "options": data.dataset_options(),
+        },
+    )
+
+
+def worker_count(config: Config, world: World) -> int:
+    """Loader processes of this rank: as configured, else the host's cores shared by its ranks.
+
+    On the CPU the network itself needs the cores, so one process decodes ahead.
+    """
+    if config.data.workers is not None:
+        return config.data.workers
+    if world.device.type == "cpu":
+        return 1
+    return max(1, min(16, (os.cpu_count() or 1) // world.local_size - 1))
+
+
+def image_count(config: Config) -> tuple[int | None, int, str]:
+    """(training images, None where that is not known; classes; where the figures are from)."""
+    data = config.data
+    maker: Any = DATASETS.get(data.dataset)
+    published = getattr(maker, "expected", {}).get(data.train_split)
+    if data.data is None and published is not None:
+        classes = len(maker.labels_for(data.num_classes or 59)[0])
+        return (published[0] if published else None), classes, "as published"
+    dataset = create_dataset(data.dataset, data.train_split, data.data, **data.dataset_options())
+    return len(dataset), len(dataset.classes), "found"
+
+
+def draw_predictions(predictor: Predictor, dataset: Dataset, count: int, folder: Path) -> None:
+    """Write image | label | prediction of ``count`` images into ``predictions``."""
+    chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
+    info = predictor.info
+    for number, index in enumerate(chosen.round().astype(int).tolist()):
+        sample = dataset[index]
+        image = np.asarray(sample.image)
+        picture = panel(
+            image,
+            sample.label,
+            predictor(image).cpu().numpy(),
+            info.classes,
+            info.palette,
+            title=Path(dataset.name_of(index)).name,
+        )
+        save_png(picture, folder / "predictions" / f"{number:02d}.png")

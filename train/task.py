@@ -1,28 +1,61 @@
-"""What a task is to the rest of the trainer: the fields it reads."""
+"""What a task is to the trainer: what it builds, computes and measures, and the fields it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from encnet_triton.nn import set_sync_group
 from encnet_triton.train.config import Config, ConfigError, require
+from encnet_triton.train.distributed import World
+from encnet_triton.train.log import Log
+from encnet_triton.train.run_state import Progress
+from encnet_triton.weights.checkpoint import ModelInfo
+
+Score = TypeVar("Score")
+"""What a validation finds."""
 
 
-class Task:
-    """One kind of training.
+class Task(ABC, Generic[Score]):
+    """One kind of training, built from a configuration on ``world.device``.
 
     Attributes:
         datasets: names of the data sets it can be trained on.
         fixed: fields that it does not read, with the values that say what it does in any case.
+        terms: names of what `compute` returns; the first is the loss.
+        model, optimizer: before any checkpoint is loaded into them.
+        info: what is stored beside the weights.
+        images: how many there are to train on.
+        steps_per_epoch: optimiser steps.
+        val_every: epochs between two validations; 0: after the last epoch only.
     """
 
     datasets: ClassVar[tuple[str, ...]]
     fixed: ClassVar[Mapping[str, Any]] = {}
+    terms: ClassVar[tuple[str, ...]]
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    info: ModelInfo
+    images: int
+    steps_per_epoch: int
+    val_every: int
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.dtype = autocast_dtype(config, world.device)
 
     @classmethod
+    @abstractmethod
     def reads(cls, config: Config) -> frozenset[str]:
         """Names of the fields that change something for this configuration's network."""
-        raise NotImplementedError
 
     @classmethod
     def refuse_unread(cls, config: Config, given: Iterable[str]) -> None:
@@ -41,3 +74,95 @@ class Task:
         for name in unread:
             value, kept = config.value(name), cls.fixed[name]
             require(value == kept, name, value, f"{kept} for {config.model.model}")
+
+    @classmethod
+    @abstractmethod
+    def outlook(cls, config: Config, world: World) -> Iterator[str]:
+        """Lines about a run that is not started, for ``--dry-run``."""
+
+    @abstractmethod
+    def steps(self, epoch: int, start: int) -> Iterator[Any]:
+        """What each step of an epoch takes, from step ``start`` on."""
+
+    @abstractmethod
+    def parts(self, step: Any) -> Sequence[Any]:
+        """The micro-batches of a step, on the device; every rank calls it."""
+
+    @abstractmethod
+    def compute(self, network: nn.Module, part: Any) -> Sequence[Tensor]:
+        """The `terms` of a micro-batch, 0-d, the first to be differentiated.
+
+        Their sums over a step's micro-batches, averaged over the ranks, are those of the whole
+        batch, and so are the gradients.
+        """
+
+    @abstractmethod
+    def names(self, step: Any) -> list[str]:
+        """What a person would look for in this rank's part of a step."""
+
+    @abstractmethod
+    def records_at(self, step: int, last: int) -> bool:
+        """Whether the averages since the last record are written down after a step."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Compile the network for validation."""
+
+    @abstractmethod
+    def validate(self) -> Score:
+        """Score on the validation images, which the ranks share."""
+
+    @abstractmethod
+    def note_best(self, score: Score, progress: Progress) -> dict[str, float] | None:
+        """If it is the best yet, keep the figure in ``progress`` and return it by its name."""
+
+    @abstractmethod
+    def tell(self, score: Score, record: dict[str, Any], log: Log) -> None:
+        """Write down a validation, and show it."""
+
+    def draw(self, folder: Path) -> None:  # noqa: B027
+        """Pictures after a validation; the main rank alone."""
+
+    @abstractmethod
+    def result(self, score: Score, progress: Progress) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+
+    @abstractmethod
+    def conclude(self, score: Score, progress: Progress, folder: Path, log: Log) -> None:
+        """Show a person what came out of a complete run; the main rank alone."""
+
+    def warning(self) -> str | None:
+        """What a person should know before the run starts."""
+        return None
+
+    def close(self) -> None:  # noqa: B027
+        """Give back processes, if there are any."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The arithmetic of the network's forward pass."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self.dtype)
+
+
+def initial(config: Config, world: World, make: Callable[[], nn.Module]) -> nn.Module:
+    """A network with its initial weights, the same on every rank, channels_last on the device."""
+    torch.manual_seed(config.run.seed)
+    model = make()
+    model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.run.sync_bn and world.size > 1:
+        set_sync_group(model, dist.group.WORLD)
+    # From here on each rank draws for itself: for dropout, or smoothing factors.
+    torch.manual_seed((config.run.seed << 16) + world.rank + 1)
+    return model
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """bfloat16 where it is asked for or gains: GPUs that compute in it, CPUs with matrix tiles."""
+    if config.run.amp == "off":
+        return None
+    if config.run.amp == "on":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None

@@ -14,7 +14,7 @@ from bench.cases import BUDGET, CASES
 from bench.gpu.device import Gpu, StandIn, place
 from bench.gpu.job import LeftOut
 from bench.passes import PASSES, VARIANTS, Pass, is_compiled, least_bytes
-from encnet_triton.train.setup import compile_obstacle
+from encnet_triton.train.compiling import compile_obstacle
 
 _SECONDS = 0.6  # of replays of a forward pass, and again of both passes
 

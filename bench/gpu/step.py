@@ -12,7 +12,7 @@ from bench.gpu.device import place
 from bench.gpu.job import LeftOut
 from bench.passes import is_compiled
 from bench.static import memory
-from encnet_triton.train.setup import compile_obstacle
+from encnet_triton.train.compiling import compile_obstacle
 
 SMALL = step.Shape("demo", 2, 32, 5, "float32")
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from torch import nn
 
 from encnet_triton.nn import LossTerms
-from encnet_triton.train import loop
+from encnet_triton.train import trainer
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
+from encnet_triton.train.segmentation import Segmentation
 
 
 class Clock:
@@ -37,7 +38,7 @@ def step(meter: Meter, clock: Clock, seconds: float, wait: float = 0.0) -> None:
 
 def test_the_first_step_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    meter = Meter(torch.device("cpu"))
+    meter = Meter(torch.device("cpu"), Segmentation.terms)
     step(meter, clock, 60.0, wait=10.0)
     assert meter.summary(1)["images_per_second"] is None
     for _ in range(4):
@@ -71,15 +72,15 @@ def test_validation_compiles_before_its_clock_starts(
     """Two validations, the first of which finds the network not yet compiled for evaluation."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
-    monkeypatch.setattr(loop, "compile_obstacle", lambda device: None)
-    real, warm_up, warmed = time.perf_counter, loop.validate.warm_up, []
+    monkeypatch.setattr(trainer, "compile_obstacle", lambda device: None)
+    real, warm_up, warmed = time.perf_counter, Segmentation.warm_up, []
     monkeypatch.setattr(time, "perf_counter", lambda: real() + 1000 * len(warmed))
 
     def slow(*arguments: object) -> None:
         warm_up(*arguments)
         warmed.append(None)
 
-    monkeypatch.setattr(loop.validate, "warm_up", slow)
+    monkeypatch.setattr(Segmentation, "warm_up", slow)
     assert main(["--recipe", str(recipe), "--compile", "--pictures", "0"]) == 0
     assert len(warmed) == 1
     lines = Path("runs/tiny/metrics.jsonl").read_text().splitlines()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from encnet_triton.train.__main__ import main
-from encnet_triton.train.setup import compile_obstacle
+from encnet_triton.train.compiling import compile_obstacle
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train.launch import IN_FLOAT64, floating, run, torchrun
 

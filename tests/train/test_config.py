@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from encnet_triton.train import command
+from encnet_triton.train import cli
 from encnet_triton.train.config import ConfigError, all_fields, changed_fields, field_docs
 from encnet_triton.train.recipe import build, recipe_names
 
@@ -21,15 +21,15 @@ def test_every_field_is_documented_and_has_one_name() -> None:
 def test_every_recipe_is_valid_and_says_what_it_is(name: str) -> None:
     config = build(name, {})
     assert config.run.name == name
-    assert {n: about for n, _, about in command.list_recipes()}[name]
+    assert {n: about for n, _, about in cli.list_recipes()}[name]
 
 
 def test_command_line_overrides_the_recipe() -> None:
-    options = command.parse(
+    options = cli.parse(
         ["--lr", "0.5", "--crop", "96x128", "--scale", "0.5,1.5", "--compile", "--sync-bn", "false",
          "--base-size", "none", "--num-codewords", "0"]
     )  # fmt: skip
-    config = command.configuration(options)
+    config = cli.configuration(options)
     assert config.optim.lr == 0.5
     assert config.data.crop == (96, 128)
     assert config.data.scale == (0.5, 1.5)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu.processes import descendants
-from encnet_triton.train import checkpoint
+from encnet_triton.train import run_state
 from encnet_triton.train.__main__ import main
 from encnet_triton.weights.checkpoint import read
 from tests.train.launch import assert_same_state, ended_well, run, running, torchrun
@@ -108,7 +108,7 @@ def test_ranks_that_do_not_share_the_folder_are_named(
     monkeypatch.chdir(tmp_path)
     arguments = ["--recipe", str(recipe), "--stop-at", "1", "--resume"]
     assert main(arguments) == 0
-    monkeypatch.setattr(checkpoint, "gather", lambda found: [found, True, False])
+    monkeypatch.setattr(run_state, "gather", lambda found: [found, True, False])
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert "ranks [2] do not see runs/tiny/last.safetensors" in said

@@ -17,8 +17,8 @@ from PIL import Image
 
 from encnet_triton import evaluate, predict
 from encnet_triton.scoring.metrics import Scores
-from encnet_triton.train import loop
 from encnet_triton.train.__main__ import main
+from encnet_triton.train.segmentation import Segmentation
 from encnet_triton.weights.checkpoint import read
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train import launch
@@ -122,7 +122,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(recipe: Path, monkeypa
     def validate(*_: object) -> Scores:
         return Scores(0.5, next(scores), (None, None, None), (), 1)
 
-    monkeypatch.setattr(loop.validate, "validate", validate)
+    monkeypatch.setattr(Segmentation, "validate", validate)
     assert train(recipe, "--epochs", "4", "--pictures", "0") == 0
     _, about = read(Path("runs/tiny/best.safetensors"))
     assert (about["miou"], about["step"]) == (0.4, 4)
@@ -163,15 +163,15 @@ def test_sigterm_saves_and_ends_well(recipe: Path) -> None:
 def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -> None:
     """Weights and running statistics stay as they were; ten such steps stop the run."""
     before: dict[str, torch.Tensor] = {}
-    forward = loop.Trainer._forward
+    compute = Segmentation.compute
 
-    def poisoned(self, images, target, pixels, share):
+    def poisoned(self, network, part):
         if not before:
             before.update({k: v.clone() for k, v in self.model.state_dict().items()})
-        terms = forward(self, images, target, pixels, share)
+        terms = compute(self, network, part)
         return terms._replace(total=terms.total * float("nan"))
 
-    monkeypatch.setattr(loop.Trainer, "_forward", poisoned)
+    monkeypatch.setattr(Segmentation, "compute", poisoned)
     assert train(recipe, "--stop-at", "2", "--name", "two") == 0
     assert read(Path("runs/two/last.safetensors"))[1]["progress"]["skipped"] == 2
     after, _ = read(Path("runs/two/last.safetensors"), "model.")

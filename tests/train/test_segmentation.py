@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from encnet_triton.train.class_weights import LIMITS, balanced_weights
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.distributed import World
 from encnet_triton.train.recipe import build
-from encnet_triton.train.setup import WEIGHT_LIMITS, balanced_weights, make_model
+from encnet_triton.train.segmentation import make_model
+from encnet_triton.train.task import initial
 
 
 def labels(*rows: dict[int, int]) -> list[SimpleNamespace]:
@@ -32,7 +34,7 @@ def test_balanced_weights_stay_within_their_limits() -> None:
     np.testing.assert_allclose(common, [0.2, 1, 1, 1], rtol=1e-6)  # 0.01 / 0.97 is less
     rare = balanced_weights(labels({0: 330, 1: 330, 2: 339, 3: 1}), 4)
     np.testing.assert_allclose(rare, [1, 1, 330 / 339, 5], rtol=1e-6)  # 330 / 1 is more
-    assert WEIGHT_LIMITS == (0.2, 5.0)
+    assert LIMITS == (0.2, 5.0)
 
 
 def test_balanced_weights_leave_ignored_pixels_out() -> None:
@@ -47,7 +49,8 @@ def test_ranks_have_the_same_weights_and_drop_out_other_channels() -> None:
     config = build("scenes", {"sync_bn": "false"})
     weights, draws = [], []
     for rank in range(2):
-        model = make_model(config, World(rank, 2, rank, 2, torch.device("cpu")), 5)
+        world = World(rank, 2, rank, 2, torch.device("cpu"))
+        model = initial(config, world, lambda: make_model(config, 5))
         weights.append(next(model.parameters()))
         draws.append(torch.rand(8))
     assert torch.equal(*weights)

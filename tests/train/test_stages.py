@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from encnet_triton.train import sweep
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.recipe import build, build_stages
+from encnet_triton.train.sweeps import plan
 from encnet_triton.weights.checkpoint import read
 
 STAGES = """
@@ -96,15 +96,15 @@ def test_dry_run_needs_no_data_and_leaves_nothing(capsys) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", sweep.sweep_names())
+@pytest.mark.parametrize("name", plan.sweep_names())
 def test_every_sweep_is_valid(name: str) -> None:
-    planned = sweep.configurations(name, {})
+    planned = plan.configurations(name, {})
     assert all(one.configs for one in planned)
     runs: dict[str, object] = {}
     for one in planned:  # rows that share a run are one training
         now = [config.fingerprint() for config in one.configs]
         assert runs.setdefault(one.row.run, now) == now
-    grid = sweep.read_sweep(name).grid
+    grid = plan.read_sweep(name).grid
     assert grid is None or set(grid) <= set(runs)
 
 
@@ -122,7 +122,7 @@ def test_a_sweep_trains_each_run_once_and_writes_its_table(
     )
     Path("sweeps").mkdir()
     Path("sweeps/tiny_sweep.toml").write_text(text)
-    monkeypatch.setattr(sweep, "SWEEPS", Path("sweeps"))
+    monkeypatch.setattr(plan, "SWEEPS", Path("sweeps"))
     assert main(["--sweep", "tiny_sweep"]) == 0
     folder = Path("runs/tiny_sweep")
     table = (folder / "tiny_sweep.md").read_text()

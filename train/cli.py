@@ -8,7 +8,7 @@ from typing import Any
 
 from encnet_triton.train.config import SECTIONS, Config, all_fields, field_docs
 from encnet_triton.train.recipe import build, build_stages, read_about, recipe_names
-from encnet_triton.train.sweep import sweep_names
+from encnet_triton.train.sweeps.plan import sweep_names
 
 DEFAULT_RECIPE = "scenes"
 

@@ -15,12 +15,15 @@ from encnet_triton.data.cifar10 import Images, load_cifar10
 from encnet_triton.data.device_images import DeviceImages
 from encnet_triton.inference import ImageClassifier
 from encnet_triton.models import CifarNet
-from encnet_triton.train import checkpoint, classify, sweep
+from encnet_triton.train import run_state
 from encnet_triton.train.__main__ import main
+from encnet_triton.train.classification import Classification
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.distributed import World
 from encnet_triton.train.optim import rate_at
 from encnet_triton.train.recipe import build
+from encnet_triton.train.sweeps import plan
+from encnet_triton.train.task import initial
 from encnet_triton.weights.checkpoint import load_model, read
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train.launch import IN_FLOAT64, assert_same_state, floating, run, torchrun
@@ -193,7 +196,7 @@ def test_a_sweep_averages_over_seeds_and_draws_the_curves(
         for label, recipe, seeds in (("R", "resnet_64d", [0, 1]), ("S", "seresnet_64d", [0]))
     )
     Path("tiny.toml").write_text('title = "T"\n' + rows)
-    monkeypatch.setattr(sweep, "SWEEPS", Path())
+    monkeypatch.setattr(plan, "SWEEPS", Path())
     options = ["--sweep", "tiny", "--data", str(data), "--device", "cpu", "--lr", "0.05"]
     assert main(options) == 0
     folder = Path("runs/tiny")
@@ -218,7 +221,7 @@ def test_ranks_that_do_not_see_the_checkpoint_are_named(
     assert train(data, "--resume", "--stop-at", "6") == 0
     metrics = Path("runs/cifar10_encnet_16k64d/metrics.jsonl")
     before = metrics.read_text()
-    monkeypatch.setattr(checkpoint, "gather", lambda found: [found, False])
+    monkeypatch.setattr(run_state, "gather", lambda found: [found, False])
     assert train(data, "--resume", "--stop-at", "6") == 2
     assert "ranks [1] do not see runs/cifar10_encnet_16k64d/last" in capsys.readouterr().err
     assert metrics.read_text() == before
@@ -230,7 +233,8 @@ def test_ranks_have_the_same_weights_and_draw_other_smoothing_factors() -> None:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     weights, logits = [], []
     for rank in range(2):
-        model = classify.make_classifier(config, World(rank, 2, rank, 2, torch.device("cpu")))
+        world = World(rank, 2, rank, 2, torch.device("cpu"))
+        model = initial(config, world, lambda: CifarNet(**config.model.options()))
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
         logits.append(model(images))  # in training, where the factors are drawn
     assert torch.equal(*weights)
@@ -239,7 +243,7 @@ def test_ranks_have_the_same_weights_and_draw_other_smoothing_factors() -> None:
 
 def test_the_best_checkpoint_is_that_of_the_lowest_error(data: Path, monkeypatch) -> None:
     errors = iter([0.5, 0.3, 0.4, 0.3])
-    monkeypatch.setattr(classify.Classifier, "test", lambda self: next(errors))
+    monkeypatch.setattr(Classification, "validate", lambda self: next(errors))
     assert train(data) == 0
     folder = Path("runs/cifar10_encnet_16k64d")
     assert read(folder / "best.safetensors")[1]["error"] == 0.3

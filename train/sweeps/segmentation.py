@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +15,9 @@ from encnet_triton.scoring import confusion
 from encnet_triton.scoring.protocols import protocol_scores
 from encnet_triton.train import distributed
 from encnet_triton.train.config import Config, ConfigError
-from encnet_triton.train.tables import show_and_write
+from encnet_triton.train.sweeps.plan import Planned, Sweep
+from encnet_triton.train.sweeps.table import show_and_write
 from encnet_triton.weights.checkpoint import load_model
-
-if TYPE_CHECKING:
-    from encnet_triton.train.sweep import Planned, Sweep
 
 
 def report(

@@ -1,10 +1,4 @@
-"""All rows of a table of the paper in one command: ``--sweep table1``.
-
-Rows that are complete are left as they are, others are resumed or started. Afterwards the sweep's
-folder holds ``<sweep>.md`` and ``<sweep>.json`` with the paper's figures beside, ``<sweep>.png``
-where the rows are points of curves or have curves (and matplotlib is installed), and, of
-segmentation networks, ``<sweep>_grid.png``, what two of them predict for the same images.
-"""
+"""Which runs a table of the paper is made of, from its TOML file."""
 
 from __future__ import annotations
 
@@ -14,19 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from encnet_triton.train import (
-    checkpoint,
-    distributed,
-    sweep_classification,
-    sweep_segmentation,
-)
-from encnet_triton.train import run as runs
+from encnet_triton.train import run_state
 from encnet_triton.train.config import Config, ConfigError, closest
 from encnet_triton.train.recipe import build_stages
+from encnet_triton.train.run_folder import folder_of
 
-SWEEPS = Path(__file__).parent / "sweeps"
+SWEEPS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -74,13 +61,12 @@ class Planned:
     @property
     def folder(self) -> Path:
         """Of the last stage."""
-        last = self.configs[-1].run
-        return Path(last.runs) / last.name
+        return folder_of(self.configs[-1])
 
     @property
     def checkpoint(self) -> Path:
         """The last weights of the last stage."""
-        return self.folder / checkpoint.LAST
+        return self.folder / run_state.LAST
 
 
 def sweep_names() -> list[str]:
@@ -139,31 +125,8 @@ def configurations(name: str, overrides: Mapping[str, Any]) -> list[Planned]:
     return planned
 
 
-def run(name: str, planned: list[Planned], world: distributed.World) -> None:
-    """Train what is not complete yet, then write the table and the pictures."""
-    sweep = read_sweep(name)
-    done: dict[str, bool] = {}
-    for one in planned:
-        if one.row.run not in done:
-            done[one.row.run] = runs.train_all(_unfinished(one.configs), world)
-        if not done[one.row.run]:
-            return  # asked to stop
-    folder = planned_folder(planned)
-    if planned[0].configs[-1].classification:
-        if world.main:
-            sweep_classification.report(name, sweep, planned, folder)
-    else:
-        sweep_segmentation.report(name, sweep, planned, folder, world)
-    if world.main:
-        Console().print(f"table and pictures: {folder}")
-
-
 def planned_folder(planned: list[Planned]) -> Path:
     """The sweep's folder: that of the first row's run, or of its stages, one level up."""
     config = planned[0].configs[0].run
     folder = Path(config.runs)
     return folder.parent if len(planned[0].configs) > 1 else folder
-
-
-def _unfinished(configs: list[Config]) -> list[Config]:
-    return [c for c in configs if not all(distributed.gather(runs.finished(c)))]

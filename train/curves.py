@@ -1,4 +1,4 @@
-"""Training and test error of classifiers over the epochs (paper, figure 7)."""
+"""Pictures of ``metrics.jsonl``: losses and scores, or errors over the epochs (paper, figure 7)."""
 
 from __future__ import annotations
 
@@ -50,4 +50,30 @@ def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_curves(folder: Path) -> bool:
+    """Plot ``metrics.jsonl`` into ``curves.png``; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    training = [r for r in records if r["kind"] == "train"]
+    validation = [r for r in records if r["kind"] == "val"]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("segmentation", "se", "aux"):
+        if any(r[name] for r in training):
+            left.plot([r["step"] for r in training], [r[name] for r in training], label=name)
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    left.legend()
+    steps = [r["step"] for r in validation]
+    for key, name in (("miou", "mIoU"), ("pixel_accuracy", "pixAcc")):
+        right.plot(steps, [100 * r[key] for r in validation], marker="o", label=name)
+    right.set(xlabel="step", ylabel="validation, %", ylim=(0, 100))
+    right.legend()
+    figure.savefig(folder / "curves.png", dpi=110)
     return True

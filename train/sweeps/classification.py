@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from encnet_triton.files import write_json
 from encnet_triton.models import CifarNet
-from encnet_triton.train.error_curves import draw_errors
-from encnet_triton.train.run import RESULT
-from encnet_triton.train.tables import show_and_write
-
-if TYPE_CHECKING:
-    from encnet_triton.train.sweep import Planned, Sweep
+from encnet_triton.train.curves import draw_errors
+from encnet_triton.train.run_folder import RESULT
+from encnet_triton.train.sweeps.plan import Planned, Sweep
+from encnet_triton.train.sweeps.table import show_and_write
 
 HEADER = (
     "", "parameters", "runs", "test error % after the last epoch",

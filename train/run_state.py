@@ -117,7 +117,10 @@ def load(
             buffer = torch.empty_like(parameter).copy_(momentum)
             optimizer.state[parameter]["momentum_buffer"] = buffer
     _restore_random_state(world, tensors)
-    return Progress(**metadata["progress"])
+    progress = Progress(**metadata["progress"])
+    if progress.validated < 0 < progress.best_step:
+        progress.validated = progress.step  # of a classifier that did not write this down
+    return progress
 
 
 def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -> list[str]:

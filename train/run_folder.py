@@ -1,0 +1,55 @@
+"""The folder of a run: who may write there, its configuration, and whether it is complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from encnet_triton.files import write_json
+from encnet_triton.train.config import SECTIONS, Config, ConfigError, changed_fields
+from encnet_triton.train.distributed import World, gather
+
+RESULT = "result.json"
+
+
+def folder_of(config: Config) -> Path:
+    """Where a run's files are."""
+    return Path(config.run.runs) / config.run.name
+
+
+def open_folder(config: Config, world: World) -> Path:
+    """The run's folder; refused if a run is there already and --resume was not given."""
+    folder = folder_of(config)
+    taken = (folder / "config.json").exists() and not config.run.resume
+    if any(gather(taken)):
+        raise ConfigError(f"run {folder} exists; add --resume to go on, or another --name")
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write ``config.json`` atomically; not before a resumed run has accepted the configuration."""
+    write_json(config.as_dict(), folder / "config.json")
+
+
+def finished(config: Config) -> bool:
+    """Whether this very run is complete.
+
+    Raises:
+        ConfigError: it is, but was made with other values of fields that alter a run.
+    """
+    folder = folder_of(config)
+    if not (folder / RESULT).is_file():
+        return False
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    then = {key: value for section in SECTIONS for key, value in saved[section].items()}
+    now = config.fingerprint()
+    changed = changed_fields({key: value for key, value in then.items() if key in now}, now)
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"run {folder} is complete, but with {key} = {then.get(key)!r} where it is now "
+            f"{now[key]!r}; give another --name"
+        )
+    return True
