@@ -250,3 +250,23 @@ def test_the_best_checkpoint_is_that_of_the_lowest_error(data: Path, monkeypatch
     assert read(folder / "best.safetensors")[1]["step"] == 2 * 6
     result = json.loads((folder / "result.json").read_text())
     assert (result["error"], result["best_error"], result["best_epoch"]) == (0.3, 0.3, 2)
+
+
+def test_checkpoints_between_epochs_and_a_loss_that_is_not_finite(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """What the trainer does for every task: --save-every, and a skipped step."""
+    compute = Classification.compute
+
+    def fails_late(self, network, part):
+        loss, wrong = compute(self, network, part)
+        state = Path("runs/cifar10_encnet_16k64d/last.safetensors")
+        return loss * (float("nan") if state.exists() else 1), wrong
+
+    monkeypatch.setattr(Classification, "compute", fails_late)
+    assert train(data, "--save-every", "2", "--epochs", "100") == 2
+    said = capsys.readouterr().err
+    assert "the loss was not finite in 10 steps, the last of them step 12" in said
+    assert "the last good state is runs/cifar10_encnet_16k64d/last.safetensors" in said
+    records = Path("runs/cifar10_encnet_16k64d/metrics.jsonl").read_text().splitlines()
+    assert [r["skipped"] for r in map(json.loads, records) if r["kind"] == "train"] == [4]

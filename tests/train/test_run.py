@@ -19,6 +19,7 @@ from encnet_triton import evaluate, predict
 from encnet_triton.scoring.metrics import Scores
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.segmentation import Segmentation
+from encnet_triton.train.trainer import Trainer
 from encnet_triton.weights.checkpoint import read
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train import launch
@@ -158,6 +159,27 @@ def test_sigterm_saves_and_ends_well(recipe: Path) -> None:
     assert "go on with --resume" in output
     step = read(Path("runs/tiny/last.safetensors"))[1]["progress"]["step"]
     assert step >= 2
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_stop_at_the_end_of_an_epoch_leaves_no_score_out(
+    at: int, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two epochs, each of two steps: after the first, and in the last step of all."""
+    step = Trainer._step
+
+    def stopped(self: Trainer, given: object) -> bool:
+        return step(self, given) or self.progress.step == at
+
+    monkeypatch.setattr(Trainer, "_step", stopped)
+    assert train(recipe) == 0
+    assert [r["step"] for r in records("tiny", "val")] == ([2, 4] if at == 4 else [])
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe.parent)
+    assert train(recipe, "--resume") == 0
+    vals = records("tiny", "val")
+    assert [r["step"] for r in vals] == [2, 4]
+    assert json.loads(Path("runs/tiny/result.json").read_text())["miou"] == vals[-1]["miou"]
 
 
 def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -> None:
