@@ -5,9 +5,9 @@ from encnet_triton.models.deeplab import DeepLabV3
 from encnet_triton.models.encnet import EncNet
 from encnet_triton.models.factory import MODELS, create_model
 from encnet_triton.models.fcn import FCN
-from encnet_triton.models.output import SegmentationOutput
 from encnet_triton.models.pspnet import PSPNet
 from encnet_triton.models.resnet import BACKBONES, ResNet, create_backbone
+from encnet_triton.nn.output import SegmentationOutput
 
 __all__ = [
     "BACKBONES",

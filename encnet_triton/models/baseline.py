@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from encnet_triton.models.base import SegmentationModel
-from encnet_triton.models.output import SegmentationOutput
+from encnet_triton.nn.output import SegmentationOutput
 
 
 class Baseline(SegmentationModel):

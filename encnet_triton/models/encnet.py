@@ -17,9 +17,9 @@ from encnet_triton.models.layers import (
     create_dropout,
     init_convolutions,
 )
-from encnet_triton.models.output import SegmentationOutput
 from encnet_triton.nn.arguments import check_choice, check_count, check_flags
 from encnet_triton.nn.context import FORMS, Combine, ContextEncoding, Form, Gate
+from encnet_triton.nn.output import SegmentationOutput
 
 # What a form means beside the Context Encoding Module itself.
 _TRAINING_BRANCHES = {

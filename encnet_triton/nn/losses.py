@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from encnet_triton.kernels import upsample_cross_entropy
 from encnet_triton.nn.arguments import check_count, check_probability
-
-if TYPE_CHECKING:
-    from encnet_triton.models.output import SegmentationOutput
+from encnet_triton.nn.output import SegmentationOutput
 
 
 class LossTerms(NamedTuple):
