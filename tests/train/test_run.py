@@ -182,6 +182,15 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_no_score_out(
     assert json.loads(Path("runs/tiny/result.json").read_text())["miou"] == vals[-1]["miou"]
 
 
+@pytest.mark.parametrize(("every", "steps"), [(0, [6]), (2, [4, 6])])
+def test_validations_are_every_so_many_epochs_and_after_the_last(
+    every: int, steps: list[int], recipe: Path
+) -> None:
+    options = ("--epochs", "3", "--val-every", str(every), "--pictures", "0")
+    assert train(recipe, *options) == 0
+    assert [r["step"] for r in records("tiny", "val")] == steps
+
+
 def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -> None:
     """Weights and running statistics stay as they were; ten such steps stop the run."""
     before: dict[str, torch.Tensor] = {}

@@ -1,0 +1,50 @@
+"""The state of a run on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from encnet_triton.checkpoint import CheckpointError, ModelInfo
+from encnet_triton.train import run_state
+from encnet_triton.train.distributed import World
+from encnet_triton.train.recipe import build
+from encnet_triton.train.run_state import Progress
+
+WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def save(folder: Path, model: nn.Module, progress: Progress) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    info = ModelInfo({}, [], [], [], [], [])
+    run_state.save(folder, WORLD, model, optimizer, info, progress, build("scenes", {}))
+
+
+def load(folder: Path, model: nn.Module) -> Progress:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    path = folder / run_state.LAST
+    return run_state.load(path, WORLD, model, optimizer, build("scenes", {}))
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_last_good_state(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    good = model.weight.detach().clone()
+    save(tmp_path, model, Progress(step=3))
+    with torch.no_grad():
+        model.weight[0, 1] = float("inf")
+    with pytest.raises(CheckpointError, match="not finite at step 4; .* stays the last good state"):
+        save(tmp_path, model, Progress(step=4))
+    assert load(tmp_path, model).step == 3
+    assert torch.equal(model.weight, good)
+
+
+def test_a_classifier_of_before_was_tested_at_the_end_of_each_epoch(tmp_path: Path) -> None:
+    """It did not write down when, and would be tested and recorded once more."""
+    model = nn.Linear(2, 2)
+    save(tmp_path, model, Progress(step=6, best_step=6, best_error=0.5))
+    assert load(tmp_path, model).validated == 6
+    save(tmp_path, model, Progress(step=6))
+    assert load(tmp_path, model).validated == -1
