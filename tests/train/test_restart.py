@@ -101,6 +101,19 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(
     assert recorded_steps("tiny") == [1, 2]
 
 
+def test_records_after_the_checkpoint_are_made_again(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process that was killed wrote since, its last line cut short."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--recipe", str(recipe), "--resume", "--pictures", "0"]
+    assert main([*arguments, "--stop-at", "3"]) == 0
+    with open("runs/tiny/metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 4}\n{"kind": "va')
+    assert main(arguments) == 0
+    assert recorded_steps("tiny") == [1, 2, 3, 4]
+
+
 def test_ranks_that_do_not_share_the_folder_are_named(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
