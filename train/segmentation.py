@@ -19,6 +19,7 @@ from encnet_triton.data import (
     TrainLoader,
     create_dataset,
 )
+from encnet_triton.data.normalisation import Normalise
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.models import create_model
 from encnet_triton.nn import LossTerms, SegmentationLoss
@@ -98,9 +99,7 @@ class Segmentation(Task[Scores]):
         self.optimizer = make_optimizer(self.model, optim)
         self.info = model_info(config, self.train_set, self.model)
         self._transfer = Transfer(device)
-        mean = torch.tensor(self.train_set.mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(self.train_set.std, device=device).view(1, 3, 1, 1)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._normalise = Normalise(self.train_set.mean, self.train_set.std, device)
 
     @classmethod
     def reads(cls, config: Config) -> frozenset[str]:
@@ -148,8 +147,7 @@ class Segmentation(Task[Scores]):
 
     def compute(self, network: nn.Module, part: Part) -> LossTerms:
         """The losses, divided by what is labelled in the whole batch."""
-        x = torch.addcmul(self._shift, part.batch.images, self._scale)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self._normalise(part.batch.images)
         with self.autocast():
             output = network(x)
         images = self.config.optim.batch_size / self.world.size

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from encnet_triton.checkpoint import CheckpointError, ModelInfo
 from torch import nn
 
-from encnet_triton.checkpoint import CheckpointError, ModelInfo
 from encnet_triton.train import run_state
 from encnet_triton.train.distributed import World
 from encnet_triton.train.recipe import build
