@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from encnet_triton.checkpoint import CheckpointError, ModelInfo
 from torch import nn
 
 from encnet_triton.train import run_state
 from encnet_triton.train.distributed import World
 from encnet_triton.train.recipe import build
 from encnet_triton.train.run_state import Progress
+from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 
