@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers
+from bench import least, peers
 from encnet_triton.kernels import batch_norm_act, encode, upsample_cross_entropy
 
 Function = Callable[..., Tensor]
@@ -142,21 +142,10 @@ VARIANTS = {"encode": ENCODE, "batch_norm": BATCH_NORM, "upsample": UPSAMPLE}
 
 
 def least_bytes(operator: str, itemsize: int, shape: dict[str, Any]) -> tuple[int, int]:
-    """Bytes that a forward and a backward pass must move at least; x has `itemsize` bytes a value.
-
-    encode: x, E and codewords; x, dx, dE, codewords and their gradient. batch_norm: x twice,
-    residual, y; dy and x twice, dx, dresidual, and a mask of bits written forward and read twice.
-    upsample: logits, labels of a byte, a float32 a pixel; the gradient as well.
-    """
-    B, C = shape["B"], shape["C"]
+    """See `bench.least`; `shape` are the arguments of the operator's pass."""
+    common = {"B": shape["B"], "C": shape["C"], "size": itemsize}
     if operator == "encode":
-        x, K = B * C * shape["size"] ** 2 * itemsize, shape["K"]
-        code, book = 4 * B * K * C, 4 * K * C
-        return x + code + book, 2 * x + code + 2 * book
+        return least.encode(**common, N=shape["size"] ** 2, K=shape["K"])
     if operator == "batch_norm":
-        x = B * C * shape["size"] ** 2 * itemsize
-        residual = shape["residual"]
-        mask = x // itemsize // 8 if residual else 0
-        return (3 + residual) * x + mask, (5 + residual) * x + 2 * mask
-    low, pixels = B * C * shape["low"] ** 2 * itemsize, B * shape["high"] ** 2
-    return low + 5 * pixels, 2 * low + 5 * pixels
+        return least.batch_norm(**common, N=shape["size"] ** 2, residual=shape["residual"])
+    return least.upsample(**common, low=shape["low"] ** 2, high=shape["high"] ** 2)

@@ -69,7 +69,6 @@ class Gpu:
     """The current CUDA device."""
 
     kind = "cuda"
-    backend = "nccl"
 
     def facts(self) -> dict[str, Any]:
         """Name, size and what nvidia-smi says of driver, clocks, power and temperature."""
@@ -195,7 +194,6 @@ class StandIn:
     """A CPU in place of the GPU: the same methods, simple ways."""
 
     kind = "cpu"
-    backend = "gloo"
     stands_for = (
         "CUDA graphs, events and the L2 flush: calls timed by the host's clock",
         "peak memory of the allocator: not measured",

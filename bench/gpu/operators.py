@@ -11,10 +11,9 @@ import torch
 from torch._inductor import config as inductor
 
 from bench.cases import BUDGET, CASES
+from bench.gpu.compiler import ask_for_compiler
 from bench.gpu.device import Gpu, StandIn, place
-from bench.gpu.job import LeftOut
 from bench.passes import PASSES, VARIANTS, Pass, is_compiled, least_bytes
-from encnet_triton.train.compiling import compile_obstacle
 
 _SECONDS = 0.6  # of replays of a forward pass, and again of both passes
 
@@ -81,7 +80,8 @@ def _built(name: str, variant: str, rehearse: bool) -> Callable[[], Pass]:
 def prepare(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     """Call a variant once, so that what the compilers make of it is in their caches."""
     variant = arguments["variant"]
-    _refuse(variant, rehearse)
+    if is_compiled(variant):
+        ask_for_compiler(rehearse)
     call = _built(arguments["shape"], variant, rehearse)
     if not is_compiled(variant):
         call()()
@@ -93,18 +93,11 @@ def prepare(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     return {}
 
 
-def _refuse(variant: str, rehearse: bool) -> None:
-    if is_compiled(variant):
-        if rehearse:
-            raise LeftOut("compiled peers take minutes; a rehearsal does without")
-        if obstacle := compile_obstacle(torch.device("cuda")):
-            raise LeftOut(str(obstacle))
-
-
 def measure(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     """Forward, and forward with backward: microseconds on the device and the host, and MiB."""
     device, name, variant = place(rehearse), arguments["shape"], arguments["variant"]
-    _refuse(variant, rehearse)
+    if is_compiled(variant):
+        ask_for_compiler(rehearse)
     step = _built(name, variant, rehearse)()
     found = {"shape": SHAPES[name].shape, "extra MiB": device.extra_memory(step) / 2**20}
     forward = _timed(device, lambda: step.forward().detach())

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from bench import step
+from bench.gpu.compiler import ask_for_compiler
 from bench.gpu.device import place
-from bench.gpu.job import LeftOut
 from bench.passes import is_compiled
 from bench.static import memory
-from encnet_triton.train.compiling import compile_obstacle
 
 SMALL = step.Shape("demo", 2, 32, 5, "float32")
 
@@ -25,10 +24,7 @@ def measure(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     """What `bench step` measures of one variant, and images a second."""
     device, variant = place(rehearse), arguments["variant"]
     if is_compiled(variant):
-        if rehearse:
-            raise LeftOut("compilation takes minutes; a rehearsal does without")
-        if obstacle := compile_obstacle(torch.device("cuda")):
-            raise LeftOut(str(obstacle))
+        ask_for_compiler(rehearse)
     shape = _shape(arguments, rehearse)
     seconds = 0.0 if rehearse else 4.0
     found = asdict(step.measure(variant, shape, torch.device(device.kind), seconds))

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.compiler import ask_for_compiler
 from bench.gpu.device import place
-from bench.gpu.job import LeftOut, Wrong
+from bench.gpu.job import Wrong
 from bench.gpu.processes import LOOPBACK, ROOT, child_environment, kill_tree, torchrun
 
 _GRACE = 60.0  # seconds to save and end after the signal
@@ -22,8 +23,8 @@ def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 
     Arguments: recipe; options of the trainer; seconds; in a rehearsal, a few steps instead.
     """
-    if rehearse and "--compile" in arguments["options"]:
-        raise LeftOut("compilation takes minutes; a rehearsal does without")
+    if "--compile" in arguments["options"]:
+        ask_for_compiler(rehearse)
     with tempfile.TemporaryDirectory() as folder:
         command = torchrun(1, ["-m", "encnet_triton.train"])
         command += ["--recipe", arguments["recipe"], "--runs", folder, "--name", "run"]

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import least
 from bench.options import add_json
 from bench.static.launches import (
     CIFAR_ENCODE_SHAPES,
@@ -56,9 +57,7 @@ STREAMED = {
 class Case:
     """One direction of an operator, its launches not made yet.
 
-    ``least_bytes`` reads inputs and writes outputs once a pass: `encode` forward x, E and the
-    codewords; backward x, dx, G, the codewords and their gradient. `batch_norm_act`: see
-    `_least_of_batch_norm`. `upsample`: see `upsample_cases`.
+    ``least_bytes``: see `bench.least`.
     """
 
     op: str
@@ -85,42 +84,19 @@ class Row:
     least_bytes: int
 
 
-def _least_of_encode(shape: EncodeShape, dtype: torch.dtype, direction: str) -> int:
-    x = shape.B * shape.N * shape.C * dtype.itemsize
-    code, codewords = 4 * shape.B * shape.K * shape.C, 4 * shape.K * shape.C
-    return x + code + codewords if direction == "forward" else 2 * x + code + 2 * codewords
-
-
 def encode_cases(shape: EncodeShape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
     """Both directions."""
-    for direction in DIRECTIONS:
+    bytes_ = least.encode(B=shape.B, C=shape.C, N=shape.N, K=shape.K, size=dtype.itemsize)
+    for direction, least_bytes in zip(DIRECTIONS, bytes_, strict=True):
         yield Case(
             "encode",
             direction,
             "",
             dtype,
             asdict(shape),
-            _least_of_encode(shape, dtype, direction),
+            least_bytes,
             partial(encode_launches, shape, dtype, direction, 90, device="cpu"),
         )
-
-
-def _least_of_batch_norm(
-    size: BatchNormShape, variant: Variant, direction: str, dtype: torch.dtype
-) -> int:
-    """Tensors of x's size: x twice, residual, y; dy and x twice, dx, dresidual; a mask of bits.
-
-    Frozen statistics need x, and dy and x, once.
-    """
-    whole = size.B * size.C * size.N * dtype.itemsize
-    rows, width = (size.B * size.N, size.C) if size.channels_last else (size.B * size.C, size.N)
-    packed = rows * -(-width // 8) if variant.residual and variant.relu else 0
-    if direction == "forward":
-        keeps = 0 if variant.frozen else packed
-        return whole * (2 + (not variant.frozen) + variant.residual) + keeps
-    passes = 1 if variant.frozen else 2
-    reads = 2 if not variant.frozen or variant.relu or variant.residual else 1
-    return whole * (reads * passes + 1 + bool(packed)) + packed * passes
 
 
 def _batch_norm_launches(
@@ -133,14 +109,18 @@ def batch_norm_cases(
     size: BatchNormShape, variant: Variant, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Case]:
     """Both directions of one layer."""
-    for direction in DIRECTIONS:
+    bytes_ = least.batch_norm(
+        B=size.B, C=size.C, N=size.N, size=dtype.itemsize, channels_last=size.channels_last,
+        relu=variant.relu, residual=variant.residual, frozen=variant.frozen,
+    )  # fmt: skip
+    for direction, least_bytes in zip(DIRECTIONS, bytes_, strict=True):
         yield Case(
             "batch_norm_act",
             direction,
             f"{variant}, {'channels last' if size.channels_last else 'contiguous'}",
             dtype,
             {"B": size.B, "C": size.C, "N": size.N},
-            _least_of_batch_norm(size, variant, direction, dtype),
+            least_bytes,
             partial(_batch_norm_launches, size, variant, dtype, direction),
         )
 
@@ -152,16 +132,16 @@ def _upsample_launches(size: UpsampleShape, dtype: torch.dtype, direction: str) 
 
 def upsample_cases(size: UpsampleShape, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
     """Both directions: logits, labels of a byte and lse once, and backward the gradient."""
-    low = size.B * size.C * size.h * size.w * dtype.itemsize
-    pixels = size.B * size.H * size.W
-    for direction, maps in (("forward", 1), ("backward", 2)):
+    low, high = size.h * size.w, size.H * size.W
+    bytes_ = least.upsample(B=size.B, C=size.C, low=low, high=high, size=dtype.itemsize)
+    for direction, least_bytes in zip(DIRECTIONS, bytes_, strict=True):
         yield Case(
             "upsample",
             direction,
             "",
             dtype,
             asdict(size),
-            maps * low + 5 * pixels,
+            least_bytes,
             partial(_upsample_launches, size, dtype, direction),
         )
 
