@@ -1,4 +1,4 @@
-"""Which kernels `encode` launches on a GPU, with what tiles.
+"""Which kernels `encode` launches on a GPU; tiles.py says with what tiles.
 
 A pass is fused (fused.py: one kernel that keeps its sums in registers) or split (split.py: kernels
 that store the weights in between); finish.py adds up partial sums.
@@ -9,7 +9,7 @@ so K is padded to a power of two from 16 on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,120 +17,20 @@ from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from . import finish, fused, split
+from .tiles import backward_configs, forward_configs, padded, parts
 
-# Entries of the K x C sum that one program can hold: 64 registers a thread in 8 warps.
-_FUSED_ENTRIES = 16384
 # Channels beyond which `encode` runs PyTorch code.
 MAX_CHANNELS = 2048
-# Said to the compiler where it would rather spill some bytes than keep fewer programs resident.
-_MOST_REGISTERS = 255
-# Entries of an image's x, and its channels, up to which one program takes the whole image.
-_WHOLE_ENTRIES, _WHOLE_CHANNELS = 32768, 128
 # Offsets within a tile of up to 128 pixels are 32-bit numbers.
 _MOST_STRIDE = 2**31 // 128
 # Images whose rows one program adds up, and entries of a row it takes at once.
 _GROUP, _ROW_ENTRIES = 16, 512
 
 
-def padded(size: int) -> int:
-    """Entries of a product's dimension: a power of two, 16 or more."""
-    return max(16, next_power_of_2(size))
-
-
-def parts(channels: int, num: int) -> int:
-    """Programs that share the channels of one image's sum in the fused forward kernel."""
-    return cdiv(padded(num) * channels, _FUSED_ENTRIES)
-
-
 def supports(x: Tensor, codewords: Tensor) -> bool:
     """Whether there are kernels; 3xTF32 products hold each operand twice, so fewer codewords."""
     num, channels = codewords.shape
     return channels <= MAX_CHANNELS and num <= (64 if x.dtype == torch.float32 else 256)
-
-
-def _split_config(dtype: torch.dtype, channels: int, num: int) -> Config:
-    """Small tiles: K x BC and K x BN must fit the registers beside the operands."""
-    height = padded(num)
-    if dtype == torch.float32:
-        return Config(16, min(32, padded(channels)), 4, fused=False)
-    block_n = 64 if height <= 32 else 32 if height <= 64 else 16
-    return Config(block_n, min(64 if height <= 64 else 32, padded(channels)), 8, fused=False)
-
-
-def _small_config(dtype: torch.dtype, channels: int, num: int, pixels: int) -> Config:
-    """For up to 64 channels and 32 codewords.
-
-    Where the K x C sum is wider than tall, Triton gives each warp columns of it and pixels of the
-    logits; where it is not, every warp computes the same. Channels that are read one by one, and
-    3xTF32 products, need registers that leave room for fewer pixels.
-    """
-    single, height = dtype == torch.float32, padded(num)
-    if channels % 8:
-        return Config(16 if single else 32, padded(channels), 4, max_registers=_MOST_REGISTERS)
-    block_c = max(padded(channels), 2 * height)
-    if single:
-        block_n = 32 if height == 16 else 16
-    elif height == 16:
-        block_n = 128 if pixels > 64 else 64
-    else:
-        # Masks of single channels take registers.
-        block_n = 32 if channels % 32 else 64
-    return Config(block_n, block_c, 4, max_registers=_MOST_REGISTERS)
-
-
-def _is_small(dtype: torch.dtype, channels: int, num: int) -> bool:
-    if dtype == torch.float32 and num > 16 and (num < 32 or channels % 8):
-        return False  # masks and 3xTF32 products together spill
-    return channels <= 64 and padded(num) <= 32
-
-
-def _whole(configs: list[Config], channels: int, num: int, pixels: int) -> list[Config]:
-    """These configurations, and before them the first one's whole form for small images."""
-    small = channels <= _WHOLE_CHANNELS and channels * pixels <= _WHOLE_ENTRIES
-    if not small or padded(num) > 32 or not configs[0].fused:
-        return configs
-    return [replace(configs[0], whole=True, max_registers=_MOST_REGISTERS), *configs]
-
-
-def forward_configs(
-    arch: int, dtype: torch.dtype, channels: int, num: int, pixels: int
-) -> list[Config]:
-    """Configurations of the forward pass, the preferred one first, the conservative one last."""
-    split = _split_config(dtype, channels, num)
-    if _is_small(dtype, channels, num):
-        fused = [_small_config(dtype, channels, num, pixels), split]
-    elif dtype == torch.float32 or padded(num) > 64 or parts(channels, num) > 2:
-        fused = [split]
-    elif channels <= 64:
-        fused = [Config(64, padded(channels), 4), split]
-    elif padded(num) > 32 or parts(channels, num) > 1:
-        fused = [Config(16, 64, 8), split]
-    elif channels <= 128 or (_little_shared(arch) and channels > 256):
-        fused = [Config(32, 64, 8), split]
-    else:
-        fused = [Config(64, 64, 8), Config(32, 64, 8), split]
-    return _whole(fused, channels, num, pixels)
-
-
-def _little_shared(arch: int) -> bool:
-    """99 KiB of shared memory a block: not enough for a large tile of many channels."""
-    return arch in (86, 89, 120)
-
-
-def backward_configs(
-    arch: int, dtype: torch.dtype, channels: int, num: int, pixels: int
-) -> list[Config]:
-    """Configurations of the backward pass, the preferred one first, the conservative one last."""
-    split = _split_config(dtype, channels, num)
-    little = _little_shared(arch) and channels > 128
-    if _is_small(dtype, channels, num):
-        fused = [_small_config(dtype, channels, num, pixels), split]
-    elif dtype == torch.float32 or padded(num) > 32 or parts(channels, num) > 1 or little:
-        fused = [split]
-    else:
-        # Triton 3.9 spills the first one where there are 512 channels.
-        fused = [Config(32, 64, 8), Config(16, 64, 8), split]
-    return _whole(fused, channels, num, pixels)
 
 
 def _chunks(channels: int, config: Config, own: int = 1) -> int:
