@@ -45,8 +45,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"published in {publish.publish(options.publish)}")
             publish.write_documents()
             return 0
-        if options.out is None:
-            raise ValueError("--out must name a folder for the results, for example gpu-results")
+        _check(options)
         if not options.rehearse and not torch.cuda.is_available():
             raise ValueError(
                 f"torch {torch.__version__} finds no CUDA device; --rehearse goes through all "
@@ -56,6 +55,17 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise ValueError("--out must name a folder for the results, for example gpu-results")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out must name a folder; {options.out} is a file")
+    if not 0 < options.minutes < float("inf"):
+        raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
+    if options.cifar is not None and not options.cifar.is_dir():
+        raise ValueError(f"--cifar must name a folder; {options.cifar} is none")
 
 
 def measure(options: argparse.Namespace) -> int:

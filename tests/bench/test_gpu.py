@@ -55,6 +55,10 @@ def test_every_job_has_its_own_name_and_a_limit_above_what_it_takes() -> None:
     [
         (["--rehearse"], "--out must name a folder"),
         (["--out", "{folder}", "--rehearse"], "is there already: --resume, or another --out"),
+        (["--rehearse", "--out", "{folder}/results.jsonl"], "results.jsonl is a file"),
+        (["--rehearse", "--out", "{folder}", "--minutes", "-1"], "must be above 0, got -1"),
+        (["--rehearse", "--out", "{folder}", "--minutes", "nan"], "must be above 0, got nan"),
+        (["--rehearse", "--out", "{folder}", "--cifar", "{folder}/no"], "must name a folder"),
         (["--publish", "{folder}"], "holds a rehearsal; only results of a GPU are published"),
         (["--publish", "{folder}/nothing"], "holds no results.jsonl"),
     ],
