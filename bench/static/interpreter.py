@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -142,20 +143,18 @@ class Watch:
         self._patches = ExitStack()
         self._regions: list[_Region] = []
         self._detector: RaceDetector | None = None
-        self._patched: set[int] = set()
         self._sequence: Integers = np.zeros(0, np.int64)
         self._program = 0
 
     def __enter__(self) -> Watch:
         if not triton.knobs.runtime.interpret:
             raise RuntimeError("Watch needs TRITON_INTERPRET=1 before triton is imported.")
+        quicken()
         self._replace(_BUILDER, "create_masked_load", self._load)
         self._replace(_BUILDER, "create_masked_store", self._store)
         self._replace(_BUILDER, "set_grid_idx", self._start_program)
         self._replace(_BUILDER, "create_atomic_rmw", self._atomic)
         self._replace(_BUILDER, "create_atomic_cas", _refuse_atomic)
-        self._replace(interpreter, "_patch_lang", self._patch_once)
-        self._replace(interpreter, "_patch_lang_tensor", patch_tensor)
         self._replace(interpreter.GridExecutor, "_init_args_hst", self._start)
         self._replace(interpreter.GridExecutor, "__call__", self._launch)
         if not self.values:
@@ -190,15 +189,7 @@ class Watch:
         regions = [_Region(name, tensor) for name, tensor in tensors if tensor.numel()]
         self._regions = sorted(regions, key=lambda region: region.end - region.start)
         self._detector = None
-        self._patched.clear()
         return values, named
-
-    def _patch_once(self, former: Any, function: Any) -> Any:
-        """Once a launch and module: at every call of tl.sum it takes a third of the time."""
-        if id(function.__globals__) in self._patched:
-            return interpreter._LangPatchScope()
-        self._patched.add(id(function.__globals__))
-        return former(function)
 
     def _sum(self, kind: _Direction) -> dict[str, Traffic]:
         found: dict[str, Traffic] = {}
@@ -315,7 +306,46 @@ class Watch:
         )
 
 
-def patch_tensor(former: Any, tensor: Any, scope: Any) -> None:
+def quicken() -> None:
+    """Let the interpreter prepare a module once, and mend its ranges; a second call does nothing.
+
+    As shipped it replaces the language's functions at every call of a kernel or of tl.sum, which
+    takes a third of the time, and puts them back at the end of a launch. Nothing but kernels calls
+    them in a process that interprets.
+    """
+    if isinstance(interpreter._patch_lang, _Once):
+        return
+    interpreter._patch_lang = _Once(interpreter._patch_lang)
+    interpreter._patch_lang_tensor = partial(_patch_tensor, interpreter._patch_lang_tensor)
+    interpreter._get_np_dtype = _by_element(interpreter._get_np_dtype)
+
+
+def _by_element(former: Any) -> Any:
+    """As shipped it makes a dictionary of all types to look up one."""
+    known = cache(former)
+
+    def dtype_of(kind: Any) -> Any:
+        element = kind.scalar
+        return former(element) if element.is_ptr() else known(element)
+
+    return dtype_of
+
+
+class _Once:
+    """Prepares the module of each function once, and leaves nothing to put back."""
+
+    def __init__(self, former: Any) -> None:
+        self._former = former
+        self._prepared: set[int] = set()
+
+    def __call__(self, function: Any) -> Any:
+        if id(function.__globals__) not in self._prepared:
+            self._prepared.add(id(function.__globals__))
+            self._former(function)
+        return interpreter._LangPatchScope()
+
+
+def _patch_tensor(former: Any, tensor: Any, scope: Any) -> None:
     """What makes a tensor of one element the bound of a range; that of Triton 3.6 calls int().
 
     numpy 2.4 and newer refuse int() of an array that has a dimension.

@@ -6,7 +6,6 @@ that of ranges is in bench/static/interpreter.py, which needs it too.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from bench.static.interpreter import patch_tensor
+from bench.static.interpreter import quicken
 
 BUILDER = interpreter.interpreter_builder
 ARITHMETIC = ("binary_op", "unary_op", "ternary_op", "create_fma")
@@ -36,8 +35,8 @@ def repair_interpreter() -> None:
     BUILDER.get_bf16 = lambda value: _from_float32(np.array([value], np.float32))
     # As shipped: sums and compares bfloat16 bits.
     interpreter.ReduceOps.apply_impl = _reduce_in_float32(interpreter.ReduceOps.apply_impl)
-    # As shipped, in Triton 3.6 with numpy 2.4 and newer: no tensor can be the bound of a range.
-    interpreter._patch_lang_tensor = partial(patch_tensor, interpreter._patch_lang_tensor)
+    # As shipped: slow, and in Triton 3.6 with numpy 2.4 and newer no tensor can bound a range.
+    quicken()
     # As shipped: tl.device_assert is skipped. The options are a frozen dataclass.
     object.__setattr__(BUILDER.options, "debug", True)
 
