@@ -98,7 +98,7 @@ def _prepare(shape: str, variant: str) -> Job:
 
 def tests(rehearse: bool) -> list[Job]:
     """`pytest -m "triton or gpu"`, a share of the tests in each of several processes."""
-    select = ["tests/test_metrics.py"] if rehearse else [*_TESTS, "-m", "triton or gpu"]
+    select = ["tests/scoring/test_metrics.py"] if rehearse else [*_TESTS, "-m", "triton or gpu"]
     parts = 1 if rehearse else together()
     return [
         Job("tests", f"part {i + 1} of {parts}", "bench.gpu.suite:run",

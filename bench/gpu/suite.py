@@ -44,7 +44,7 @@ def run(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
         status, printed = streamed(command, **variables)
         if status == 5:  # pytest: nothing was selected
             return {"passed": 0, "skipped": {}}
-        if not file.exists():
+        if status in (3, 4) or not file.exists():  # an error of pytest, or no such test
             last = printed.strip().splitlines()[-1]
             raise Wrong(f"pytest ended with exit status {status}: {last}")
         found = read(file)

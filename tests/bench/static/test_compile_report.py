@@ -1,4 +1,4 @@
-"""Every kernel, compiled for five architectures: no spills, matrix units, wide accesses.
+"""The kernels of encode, compiled: no spills, matrix units, wide accesses.
 
 Compilation happens in processes of its own, so that it does not matter whether this one was
 started with TRITON_INTERPRET, and nothing needs a GPU.
@@ -13,7 +13,7 @@ import pytest
 
 from bench.static import compile as compile_report
 from bench.static.resources import LIMITS, accesses, blocks_per_sm, local_memory, widths
-from tests.support.compiled import FAR_APART, Row, compiled, faults, needs_triton, run_apart, select
+from tests.support.compiled import ARCHS, Row, compiled, faults, needs_triton, run_apart, select
 
 DTYPES = ("bfloat16", "float32")
 
@@ -25,20 +25,21 @@ def planted() -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="session", params=ARCHS)
+def arch(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Default configurations of encode, as the command says; small images on two architectures."""
-    large = compiled(tmp_path_factory, "--op", "encode", "--dtype", *DTYPES, "--shape", "512x32")
-    small = compiled(
-        tmp_path_factory, "--op", "encode", "--dtype", "bfloat16", "--arch", *FAR_APART,
-        "--shape", "16x16x1024", "48x17x256",
-    )  # fmt: skip
-    return large + small
+def rows(arch: int, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Default configurations, as the command says; of small images too."""
+    shapes = ("--shape", "512x32", "16x16x1024", "48x17x256")
+    which = ("--op", "encode", "--dtype", *DTYPES, "--arch", str(arch))
+    return compiled(tmp_path_factory, *which, *shapes)
 
 
 each_call = pytest.mark.parametrize(
-    ("direction", "dtype", "arch"),
-    [(v, t, a) for v in ("forward", "backward") for t in DTYPES for a in compile_report.ARCHS],
+    ("direction", "dtype"), [(v, t) for v in ("forward", "backward") for t in DTYPES]
 )
 
 
@@ -74,12 +75,12 @@ def test_pixels_are_read_and_written_16_bytes_wide(rows, direction, dtype, arch)
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, direction, dtype) -> None:
+@pytest.mark.parametrize("arch", [90], indirect=True)
+@each_call
+def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, arch, direction, dtype) -> None:
     few = {
         row["config"]: (row["blocks_per_sm"], row["num_warps"])
-        for row in select(rows, direction, dtype, 90)
+        for row in select(rows, direction, dtype, arch)
         if row["blocks_per_sm"] < (1 if row["num_warps"] >= 8 else 2)
     }
     assert not few, "blocks and warps a block"
