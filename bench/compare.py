@@ -17,6 +17,7 @@ from bench.cases import CASES, Case
 from bench.options import add_device, add_json, chosen_device
 from bench.passes import is_compiled
 from bench.timing import Measurement, copy_bandwidth, measure
+from encnet_triton.files import write_json
 from encnet_triton.train.compiling import compile_obstacle
 
 
@@ -91,5 +92,5 @@ def compare(name: str, device: torch.device, data: str | None, json_file: Path |
     if json_file is not None:
         rows = {v: r if isinstance(r, str) else r.as_dict() for v, r in results.items()}
         document = {"machine": report.machine(device), "case": name, "results": rows}
-        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(document, json_file)
     return 0

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.options import add_json
+from encnet_triton.files import write_json
 
 RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"}
 
@@ -73,5 +74,5 @@ def run(options: argparse.Namespace) -> int:
         table.add_row(*cells)
     console.print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps(scores, indent=2) + "\n")
+        write_json(scores, options.json)
     return 0

@@ -36,6 +36,7 @@ from bench import peers, report, timing
 from bench.gpu.device import event
 from bench.options import add_device, add_json, chosen_device
 from bench.passes import is_compiled
+from encnet_triton.files import write_json
 from encnet_triton.models import SegmentationOutput, create_model
 from encnet_triton.nn import Encoding, SegmentationLoss, presence_target, set_norm_impl
 from encnet_triton.train.compiling import compile_obstacle
@@ -358,5 +359,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None:
         rows = {v: r if isinstance(r, str) else asdict(r) for v, r in results.items()}
         document = {"machine": report.machine(device), "shape": asdict(shape), "results": rows}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(document, options.json)
     return 0

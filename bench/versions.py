@@ -34,6 +34,7 @@ from bench.static.launches import (
     encode_calls,
     upsample_calls,
 )
+from encnet_triton.files import write_text
 
 ROOT = Path(__file__).parents[1]
 MARKERS = ("<!-- made by: python -m bench versions -->\n", "<!-- end -->\n")
@@ -269,7 +270,7 @@ def publish(file: Path, document: Path) -> None:
     """Put the table between the markers of the document."""
     before, rest = document.read_text().split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
-    document.write_text(before + MARKERS[0] + table(file) + MARKERS[1] + after)
+    write_text(before + MARKERS[0] + table(file) + MARKERS[1] + after, document)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

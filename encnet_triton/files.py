@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def write_text(text: str, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(document: Mapping[str, Any], path: Path) -> None:
+def write_json(document: Mapping[str, Any] | Sequence[Any], path: Path) -> None:
     """Write a JSON file."""
     write_text(json.dumps(document, indent=2) + "\n", path)
 

@@ -7,7 +7,6 @@ on tensors without values: of each form of EncNet, beside those of the FCN with 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.options import add_json
+from encnet_triton.files import write_json
 from encnet_triton.kernels import encode
 from encnet_triton.models import create_model
 
@@ -92,5 +92,5 @@ def run(options: argparse.Namespace) -> int:
     Console(width=100).print(table)
     if options.json is not None:
         document = {"encoding_gmac": alone, "networks": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(document, options.json)
     return 0

@@ -13,7 +13,6 @@ fragmented, and the context. Eager, bfloat16 autocast; three ways:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.options import add_json
 from bench.step import Shape, our_loss, stock, stock_loss
+from encnet_triton.files import write_json
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_norm_impl
 from encnet_triton.train.config import OptimConfig
@@ -181,5 +181,5 @@ def run(options: argparse.Namespace) -> int:
         console.print(table)
     if options.json is not None:
         document = {"shape": asdict(shape), "predicted": {v: asdict(p) for v, p in found.items()}}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(document, options.json)
     return 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from bench.static.launches import (
     encode_launches,
     upsample_launches,
 )
+from encnet_triton.files import write_json
 
 if TYPE_CHECKING:
     from bench.static.interpreter import LaunchRecord
@@ -149,7 +149,7 @@ def upsample_cases(size: UpsampleShape, dtype: torch.dtype = torch.bfloat16) -> 
 def cases(quick: bool) -> Iterator[Case]:
     """What the table lists."""
     if quick:
-        yield from upsample_cases(UpsampleShape(1, 20, 5, 6, 40, 48))
+        yield from upsample_cases(UpsampleShape(1, 20, 3, 6, 24, 48))
         yield from encode_cases(EncodeShape(128, 32, 300, 2))
         yield from encode_cases(EncodeShape(128, 32, 300, 2), torch.float32)
         yield from encode_cases(EncodeShape(16, 16, 1024, 2))
@@ -233,5 +233,5 @@ def run(options: argparse.Namespace) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(table(rows))
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write_json([asdict(row) for row in rows], options.json)
     return 0
