@@ -25,10 +25,15 @@ help:
 train: $(VENV)/.installed
 	$(BIN)/python -m encnet_triton.train --resume $(TRAIN_ARGS)
 
+# Tests with these markers, the kernels' in Triton's interpreter where there is Triton.
+define PYTEST
+$(BIN)/python -m pytest $(PARALLEL) -m "$(1)"
+@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "(interpreter or triton) and $(1)"
+endef
+
 test: export OMP_NUM_THREADS ?= 1
 test: check
-	$(BIN)/python -m pytest $(PARALLEL)
-	@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "interpreter or triton"
+	$(call PYTEST,not verify)
 
 # Each changes instruction sets or the order of summation, where the processor has a choice.
 SUMMED := DEFAULT=1 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
@@ -60,7 +65,9 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+verify: export OMP_NUM_THREADS ?= 1
 verify: test
+	$(call PYTEST,verify)
 	$(BIN)/python -m bench encode
 	$(BIN)/python -m bench upsample
 	$(BIN)/python -m bench crop

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -46,6 +45,7 @@ from bench.static.resources import (
     report,
     require_compiler,
 )
+from encnet_triton.files import write_json
 
 if TYPE_CHECKING:
     from encnet_triton.kernels.runtime.launch import Launch
@@ -197,27 +197,28 @@ def _cell(row: Row) -> str:
     return f"[red]{figures if row['registers'] else 'fails'}{'' if row['fits'] else ' !'}[/red]"
 
 
-def _calls(
-    archs: list[int],
-    dtypes: list[str],
-    ops: list[str],
-    shapes: list[EncodeShape] | None,
-    everything: bool,
-) -> Iterator[Call]:
-    if "encode" in ops:
-        of_encode = shapes or [*ENCODE_SHAPES, *(MORE_ENCODE_SHAPES if everything else ())]
-        yield from encode_calls(archs, dtypes, of_encode, everything)
-    if "batch_norm_act" in ops:
-        sizes = [*BATCH_NORM_SHAPES, *(MORE_BATCH_NORM_SHAPES if everything else ())]
-        yield from batch_norm_calls(archs, dtypes, sizes, everything)
-    if "upsample" in ops:
-        maps = [*UPSAMPLE_SHAPES, *(MORE_UPSAMPLE_SHAPES if everything else ())]
-        yield from upsample_calls(archs, dtypes, maps, everything)
+def _calls(options: argparse.Namespace) -> Iterator[Call]:
+    which = list(options.arch), list(options.dtype)
+
+    def sizes(some: Sequence[Any], more: Sequence[Any], few: int = 1) -> list[Any]:
+        return list(some[:few]) if options.quick else [*some, *(more if options.all else ())]
+
+    if "encode" in options.op:
+        of_encode = options.shape or sizes(ENCODE_SHAPES, MORE_ENCODE_SHAPES)
+        yield from encode_calls(*which, of_encode, options.all)
+    if "batch_norm_act" in options.op:
+        layers = sizes(BATCH_NORM_SHAPES, MORE_BATCH_NORM_SHAPES, few=2)
+        yield from batch_norm_calls(*which, layers, options.all)
+    if "upsample" in options.op:
+        maps = sizes(UPSAMPLE_SHAPES, MORE_UPSAMPLE_SHAPES)
+        yield from upsample_calls(*which, maps, options.all)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
-    parser.add_argument("--all", action="store_true", help="all shapes and configurations")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--all", action="store_true", help="all shapes and configurations")
+    amount.add_argument("--quick", action="store_true", help="a shape an operator and layout")
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS, help="compute capabilities"
     )
@@ -240,13 +241,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     archs = list(options.arch)
-    calls = _calls(archs, list(options.dtype), list(options.op), options.shape, options.all)
     console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(
         f"{compiler_versions(archs)}; compiled for {', '.join(f'sm_{a}' for a in archs)}, not run",
         highlight=False,
     )
-    rows = reports(kernels(calls))
+    rows = reports(kernels(_calls(options)))
     console.print(table(rows, archs), highlight=False)
     for row in rows:
         if row["note"]:
@@ -254,5 +254,5 @@ def run(options: argparse.Namespace) -> int:
     wrong = [row for row in rows if row["default"] and bad(row)]
     print(f"{len(rows)} kernels; {len(wrong)} of a default need local memory or do not fit")
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(rows, options.json)
     return 1 if wrong else 0

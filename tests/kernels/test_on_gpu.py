@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.support import scenarios
+from tests.support import ends, scenarios
 from tests.support.apart import assert_passes_apart
 from tests.support.scenarios import OPERATORS, StandIn
 
@@ -64,38 +62,14 @@ def test_an_empty_batch(name: str) -> None:
     scenarios.empty_batch(StandIn(), name)
 
 
-def good() -> None:
-    print("a line")
-
-
-def bad(what: str) -> None:
-    raise ValueError(f"{what} is wrong.\nMore that nobody reads.")
-
-
-def endless() -> None:
-    time.sleep(60)
-
-
-def crash() -> None:
-    import os
-
-    os.kill(os.getpid(), 6)
-
-
-def test_a_process_of_its_own_says_in_a_sentence_what_went_wrong(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # By the name that the other process can import it under, whatever pytest called it.
-    for function in (good, bad, endless, crash):
-        monkeypatch.setattr(function, "__module__", "tests.kernels.test_on_gpu")
-    assert_passes_apart(good)
+def test_a_process_of_its_own_says_in_a_sentence_what_went_wrong() -> None:
+    assert_passes_apart(ends.good)
     for function, arguments, sentence in (
-        (bad, ("this",), "bad('this',): ValueError: this is wrong."),
-        (crash, (), "crash(): killed by signal 6"),
+        (ends.bad, ("this",), "bad('this',): ValueError: this is wrong."),
+        (ends.crash, (), "crash(): killed by signal 6"),
     ):
         with pytest.raises(pytest.fail.Exception) as failure:
             assert_passes_apart(function, *arguments)
         assert str(failure.value) == sentence
     with pytest.raises(pytest.fail.Exception, match="no end after 0.5 s"):
-        assert_passes_apart(endless, limit=0.5)
-    assert "tests.support.apart" in sys.modules
+        assert_passes_apart(ends.endless, limit=0.5)

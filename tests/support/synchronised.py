@@ -59,7 +59,7 @@ def alone(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     return {"y": y.detach(), **running, **{f"d{n}": leaves[n].grad for n in LEAVES}}
 
 
-def _rank(rank: int, size: int, folder: str, dtype: torch.dtype, device: str) -> None:
+def _rank(rank: int, size: int, folder: str, dtypes: list[torch.dtype], device: str) -> None:
     """One process: its part of every split into as many shares, with the all-reduces it made."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         from tests.support.interpreter import repair_interpreter
@@ -68,7 +68,12 @@ def _rank(rank: int, size: int, folder: str, dtype: torch.dtype, device: str) ->
     torch.set_num_threads(1)
     store = f"file://{folder}/store{size}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    whole = shared_batch(dtype, device)
+    results = {dtype: _shares(rank, size, shared_batch(dtype, device)) for dtype in dtypes}
+    torch.save(results, f"{folder}/{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _shares(rank: int, size: int, whole: dict[str, Tensor | None]) -> dict[str, dict[str, Any]]:
     grad = gradient_of(whole["x"])
     results = {}
     for share, bounds in SHARES.items():
@@ -91,17 +96,20 @@ def _rank(rank: int, size: int, folder: str, dtype: torch.dtype, device: str) ->
             "running_var": leaves["running_var"],
             **{f"d{n}": leaves[n].grad for n in LEAVES},
         }
-    torch.save(results, f"{folder}/{size}-{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
-def together(folder: Path, dtype: torch.dtype, device: str) -> dict[str, list[dict[str, Any]]]:
+Shares = dict[str, list[dict[str, Any]]]
+
+
+def together(folder: Path, dtypes: list[torch.dtype], device: str) -> dict[torch.dtype, Shares]:
     """For every split what each rank has at the end."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[torch.dtype, Shares] = {dtype: {} for dtype in dtypes}
     for size in {len(bounds) - 1 for bounds in SHARES.values()}:
-        torch.multiprocessing.spawn(_rank, args=(size, str(folder), dtype, device), nprocs=size)
+        torch.multiprocessing.spawn(_rank, args=(size, str(folder), dtypes, device), nprocs=size)
         ranks = [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
-        found |= {share: [rank[share] for rank in ranks] for share in ranks[0]}
+        for dtype, shares in found.items():
+            shares |= {share: [r[dtype][share] for r in ranks] for share in ranks[0][dtype]}
     return found
 
 

@@ -1,6 +1,6 @@
-"""Run by test_ddp.py, alone and under torchrun: gradients of one step in float64 or float32.
+"""Run by test_ddp.py, alone and under torchrun: gradients of one step, one file a case.
 
-Writes every gradient of an EncNet with its SE losses, batch 8 over all processes, dropout 0,
+A case has every gradient of an EncNet with its SE losses, batch 8 over all processes, dropout 0,
 synchronised batch normalisation, ignored areas of another size in every image. With accumulation
 the batch is cut into micro-batches; the statistics are then frozen, which would differ by
 micro-batch, and the third of three equal steps is written.
@@ -17,15 +17,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_sync_group
 from encnet_triton.train import distributed
 
+# Dtype, micro-batches, whether the statistics are frozen.
+CASES = {
+    "float64": (torch.float64, 1, False),
+    "float32": (torch.float32, 1, False),
+    "frozen": (torch.float64, 1, True),
+    "frozen, accumulated": (torch.float64, 2, True),
+}
 
-def main(dtype: torch.dtype, output: str, accumulation: int, frozen: bool) -> None:
-    world = distributed.start("cpu")
+
+def gradients(
+    world: distributed.World, dtype: torch.dtype, accumulation: int, frozen: bool
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
     options = dict(backbone="demo", head_channels=32, num_codewords=4, dropout=0.0)
     model = create_model("encnet", 5, **options).to(dtype)
@@ -53,13 +63,22 @@ def main(dtype: torch.dtype, output: str, accumulation: int, frozen: bool) -> No
             with network.no_sync() if waits else nullcontext():
                 out = network(images[share])
                 loss(out, labels[share], pixels=pixels, images=8 / world.size).total.backward()
-    if world.main:
-        gradients = {name: p.grad.contiguous() for name, p in model.named_parameters()}
-        save_file(gradients, output)
+    return {name: p.grad.contiguous() for name, p in model.named_parameters()}
+
+
+def main(folder: Path) -> None:
+    world = distributed.start("cpu")
+    for name, (dtype, accumulation, frozen) in CASES.items():
+        # One process has nothing to accumulate for, and is the exact one.
+        if world.size == 1 and (accumulation > 1 or dtype is not torch.float64):
+            continue
+        found = gradients(world, dtype, accumulation, frozen)
+        if world.main:
+            save_file(found, folder / f"{name}, {world.size}.safetensors")
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "frozen")
+    main(Path(sys.argv[1]))
     distributed.stop()
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     left = [name for name in names if "gloo" in name]

@@ -15,31 +15,29 @@ from tests.train import launch
 SCRIPT = "tests.train.ddp_gradients"
 
 
-def gradients(
-    folder: Path, processes: int, dtype: str = "float64", accumulation: int = 1, norm: str = "batch"
-) -> dict[str, Tensor]:
-    """More than 30 tensors."""
-    output = folder / f"{processes}.safetensors"
-    one = [sys.executable, "-m", SCRIPT]
-    command = one if processes == 1 else launch.torchrun(processes=processes, module=SCRIPT)
-    launch.run([*command, dtype, str(output), str(accumulation), norm], folder / "log")
-    found = load_file(output)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the gradients of every case, as one process and as two make them."""
+    folder = tmp_path_factory.mktemp("gradients")
+    for command in ([sys.executable, "-m", SCRIPT], launch.torchrun(module=SCRIPT)):
+        launch.run([*command, str(folder)], folder / "log")
+    return folder
+
+
+def gradients(folder: Path, case: str, processes: int) -> dict[str, Tensor]:
+    found = load_file(folder / f"{case}, {processes}.safetensors")
     assert len(found) > 30
     return found
 
 
 @pytest.mark.float32
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    exact = gradients(tmp_path, 1)
-    assert_equal_in_float64(gradients(tmp_path, 2), exact)
-    assert_alike_in_float32(gradients(tmp_path, 2, "float32"), exact)
+def test_two_processes_equal_one(folder: Path) -> None:
+    exact = gradients(folder, "float64", 1)
+    assert_equal_in_float64(gradients(folder, "float64", 2), exact)
+    assert_alike_in_float32(gradients(folder, "float32", 2), exact)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_accumulation_over_two_processes_equals_one_batch(
-    accumulation: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", ["frozen", "frozen, accumulated"])
+def test_accumulation_over_two_processes_equals_one_batch(case: str, folder: Path) -> None:
     """In the third step too: a reducer that lost count would average in the first alone."""
-    one = gradients(tmp_path, 1, norm="frozen")
-    two = gradients(tmp_path, 2, accumulation=accumulation, norm="frozen")
-    assert_equal_in_float64(two, one)
+    assert_equal_in_float64(gradients(folder, case, 2), gradients(folder, "frozen", 1))

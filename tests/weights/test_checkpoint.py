@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,21 +51,17 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     path = tmp_path / "model.safetensors"
     save_model(path, model, info)
     before = path.read_bytes()
-    code = f"""
-import resource, signal
-from pathlib import Path
-from encnet_triton.weights.checkpoint import CheckpointError, load_model, save_model
-model, info = load_model({str(path)!r})
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit then fails like a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    save_model(Path({str(path)!r}), model, info)
-except CheckpointError as error:
-    print(error)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert f"cannot save {path}" in run.stdout, run.stderr
-    assert "the previous model.safetensors is untouched" in run.stdout
+    # Writing past the limit then fails like a full disk.
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=f"cannot save {path}") as failure:
+            save_model(path, model, info)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+    assert "the previous model.safetensors is untouched" in str(failure.value)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 

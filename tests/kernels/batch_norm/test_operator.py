@@ -256,12 +256,14 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], w
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=str)
+SYNCHRONISED = [torch.float64, torch.float32]
+
+
+@pytest.fixture(scope="module")
 def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[torch.dtype, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return request.param, synchronised.together(folder, request.param, "cpu")
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[torch.dtype, dict[str, list[dict[str, Any]]]]:
+    return synchronised.together(tmp_path_factory.mktemp("ranks"), SYNCHRONISED, "cpu")
 
 
 needs_gloo = pytest.mark.skipif(
@@ -271,23 +273,20 @@ needs_gloo = pytest.mark.skipif(
 
 @needs_gloo
 @pytest.mark.float32
+@pytest.mark.parametrize("dtype", SYNCHRONISED, ids=str)
 @pytest.mark.parametrize("share", synchronised.SHARES)
-def test_two_and_three_processes_equal_one(
-    share: str, ranks: tuple[torch.dtype, dict[str, Any]]
-) -> None:
-    dtype, results = ranks
+def test_two_and_three_processes_equal_one(share: str, dtype: torch.dtype, ranks: Any) -> None:
     # Statistics are joined in float64: what is left is the rounding of each value and of sums of
     # 60 terms, a few units in the last place (8 are allowed).
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    synchronised.check_equal(results[share], synchronised.alone(dtype, "cpu"), tolerance)
+    synchronised.check_equal(ranks[dtype][share], synchronised.alone(dtype, "cpu"), tolerance)
 
 
 @needs_gloo
+@pytest.mark.parametrize("dtype", SYNCHRONISED, ids=str)
 @pytest.mark.parametrize("share", synchronised.SHARES)
-def test_one_packed_all_reduce_each_way(
-    share: str, ranks: tuple[torch.dtype, dict[str, Any]]
-) -> None:
-    for rank in ranks[1][share]:
+def test_one_packed_all_reduce_each_way(share: str, dtype: torch.dtype, ranks: Any) -> None:
+    for rank in ranks[dtype][share]:
         assert rank["forward"] == [("torch.float64", 2 * 6 + 1)]
         assert rank["backward"] == [("torch.float64", 2 * 6)]
 

@@ -265,7 +265,8 @@ def test_an_empty_share_of_a_group_has_sums_of_zero() -> None:
 )
 def test_two_and_three_processes_equal_one(tmp_path: Path) -> None:
     whole = synchronised.alone(torch.float32, DEVICE)
-    for parts in synchronised.together(tmp_path, torch.float32, DEVICE).values():
+    found = synchronised.together(tmp_path, [torch.float32], DEVICE)
+    for parts in found[torch.float32].values():
         synchronised.check_equal(parts, whole, 1e-6)
         for part in parts:
             assert part["forward"] == [("torch.float64", 2 * 6 + 1)]

@@ -109,12 +109,13 @@ class Chain(nn.Module):
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     reason="Inductor needs a C++ compiler on a CPU",
 )
+@pytest.mark.parametrize("depth", [2, pytest.param(6, marks=pytest.mark.verify)])
 def test_a_deep_synchronised_chain_compiles_without_implicit_fallbacks(
-    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+    depth: int, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without them Inductor stops at an operator that it was not told of, on any version.
 
-    Telling it itself takes torch 2.11 two gigabytes of text at this depth.
+    Telling it itself takes torch 2.11 two gigabytes of text at a depth of 6.
     """
     from torch._inductor import config, lowering
 
@@ -122,7 +123,7 @@ def test_a_deep_synchronised_chain_compiles_without_implicit_fallbacks(
         monkeypatch.delitem(lowering.lowerings, operator, raising=False)
     torch._dynamo.reset()
     torch.manual_seed(0)
-    chain = Chain(6, group).to(memory_format=torch.channels_last)
+    chain = Chain(depth, group).to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 16, 16).contiguous(memory_format=torch.channels_last)
     with config.patch(implicit_fallbacks=False, force_disable_caches=True):
         loss = torch.compile(chain, fullgraph=True)(x)
