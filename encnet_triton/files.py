@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["replacing", "write_json", "write_tensors", "write_text"]
+__all__ = [
+    "remove_leftovers",
+    "replacing",
+    "without_nan",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+_LONG_GONE = 24 * 3600.0  # seconds
 
 
 @contextmanager
@@ -21,16 +34,57 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a name in the folder of ``path`` to write to, and renames it when the block ends.
 
     The content is on disk before it gets its name. Where the block or the writing fails, a file
-    that was at ``path`` is untouched and nothing else is left.
+    that was at ``path`` is untouched and nothing else is left. The file's permissions follow the
+    umask, whatever the block gives it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        with open(temporary, "wb") as made:
+            mode = os.fstat(made.fileno()).st_mode & 0o777
         yield temporary
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replacing` left in a folder when its process was killed."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            if not _runs(int(match[1])) or time.time() - path.stat().st_mtime > _LONG_GONE:
+                path.unlink()
+        except OSError:
+            continue  # another process was faster, or may do it
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number on this host."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def without_nan(value: Any) -> Any:
+    """A JSON-able value in which floats that are not finite, which JSON lacks, are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return value
 
 
 def write_text(text: str, path: Path) -> None:
@@ -40,8 +94,8 @@ def write_text(text: str, path: Path) -> None:
 
 
 def write_json(document: Mapping[str, Any] | Sequence[Any], path: Path) -> None:
-    """Write a JSON file."""
-    write_text(json.dumps(document, indent=2) + "\n", path)
+    """Write a JSON file; floats that are not finite are null in it."""
+    write_text(json.dumps(without_nan(document), indent=2) + "\n", path)
 
 
 def write_tensors(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from encnet_triton.files import replacing, write_json, write_tensors, write_text
+from encnet_triton.files import (
+    remove_leftovers,
+    replacing,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from encnet_triton.pictures import save_png
 
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -71,3 +79,21 @@ def test_what_was_written_is_all_there_and_alone(tmp_path: Path) -> None:
     found = load_file(path)
     assert torch.equal(found["turned"], whole.T) and torch.equal(found["part"], whole[:2])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
+    dead, living = 2**22 + 1, os.getpid()
+    names = [f".a.png.{dead}.tmp", f".b.{living}.tmp", ".other.tmp", "c", f".d.{living}.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    then = time.time() - 2 * 24 * 3600
+    os.utime(tmp_path / names[-1], (then, then))
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "absent")
+    assert {p.name for p in tmp_path.iterdir()} == set(names[1:-1])
+
+
+def test_json_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
+    write_json({"a": float("nan"), "b": [1.5, float("-inf")], "c": {"d": 2}}, tmp_path / "x")
+    found = json.loads((tmp_path / "x").read_text(), parse_constant=lambda text: 1 / 0)
+    assert found == {"a": None, "b": [1.5, None], "c": {"d": 2}}
