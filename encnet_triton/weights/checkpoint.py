@@ -1,14 +1,15 @@
 """Model files: weights in safetensors with the metadata a stranger needs, written atomically.
 
-A file holds tensors named ``model.<parameter>`` (and, in a training state, more beside them) and
-one JSON document of metadata. No pickle is read or written.
+A file holds tensors named ``model.<parameter>`` (and, in a training state, more beside them), one
+JSON document of metadata, and checksums of both. No pickle is read or written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from encnet_triton.files import write_tensors
+from encnet_triton.files import without_nan, write_tensors
 from encnet_triton.models import CifarNet, create_model
 
 FORMAT = "encnet-triton 1"
@@ -60,16 +61,34 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     Raises:
         CheckpointError: the file could not be written (full disk, no permission, ...).
     """
-    document = {"format": FORMAT, "metadata": json.dumps(dict(metadata))}
+    text = json.dumps(without_nan(metadata))
+    plain = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    document = {"format": FORMAT, "metadata": text, "checksums": json.dumps(checksums(plain, text))}
     try:
-        write_tensors(tensors, path, document)
+        write_tensors(plain, path, document)
     except OSError as error:
         kept = f"the previous {path.name} is untouched" if path.exists() else "nothing was written"
         raise CheckpointError(f"{error}; {kept}") from error
 
 
+def checksums(tensors: Mapping[str, Tensor], metadata: str) -> dict[str, str]:
+    """Hashes of the metadata, and of the tensors by the first part of their names."""
+    found = {"metadata": hashlib.blake2b(metadata.encode(), digest_size=16)}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        group = found.setdefault(name.split(".")[0] + ".", hashlib.blake2b(digest_size=16))
+        group.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        group.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
 def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (CPU) whose name starts with ``prefix``, and the metadata, of a file made by `write`.
+
+    Args:
+        path: of the file.
+        prefix: of whole names, or of groups of them such as ``model.``, whose checksums are then
+            compared.
 
     Raises:
         CheckpointError: the file is missing, damaged, or was not written by this project.
@@ -86,9 +105,42 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any
                 )
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from error
-    return tensors, json.loads(document["metadata"])
+    metadata = _parsed(path, document, "metadata")
+    _compare(path, document, tensors, prefix)
+    return tensors, metadata
+
+
+def _parsed(path: Path, document: Mapping[str, str], name: str) -> dict[str, Any]:
+    """A JSON object of a file's header."""
+    try:
+        found = json.loads(document.get(name, ""))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: its {name} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: its {name} is no JSON object")
+    return found
+
+
+def _compare(
+    path: Path, document: Mapping[str, str], tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Compare the checksums of the groups that were read whole with those in the file; old files
+    have none."""
+    if document.keys() == {"format", "metadata"}:
+        return
+    saved = _parsed(path, document, "checksums")
+    found = checksums(tensors, document["metadata"])
+    for name in sorted(saved.keys() | found.keys()):
+        whole = name == "metadata" or name.startswith(prefix)
+        if whole and saved.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{path} is damaged: the checksum of its {name.rstrip('.')} differs from the one "
+                "it was written with"
+            )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -109,17 +161,106 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn
     """
     path = Path(path)
     tensors, metadata = read(path, MODEL_PREFIX)
-    info = ModelInfo(**metadata["model"])
-    model = CifarNet(**info.options) if "unit" in info.options else create_model(**info.options)
+    info = model_info(metadata, path)
+    with torch.device("meta"):
+        # A damaged number may ask for a network that no memory holds.
+        match_weights(_build(info, path), tensors, path)
+    model = _build(info, path)
     load_weights(model, tensors, path)
     return model.to(device).eval(), info
+
+
+def _build(info: ModelInfo, path: Path) -> nn.Module:
+    make = CifarNet if "unit" in info.options else create_model
+    try:
+        model: nn.Module = make(**info.options)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} describes a network that cannot be made: {str(error).splitlines()[0]}"
+        ) from error
+    return model
+
+
+_MAX_OPTION = 100_000  # channels, codewords: beyond any network
+
+
+def model_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:
+    """What a file says about its model, each field of the kind and range it must have.
+
+    Raises:
+        CheckpointError: names the field that is missing or wrong.
+    """
+    found = metadata.get("model")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it does not describe its model")
+    required = {"options", "classes", "palette", "mean", "std", "crop"}
+    known = {one.name for one in fields(ModelInfo)}
+    for name in sorted((required - found.keys()) | (found.keys() - known)):
+        what = "is missing" if name in required else "is unknown"
+        raise CheckpointError(f"{path} is damaged: the field {name!r} of its model {what}")
+    info = ModelInfo(**found)
+    for name, right in _right(info).items():
+        if not right:
+            raise CheckpointError(
+                f"{path} is damaged: the field {name!r} of its model is "
+                f"{str(getattr(info, name))[:100]!r}"
+            )
+    return info
+
+
+def _right(info: ModelInfo) -> dict[str, bool]:
+    """Whether each field has a value that it can have."""
+    count = len(info.classes) if isinstance(info.classes, list) else -1
+    options = info.options if isinstance(info.options, dict) else {"": None}
+    return {
+        "options": all(
+            not isinstance(value, int) or 0 <= value <= _MAX_OPTION for value in options.values()
+        )
+        and "" not in options,
+        "classes": count >= 0 and all(isinstance(name, str) for name in info.classes),
+        "palette": isinstance(info.palette, list)
+        and len(info.palette) == count
+        and all(_numbers(colour, 3, 0, 255, int) for colour in info.palette),
+        "mean": _numbers(info.mean, 3, 0, 1),
+        "std": _numbers(info.std, 3, 1e-6, 100),
+        "crop": _numbers(info.crop, 2, 1, 2**20, int),
+        "base_size": info.base_size is None or _numbers([info.base_size], 1, 1, 2**20, int),
+        "scale_by": info.scale_by in ("short", "long", "image"),
+        "ignore_index": _numbers([info.ignore_index], 1, -1, 255, int),
+        "data": isinstance(info.data, dict)
+        and all(isinstance(info.data.get(name, ""), str) for name in ("name", "split"))
+        and isinstance(info.data.get("root"), str | None)
+        and isinstance(info.data.get("options", {}), dict),
+    }
+
+
+def _numbers(given: Any, count: int, low: float, high: float, kind: Any = (int, float)) -> bool:
+    """Whether it is a list of so many numbers of a kind, all within a range."""
+    return (
+        isinstance(given, Sequence)
+        and len(given) == count
+        and all(isinstance(n, kind) and not isinstance(n, bool) and low <= n <= high for n in given)
+    )
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy the ``model.`` tensors of a file into a model, strictly.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or has another shape.
+        CheckpointError: as `match_weights`, or a value is not finite.
+    """
+    state = match_weights(model, tensors, path)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise CheckpointError(f"{path}: {name} holds values that are not finite")
+    model.load_state_dict(state)
+
+
+def match_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The ``model.`` tensors of a file under the names of a model's state dict.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or has another shape or kind of numbers.
     """
     state = {
         name.removeprefix(MODEL_PREFIX): tensor
@@ -136,9 +277,23 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
             f"{' ...' if len(extra) > 3 else ''}"
         )
     for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise CheckpointError(
-                f"{path} does not fit the model: {name} is {tuple(tensor.shape)} in the file "
-                f"and {tuple(own[name].shape)} in the model"
-            )
-    model.load_state_dict(state)
+        check_fits(path, name, tensor, own[name])
+    return state
+
+
+def check_fits(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
+    """Refuse a tensor of another shape, or of whole numbers where the model's are not.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    if tensor.shape != own.shape:
+        raise CheckpointError(
+            f"{path} does not fit the model: {name} is {tuple(tensor.shape)} in the file "
+            f"and {tuple(own.shape)} in the model"
+        )
+    if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
+        raise CheckpointError(
+            f"{path} does not fit the model: {name} is {tensor.dtype} in the file and {own.dtype} "
+            "in the model"
+        )
