@@ -12,10 +12,11 @@ from typing import Any
 
 from encnet_triton.data.ade20k import ADE20K
 from encnet_triton.data.augment import Augment
-from encnet_triton.data.base import DataError, Dataset, Sample, decode, default_palette, mean_colour
+from encnet_triton.data.base import DataError, Dataset, Sample, default_palette, mean_colour
 from encnet_triton.data.cityscapes import Cityscapes
 from encnet_triton.data.coco import CocoVOC
 from encnet_triton.data.folder import Folder
+from encnet_triton.data.images import decode
 from encnet_triton.data.loader import Batch, TrainLoader, eval_samples
 from encnet_triton.data.pascal_context import PascalContext
 from encnet_triton.data.scenes import Scenes
@@ -82,9 +83,12 @@ def create_dataset(
         )
     if "root" in parameters:
         if root is None:
-            raise DataError(f"data set {name!r} reads files: give its folder (root)")
+            raise DataError(f"data set {name!r} reads files: give its folder with --data")
         options["root"] = root
     elif root is not None:
         raise DataError(f"data set {name!r} is drawn and has no folder, but {root} was given")
-    dataset: Dataset = maker(split=split, **options)
+    try:
+        dataset: Dataset = maker(split=split, **options)
+    except OSError as error:
+        raise DataError(f"the data set in {root} cannot be read ({error})") from error
     return dataset

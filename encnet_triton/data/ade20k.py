@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encnet_triton.data.base import DataError, default_palette
-from encnet_triton.data.files import FileDataset, Pair, find_root
+from encnet_triton.data.files import FileDataset, Pair, find_root, visible
 
 __all__ = ["ADE20K"]
 
@@ -58,7 +58,7 @@ class ADE20K(FileDataset):
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         if split == "test":
             base = find_root(root, ("release_test", "../release_test"), "testing", self.source)
-            pairs: list[Pair] = [(path, None) for path in sorted((base / "testing").glob("*.jpg"))]
+            pairs: list[Pair] = [(path, None) for path in visible(base / "testing", "*.jpg")]
         else:
             pairs = self._labelled(Path(root), split)
         if not pairs:
@@ -85,8 +85,8 @@ class ADE20K(FileDataset):
             for folder in (images, labels):
                 if not folder.is_dir():
                     raise DataError(f"folder {folder} does not exist; {self.source}")
-            marked = {path.stem for path in labels.glob("*.png")}
-            for path in sorted(images.glob("*.jpg")):
+            marked = {path.stem for path in visible(labels, "*.png")}
+            for path in visible(images, "*.jpg"):
                 if path.stem not in marked:
                     raise DataError(f"image {path} has no annotation in {labels}; {self.source}")
                 pairs.append((path, labels / f"{path.stem}.png"))

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from encnet_triton.data.base import IGNORE_INDEX, decode
+from encnet_triton.data.base import IGNORE_INDEX
+from encnet_triton.data.images import decode
 
 __all__ = ["Augment", "Warp", "make_warp", "warp_image", "warp_label"]
 

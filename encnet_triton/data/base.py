@@ -7,8 +7,6 @@ class names, palette, mean and standard deviation. Labels are uint8 everywhere: 
 
 from __future__ import annotations
 
-import struct
-import zlib
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,11 +18,9 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MAX_CLASSES",
-    "UNREADABLE",
     "DataError",
     "Dataset",
     "Sample",
-    "decode",
     "default_palette",
     "mean_colour",
 ]
@@ -36,20 +32,6 @@ MAX_CLASSES = 254
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Pillow raises any of these for a file that is cut short or damaged, depending on format and place
-# of the damage.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-
 
 class DataError(ValueError):
     """A file or option of a data set cannot be used; the message is one sentence for the user."""
@@ -58,8 +40,8 @@ class DataError(ValueError):
 class Sample(NamedTuple):
     """One image and its label map.
 
-    `image` is a PIL image in RGB (any mode that `decode` takes, and perhaps not decoded yet, when
-    it comes from `Dataset.open`); `label` is uint8, H x W, of the image's size.
+    `image` is a PIL image in RGB (any mode that `images.decode` takes, and perhaps not decoded yet,
+    when it comes from `Dataset.open`); `label` is uint8, H x W, of the image's size.
     """
 
     image: Image.Image
@@ -93,24 +75,6 @@ class Dataset(Protocol):
     def name_of(self, index: int) -> str:
         """What a person would look for: the image's path, or the split and number of drawn data."""
         ...
-
-
-def decode(image: Image.Image) -> Image.Image:
-    """Decode an opened image to RGB.
-
-    Raises DataError, naming the file, for one that is cut short, damaged, or not 8 bits a channel.
-    """
-    name = getattr(image, "filename", "") or "image"
-    if image.mode not in _EIGHT_BIT_MODES:
-        raise DataError(
-            f"{name}: pixel format {image.mode!r} is not supported; "
-            "images must have 8 bits a channel"
-        )
-    try:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except UNREADABLE as error:
-        raise DataError(f"{name}: the image is truncated or damaged ({error})") from error
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -6,7 +6,6 @@ folders of PNGs ``train/<class>/*.png`` and ``test/<class>/*.png``.
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import pickle
@@ -17,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from encnet_triton.data.base import DataError, decode
-from encnet_triton.data.files import open_image
+from encnet_triton.data.base import DataError
+from encnet_triton.data.files import visible
+from encnet_triton.data.images import read_image
+from encnet_triton.unpickle import NUMBERS, load_pickle
 
 __all__ = ["CLASSES", "MEAN", "STD", "Images", "load_cifar10"]
 
@@ -73,8 +74,16 @@ def _joined(parts: list[Images]) -> Images:
 
 
 def _checked(images: NDArray[np.uint8], labels: NDArray[np.uint8], path: Path) -> Images:
-    if len(images) == 0 or len(images) != len(labels) or labels.max() >= len(CLASSES):
-        raise DataError(f"{path} is damaged: {len(images)} images, {len(labels)} labels of 0..9")
+    """The images and labels of a file; DataError if they are no whole batch."""
+    count = len(labels) if labels.ndim == 1 else 0
+    shapes = [(count, 3 * SIDE * SIDE), (count, 3, SIDE, SIDE)]
+    if not count or images.shape not in shapes:
+        raise DataError(
+            f"{path} is damaged: its images are {images.shape} and its labels {labels.shape}, but "
+            f"must be N x {3 * SIDE * SIDE} and N"
+        )
+    if labels.max() >= len(CLASSES):
+        raise DataError(f"{path} is damaged: it has the label {labels.max()}, but they are 0..9")
     return Images(images.reshape(-1, 3, SIDE, SIDE), labels)
 
 
@@ -93,33 +102,28 @@ def _read_binary(path: Path) -> Images:
     return _checked(records[:, 1:], records[:, 0], path)
 
 
-class _Arrays(pickle.Unpickler):
-    """Makes NumPy arrays and nothing else: an archive of strangers cannot run code."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        if module == "_codecs":
-            return codecs.encode
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
 def _read_pickle(path: Path) -> Images:
     try:
-        document = _Arrays(io.BytesIO(_read_bytes(path)), encoding="bytes").load()
-        images = np.asarray(document[b"data"], np.uint8)
-        labels = np.asarray(document[b"labels"], np.uint8)
-    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no batch of CIFAR-10 ({error})") from error
+        # The official files are of Python 2, those that people wrote again of Python 3.
+        document = load_pickle(io.BytesIO(_read_bytes(path)), NUMBERS, encoding="bytes")
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path} is no batch of CIFAR-10: {error}") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path} is no batch of CIFAR-10: it holds no dictionary")
+    images, labels = (_small(document, name, path) for name in ("data", "labels"))
     return _checked(images, labels, path)
+
+
+def _small(document: dict[Any, Any], name: str, path: Path) -> NDArray[np.uint8]:
+    """An entry that is an array or list of whole numbers of 0 to 255."""
+    value = document.get(name, document.get(name.encode()))
+    if isinstance(value, list) and all(type(one) is int and 0 <= one < 256 for one in value):
+        return np.array(value, np.uint8)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        small: NDArray[np.uint8] = value.astype(np.uint8)
+        if (small == value).all():
+            return small
+    raise DataError(f"{path} is no batch of CIFAR-10: its {name!r} are no numbers of 0 to 255")
 
 
 def _read_folder(folder: Path) -> Images:
@@ -127,10 +131,10 @@ def _read_folder(folder: Path) -> Images:
     missing = [place for place, _ in places if not place.is_dir()]
     if missing:
         raise DataError(f"folder {missing[0]} does not exist; there must be one for each class")
-    files = [(path, label) for place, label in places for path in sorted(place.glob("*.png"))]
+    files = [(path, label) for place, label in places for path in visible(place, "*.png")]
 
     def read(path: Path) -> NDArray[np.uint8]:
-        image = decode(open_image(path, "image"))
+        image = read_image(path)
         if image.size != (SIDE, SIDE):
             raise DataError(f"image {path} is {image.width} x {image.height}, but must be 32 x 32")
         return np.asarray(image).transpose(2, 0, 1)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encnet_triton.data.base import DataError, default_palette
-from encnet_triton.data.files import FileDataset, Pair, find_root
+from encnet_triton.data.files import FileDataset, Pair, find_root, visible
 
 __all__ = ["Cityscapes"]
 
@@ -38,7 +38,7 @@ class Cityscapes(FileDataset):
         if split not in self.expected:
             raise DataError(f"Cityscapes has no split {split!r}; it has train, val, test")
         base = find_root(root, ("cityscapes",), f"leftImg8bit/{split}", self.source)
-        images = sorted((base / "leftImg8bit" / split).glob(f"*/*{_IMAGE}"))
+        images = visible(base / "leftImg8bit" / split, f"*/*{_IMAGE}")
         if not images:
             raise DataError(f"{base / 'leftImg8bit' / split} has no */*{_IMAGE}; {self.source}")
         pairs: list[Pair] = []

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from encnet_triton.data.base import (
     IGNORE_INDEX,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    UNREADABLE,
     DataError,
     Sample,
-    decode,
     default_palette,
 )
+from encnet_triton.data.images import decode, open_image, read_label
 
-__all__ = ["FileDataset", "Pair", "check_present", "find_root", "open_image", "read_lines"]
+__all__ = ["FileDataset", "Pair", "check_present", "composed", "find_root", "read_lines", "visible"]
 
 _BAD_VALUE = IGNORE_INDEX - 1
-_SHALLOW_MODES = ("1", "L", "P")
-_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
 
 Pair = tuple[Path, Path | None]
 """An image and its label; None where there is no label, as in a test split."""
@@ -78,41 +75,39 @@ class FileDataset:
 
     def open(self, index: int) -> Sample:
         image_path, label_path = self._pairs[index]
-        image = open_image(image_path, "image")
+        image = open_image(image_path)
+        size = (image.height, image.width)
         if label_path is None:
-            return Sample(image, np.full((image.height, image.width), IGNORE_INDEX, np.uint8))
-        label = open_image(label_path, "label")
-        if image.size != label.size:
+            return Sample(image, np.full(size, IGNORE_INDEX, np.uint8))
+        label = self._read_label(label_path)
+        if label.shape != size:
+            turned = label.shape == size[::-1]
             raise DataError(
                 f"image {image_path} is {image.width} x {image.height} pixels, but its "
-                f"label {label_path} is {label.width} x {label.height}; they must be equal"
+                f"label {label_path} is {label.shape[1]} x {label.shape[0]}; they must be equal"
+                + (" once both are turned as their EXIF orientation says" if turned else "")
             )
-        return Sample(image, self._read_label(label, label_path))
+        return Sample(image, label)
+
+    def label(self, index: int) -> NDArray[np.uint8]:
+        """The label alone, without a look at its image if it has a file of its own."""
+        path = self._pairs[index][1]
+        return self.open(index).label if path is None else self._read_label(path)
 
     def name_of(self, index: int) -> str:
         return str(self._pairs[index][0])
 
-    def _read_label(self, image: Image.Image, path: Path) -> NDArray[np.uint8]:
-        """Decode a label file and turn its values into 0..n-1 and 255."""
-        if image.mode not in _SHALLOW_MODES + _DEEP_MODES:
-            raise DataError(
-                f"label {path} has pixel format {image.mode}; a label must be a single-channel or "
-                "palette image whose values are class numbers"
-            )
-        try:
-            image.load()
-        except UNREADABLE as error:
-            raise DataError(f"label {path} is truncated or damaged ({error})") from error
-        if image.mode in _DEEP_MODES:
-            return self._map_deep(np.asarray(image).astype(np.int64), path)
-        if image.mode == "1":
-            image = Image.fromarray(np.asarray(image).astype(np.uint8))
-        mapped = np.frombuffer(bytearray(image.tobytes()).translate(self._table), np.uint8)
-        mapped = mapped.reshape(image.height, image.width)
+    def _read_label(self, path: Path) -> NDArray[np.uint8]:
+        """A label file's values turned into 0..n-1 and 255."""
+        values = read_label(path)
+        if values.dtype != np.uint8:
+            return self._map_deep(values.astype(np.int64, copy=False), path)
+        mapped = np.frombuffer(bytearray(values.tobytes()).translate(self._table), np.uint8)
+        mapped = mapped.reshape(values.shape)
         if not self._fits(mapped):
             table = np.frombuffer(self._table, np.uint8)
-            values = np.unique(np.asarray(image))
-            self._refuse(values[table[values] == _BAD_VALUE], path)
+            found = np.unique(values)
+            self._refuse(found[table[found] == _BAD_VALUE], path)
         return mapped
 
     def _fits(self, mapped: NDArray[np.uint8]) -> bool:
@@ -135,45 +130,94 @@ class FileDataset:
         raise DataError(f"label {path} has the value {shown}{more}, but {self._allowed}")
 
 
-def open_image(path: Path, what: str) -> Image.Image:
-    """An opened, not yet decoded image; DataError for a file that is missing or no image."""
-    try:
-        # From memory, because Pillow would keep the file open until it is decoded.
-        image = Image.open(io.BytesIO(path.read_bytes()))
-    except FileNotFoundError:
-        raise DataError(f"{what} {path} does not exist") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{what} {path} is not an image of a known format") from None
-    except UNREADABLE as error:
-        raise DataError(f"{what} {path} cannot be read ({error})") from error
-    image.filename = str(path)  # type: ignore[attr-defined]
-    return image
+def composed(name: str) -> str:
+    """A name as most systems write it: é is one letter, where macOS has e and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """What matches a pattern below a folder, by name; without the hidden, such as macOS's ._x."""
+    return sorted(
+        path
+        for path in folder.glob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file; DataError if it cannot be read."""
+    """The lines of a UTF-8 text file, or of UTF-16 with its mark; DataError if it is none."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{what} {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+        if not path.is_file():  # reading a pipe would wait for ever
+            there = "is no file" if path.exists() else "does not exist"
+            raise DataError(f"{what} {path} {there}")
+        content = path.read_bytes()
+    except OSError as error:
         raise DataError(f"{what} {path} cannot be read ({error})") from error
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{what} {path} is not UTF-8 text: line {line} has the byte "
+            f"0x{content[error.start]:02x}; save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise DataError(f"{what} {path} is no text: it has bytes of zero")
+    return re.split(r"\r\n|\r|\n", text)
 
 
-def check_present(pairs: Iterable[Pair], listing: Path) -> None:
-    """Refuse files of a list that do not exist now rather than hours into a run."""
-    # One listing a folder is far cheaper than one look-up a file on network storage.
-    present: dict[Path, frozenset[str]] = {}
+def check_present(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
+    """The pairs with their names as they are on disk, which may write an é in another way.
+
+    Raises:
+        DataError: files of the list do not exist; now rather than hours into a run.
+    """
+    disk = _Disk()
     missing: list[Path] = []
-    for path in (path for pair in pairs for path in pair if path is not None):
-        if path.parent not in present:
-            names = os.listdir(path.parent) if path.parent.is_dir() else []
-            present[path.parent] = frozenset(names)
-        if path.name not in present[path.parent]:
+
+    def found(path: Path) -> Path:
+        there = disk.find(path)
+        if there is None:
             missing.append(path)
+        return there or path
+
+    present = [(found(image), label and found(label)) for image, label in pairs]
     if missing:
         others = f" (nor do {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise DataError(f"{listing} names {missing[0]}, which does not exist{others}")
+    return present
+
+
+class _Disk:
+    """Looks names up; one listing a folder is far cheaper than one look-up a file on network
+    storage."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, tuple[Path, frozenset[str], dict[str, str]] | None] = {}
+
+    def find(self, path: Path) -> Path | None:
+        """The path as it is on disk; None if it is not there."""
+        folder = self._folder(path.parent)
+        if folder is None:
+            return None
+        place, names, by_composed = folder
+        name = path.name if path.name in names else by_composed.get(composed(path.name))
+        return None if name is None else place / name
+
+    def _folder(self, path: Path) -> tuple[Path, frozenset[str], dict[str, str]] | None:
+        if path not in self._folders:
+            self._folders[path] = self._listed(path)
+        return self._folders[path]
+
+    def _listed(self, path: Path) -> tuple[Path, frozenset[str], dict[str, str]] | None:
+        place: Path | None = path
+        if not os.path.isdir(path):  # which is never an error, unlike Path's
+            place = self.find(path) if path.parent != path else None
+        if place is None or not os.path.isdir(place):
+            return None
+        names = os.listdir(place)
+        return place, frozenset(names), {composed(name): name for name in sorted(names)}
 
 
 def find_root(root: str | os.PathLike[str], below: Sequence[str], marker: str, source: str) -> Path:

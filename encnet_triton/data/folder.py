@@ -6,7 +6,7 @@ Two layouts are understood below the root folder:
   (separated by a tab if a line has one, else by white space);
 - folders `images/train`, `images/val` and `labels/train`, `labels/val`, paired by file name without
   suffix; or `images` and `labels` alone, of which every tenth pair, in the order of names, is for
-  validation.
+  validation. Folders below them count, linked ones too; hidden files and folders do not.
 
 `classes.txt` has one class name a line, in the order of label values. Labels are single-channel or
 palette images whose pixel values are the classes.
@@ -15,7 +15,7 @@ palette images whose pixel values are the classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from encnet_triton.data.base import (
@@ -25,7 +25,7 @@ from encnet_triton.data.base import (
     MAX_CLASSES,
     DataError,
 )
-from encnet_triton.data.files import FileDataset, Pair, check_present, read_lines
+from encnet_triton.data.files import FileDataset, Pair, check_present, composed, read_lines
 
 __all__ = ["Folder"]
 
@@ -42,8 +42,11 @@ class Folder(FileDataset):
         split: "train", "val", or another name that has a list file or folders.
         classes_file: file with the class names, relative to the root. Names at its end that stand
             for an ignored label value ("void") are left out.
-        ignore_label: label value or values in the files that are no class; 255 by default.
+        ignore_label: label value or values in the files that are no class, also as a text "0,255".
+            255 if None, unless `label_map` gives it a class.
         label_offset: added to the other values, -1 for files whose first class is 1.
+        label_map: label value in the files -> class 0..n-1, or 255 for none, also as a text
+            "255=1,7=0". A class that is given values here has no others.
         mean, std: RGB statistics in 0..1 for normalisation, ImageNet's by default.
 
     Raises DataError, with one sentence that names the file, where something is missing or does not
@@ -56,36 +59,97 @@ class Folder(FileDataset):
         split: str = "train",
         *,
         classes_file: str | os.PathLike[str] = "classes.txt",
-        ignore_label: int | Sequence[int] = IGNORE_INDEX,
+        ignore_label: int | str | Sequence[int] | None = None,
         label_offset: int = 0,
+        label_map: Mapping[int, int] | str | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         folder = Path(root)
         if not folder.is_dir():
             raise DataError(f"data folder {folder} does not exist or is not a folder")
-        ignored = (ignore_label,) if isinstance(ignore_label, int) else tuple(ignore_label)
-        names_file = folder / classes_file
-        classes = _class_names(names_file, ignored, label_offset)
-        first, last = -label_offset, len(classes) - 1 - label_offset
-        listed = ", ".join(str(value) for value in ignored)
+        (offset,) = _numbers("label_offset", label_offset, most=1)
+        mapped = _mapping(label_map)
+        if ignore_label is None:
+            ignored = tuple(value for value in (IGNORE_INDEX,) if value not in mapped)
+        else:
+            ignored = _numbers("ignore_label", ignore_label)
+        twice = [value for value in ignored if mapped.get(value, IGNORE_INDEX) != IGNORE_INDEX]
+        if twice:
+            raise DataError(f"ignore_label and label_map both name the label value {twice[0]}")
+        names_file = folder / os.fspath(classes_file)
+        classes = _class_names(names_file, ignored, offset)
+        beyond = [c for c in mapped.values() if not (0 <= c < len(classes) or c == IGNORE_INDEX)]
+        if beyond:
+            raise DataError(
+                f"label_map names the class {beyond[0]}, but {names_file} has the classes "
+                f"0..{len(classes) - 1} (and {IGNORE_INDEX} is none)"
+            )
+        values = {c - offset: c for c in range(len(classes)) if c not in mapped.values()}
+        first, last = -offset, len(classes) - 1 - offset
         super().__init__(
             _find_pairs(folder, split),
             classes,
-            values={c - label_offset: c for c in range(len(classes))}
-            | dict.fromkeys(ignored, IGNORE_INDEX),
+            values=values | dict.fromkeys(ignored, IGNORE_INDEX) | mapped,
             allowed=(
                 f"the {len(classes)} classes of {names_file} stand for {first}..{last} "
-                f"(ignored: {listed}; label_offset: {label_offset})"
+                f"(ignored: {', '.join(map(str, ignored)) or 'none'}; label_offset: {offset}; "
+                f"label_map: {','.join(f'{v}={c}' for v, c in mapped.items()) or 'none'})"
             ),
-            mean=mean,
-            std=std,
+            mean=_statistics("mean", mean, 0),
+            std=_statistics("std", std, 1e-6),
         )
+
+
+def _numbers(name: str, value: object, most: int = MAX_CLASSES) -> tuple[int, ...]:
+    """One whole number, several, or a text of them with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = list(parts) if isinstance(parts, list | tuple) else [parts]
+    try:
+        if any(isinstance(part, bool | float) for part in parts) or not 1 <= len(parts) <= most:
+            raise ValueError
+        return tuple(int(part) for part in parts)  # type: ignore[call-overload,arg-type]
+    except (TypeError, ValueError):
+        allowed = "a whole number" if most == 1 else "whole numbers such as 255 or 0,255"
+        raise DataError(f"{name} is {value!r}, but must be {allowed}") from None
+
+
+def _mapping(given: Mapping[int, int] | str | None) -> dict[int, int]:
+    """Label value -> class, from a mapping or from "255=1,7=0"."""
+    if given is None:
+        return {}
+    try:
+        if isinstance(given, str):
+            pairs = [tuple(map(int, part.split("="))) for part in given.split(",")]
+        else:
+            pairs = [(int(value), int(number)) for value, number in given.items()]
+        made = {value: number for value, number in pairs}
+    except (AttributeError, TypeError, ValueError):
+        raise DataError(
+            f"label_map is {given!r}, but must be pairs VALUE=CLASS such as 255=1,7=0"
+        ) from None
+    if len(made) < len(pairs):
+        raise DataError(f"label_map is {given!r}, which names a label value twice")
+    return made
+
+
+def _statistics(name: str, value: object, least: float) -> tuple[float, float, float]:
+    """Three numbers of RGB, from `least` to 1."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        red, green, blue = (float(part) for part in parts)  # type: ignore[attr-defined]
+        if not all(least <= one <= 1 for one in (red, green, blue)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{name} is {value!r}, but must be three numbers of 0 to 1 such as 0.5,0.5,0.5"
+        ) from None
+    return red, green, blue
 
 
 def _class_names(path: Path, ignored: tuple[int, ...], offset: int) -> tuple[str, ...]:
     lines = read_lines(path, "class names file")
-    names = [line.strip() for line in lines if line.strip()]
+    names = [composed(line.strip()) for line in lines if line.strip()]
     while names and len(names) - 1 - offset in ignored:
         names.pop()
     if not 1 <= len(names) <= MAX_CLASSES:
@@ -93,6 +157,9 @@ def _class_names(path: Path, ignored: tuple[int, ...], offset: int) -> tuple[str
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise DataError(f"{path} names the class {repeated[0]!r} twice")
+    strange = [name for name in names if not name.isprintable()]
+    if strange:
+        raise DataError(f"{path} names the class {strange[0]!r}, which cannot be printed")
     return tuple(names)
 
 
@@ -121,8 +188,7 @@ def _listed_pairs(root: Path, listing: Path) -> list[Pair]:
                 "(separate paths that contain spaces by a tab)"
             )
         pairs.append((root / fields[0], root / fields[1]))
-    check_present(pairs, listing)
-    return pairs
+    return check_present(pairs, listing)
 
 
 def _folder_pairs(root: Path, split: str) -> list[Pair]:
@@ -151,13 +217,35 @@ def _folder_pairs(root: Path, split: str) -> list[Pair]:
 def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files below a folder by their path without suffix, relative to it."""
     files: dict[str, Path] = {}
-    for place, _, names in os.walk(folder):
-        for name in sorted(names):
-            path = Path(place, name)
-            if name.startswith(".") or path.suffix.lower() not in suffixes:
-                continue
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in files:
-                raise DataError(f"{files[stem]} and {path} have the same name but for the suffix")
-            files[stem] = path
+    for entry in _walk(folder):
+        path = Path(entry.path)
+        if path.suffix.lower() not in (*suffixes, ""):
+            continue
+        if entry.is_symlink() and not path.exists():
+            raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there")
+        if not path.suffix:
+            continue
+        stem = composed(path.relative_to(folder).with_suffix("").as_posix())
+        if stem in files:
+            raise DataError(f"{files[stem]} and {path} have the same name but for the suffix")
+        files[stem] = path
     return files
+
+
+def _walk(
+    folder: Path, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[os.DirEntry[str]]:
+    """The files below a folder that are not hidden, nor in a hidden folder; follows links."""
+    status = folder.stat()
+    this = (status.st_dev, status.st_ino)
+    if this in above:
+        raise DataError(f"folder {folder} is a link to a folder that it lies in; remove the link")
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), above | {this})
+        else:
+            yield entry

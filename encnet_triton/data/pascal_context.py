@@ -107,7 +107,7 @@ class PascalContext(FileDataset):
         if not labels.is_dir():
             raise DataError(f"{labels} does not exist; {self.source}")
         pairs, listing = _pairs(base, labels, split, self.source)
-        check_present(pairs, listing)
+        pairs = check_present(pairs, listing)
         order = _order(labels, base, label_order)
         first = 1 if background_label == 0 else 0
         shift = num_classes - 59

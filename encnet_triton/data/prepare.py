@@ -19,7 +19,8 @@ from PIL import Image
 
 from encnet_triton.data import coco, pascal_context, voc
 from encnet_triton.data.base import IGNORE_INDEX, DataError
-from encnet_triton.data.files import find_root, open_image
+from encnet_triton.data.files import find_root
+from encnet_triton.data.images import read_label
 from encnet_triton.data.voc import read_ids
 from encnet_triton.files import replacing, write_text
 
@@ -52,7 +53,7 @@ def prepare_voc_aug(root: Path, sbd: Path, progress: Progress = iter) -> dict[st
         if target.is_file():
             continue
         if name in own["train"] | own["val"]:
-            label = np.asarray(open_image(base / "SegmentationClass" / f"{name}.png", "label"))
+            label = read_label(base / "SegmentationClass" / f"{name}.png")
         else:
             struct = _read_mat(marked / "cls" / f"{name}.mat", "GTcls")
             label = struct["Segmentation"][0, 0].astype(np.uint8)

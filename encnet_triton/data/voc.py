@@ -93,7 +93,7 @@ class VOC(FileDataset):
         ]
         if not pairs:
             raise DataError(f"the data set is empty: {listing} has no images")
-        check_present(pairs, listing)
+        pairs = check_present(pairs, listing)
         super().__init__(
             pairs,
             CLASSES,

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from encnet_triton.data.images import read_image
 from encnet_triton.inference.predictor import Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
 
@@ -32,19 +32,6 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
             yield path
         else:
             raise ValueError(f"image {path} does not exist")
-
-
-def read_image(path: Path) -> Image.Image:
-    """An RGB image, turned upright as the camera's EXIF says.
-
-    Raises:
-        ValueError: the file is no image, or a truncated one.
-    """
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
 
 
 def label_photo(predictor: Predictor, path: Path, output: Path) -> list[tuple[str, float]]:

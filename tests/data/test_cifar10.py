@@ -48,7 +48,7 @@ def test_python_layout_without_running_code(tmp_path, arrays):
             return (open, (str(tmp_path / "made"), "w"))
 
     (folder / "test_batch").write_bytes(pickle.dumps({b"data": Harmful(), b"labels": [0]}))
-    with pytest.raises(DataError, match=r"is no batch of CIFAR-10 \(it asks for .*open"):
+    with pytest.raises(DataError, match=r"is no batch of CIFAR-10: it asks for .*open"):
         load_cifar10(tmp_path, "test")
     assert not (tmp_path / "made").exists()
 
@@ -70,3 +70,39 @@ def test_folder_of_pngs(tmp_path, arrays):
 def test_missing_data_says_where_people_get_it(tmp_path):
     with pytest.raises(DataError, match="neither cifar-10-batches-bin .*https"):
         load_cifar10(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        pytest.param([1], "it holds no dictionary", id="list"),
+        pytest.param({b"labels": [0]}, "its 'data' are no numbers", id="no images"),
+        pytest.param(
+            {b"data": np.zeros((1, 3072), np.uint8), b"labels": [256]}, "its 'labels' are no",
+            id="large label",
+        ),
+        pytest.param(
+            {b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, "the label 10", id="label 10"
+        ),
+        pytest.param(
+            {b"data": np.zeros((1, 32, 32, 3), np.uint8), b"labels": [1]}, "must be N x 3072",
+            id="channels last",
+        ),
+        pytest.param(
+            {b"data": np.array([[{}, []]], object), b"labels": [1]}, "asks for|else than num",
+            id="objects",
+        ),
+    ],
+)  # fmt: skip
+def test_other_contents_are_refused(tmp_path, document, sentence):
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(document))
+    with pytest.raises(DataError, match=sentence):
+        load_cifar10(tmp_path, "test")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_batches_that_people_wrote_again(tmp_path, arrays, protocol):
+    images, labels = arrays
+    batch = {"data": images.reshape(10, -1).astype(np.int64), "labels": labels}
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(batch, protocol))
+    np.testing.assert_array_equal(load_cifar10(tmp_path, "test").images, images)

@@ -1,5 +1,6 @@
 """Data sets from one's own files: both layouts, label values, a sentence for whatever is wrong."""
 
+import os
 import re
 
 import numpy as np
@@ -298,9 +299,141 @@ def test_colour_label(root):
         Folder(root)[0]
 
 
-def test_deep_image(root):
-    Image.fromarray(np.zeros((3, 4), np.uint16)).save(root / "photos/a.png")
-    with assert_refused(root / "photos/a.png", "pixel format", "8 bits a channel"):
+@pytest.mark.parametrize(
+    ("name", "map_", "expected"),
+    [
+        ("one", "255=1", [[0, 1], [1, 0]]),
+        ("two", {0: 1, 255: 0}, [[1, 0], [0, 1]]),
+        ("none", "0=255,255=0", [[255, 0], [0, 255]]),
+    ],
+)
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16], ids=["8 bits", "16 bits"])
+def test_label_map(root, depth, name, map_, expected):
+    """Masks of 0 and 255, as most tools paint them."""
+    write_pair(root, "photos/a.png", "masks/a.png", np.array([[0, 255], [255, 0]], depth))
+    np.testing.assert_array_equal(Folder(root, label_map=map_)[0].label, expected)
+
+
+def test_a_class_of_the_label_map_has_no_other_values(root):
+    write_pair(root, "photos/a.png", "masks/a.png", np.array([[0, 1], [255, 0]], np.uint8))
+    with assert_refused("masks/a.png has the value 1", "label_map: 255=1"):
+        Folder(root, label_map="255=1")[0]
+    mapped = Folder(root, label_map="255=1,1=1", ignore_label="2,7")[0].label
+    np.testing.assert_array_equal(mapped, [[0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize("given", ["0,255", [0, 255], (0, 255)])
+def test_several_ignored_values_in_any_form(root, given):
+    expected = np.where(LABEL == 0, 255, LABEL.astype(int) - 1)
+    (root / "classes.txt").write_text("a\nb\n")
+    dataset = Folder(root, ignore_label=given, label_offset=-1)
+    np.testing.assert_array_equal(dataset[0].label, np.where(LABEL == 255, 255, expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"ignore_label": "a"}, ("ignore_label is 'a'", "255 or 0,255")),
+        ({"ignore_label": 1.5}, ("ignore_label is 1.5",)),
+        ({"ignore_label": True}, ("ignore_label is True",)),
+        ({"label_offset": "1,2"}, ("label_offset is '1,2'", "a whole number")),
+        ({"label_map": "255"}, ("label_map is '255'", "255=1,7=0")),
+        ({"label_map": "255=1,255=2"}, ("names a label value twice",)),
+        ({"label_map": "255=3"}, ("label_map names the class 3", "0..2")),
+        ({"label_map": "255=1", "ignore_label": 255}, ("both name the label value 255",)),
+        ({"mean": "0.5"}, ("mean is '0.5'", "three numbers")),
+        ({"std": (0, 1, 1)}, ("std is (0, 1, 1)", "three numbers")),
+        ({"classes_file": "none.txt"}, ("none.txt", "does not exist")),
+    ],
+)
+def test_options_that_mean_nothing(root, options, parts):
+    with assert_refused(*parts):
+        Folder(root, **options)
+
+
+def link(target, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def test_linked_folders_count_and_hidden_ones_do_not(root, tmp_path_factory):
+    (root / "val.txt").unlink()
+    store = tmp_path_factory.mktemp("store")
+    write_pair(root, "images/val/a.jpg", "labels/val/a.png")
+    write_pair(store, "images/b.jpg", "labels/b.png")
+    link(store / "images", root / "images/val/city")
+    link(store / "labels", root / "labels/val/city")
+    for folder in (".ipynb_checkpoints", "city/.cache"):
+        for place in ("images", "labels"):
+            (root / place / "val" / folder).mkdir()
+        write_pair(root, f"images/val/{folder}/c.jpg", f"labels/val/{folder}/d.png")
+    dataset = Folder(root, "val")
+    assert [dataset.name_of(i) for i in range(len(dataset))] == [
+        str(root / "images/val/a.jpg"), str(root / "images/val/city/b.jpg"),
+    ]  # fmt: skip
+
+
+def test_links_that_lead_nowhere_or_round(root):
+    (root / "val.txt").unlink()
+    write_pair(root, "images/val/a.jpg", "labels/val/a.png")
+    link(root / "gone.jpg", root / "images/val/b.jpg")
+    with assert_refused("images/val/b.jpg is a link to", "gone.jpg, which is not there"):
+        Folder(root, "val")
+    (root / "images/val/b.jpg").unlink()
+    link(root / "images", root / "images/val/again")
+    with assert_refused("images/val/again", "is a link to a folder that it lies in"):
+        Folder(root, "val")
+
+
+COMPOSED, APART = "Stra\u00dfe caf\u00e9", "Stra\u00dfe cafe\u0301"
+
+
+@pytest.mark.parametrize(("image", "label"), [(COMPOSED, APART), (APART, COMPOSED)])
+def test_accents_are_one_letter_or_two(root, image, label):
+    """macOS takes them apart, and archives carry that to other systems."""
+    write_pair(root, f"images/test/{image}.jpg", f"labels/test/{label}.png")
+    assert len(Folder(root, "test")) == 1
+    write_pair(root, f"photos {image}/{image}.png", f"masks {image}/{label}.png")
+    listed = f"photos {label}/{label}.png\tmasks {label}/{image}.png\n"
+    (root / "val.txt").write_text(listed, encoding="utf-8")
+    dataset = Folder(root, "val")
+    assert dataset.name_of(0) == str(root / f"photos {image}/{image}.png")
+    np.testing.assert_array_equal(dataset[0].label, LABEL)
+    (root / "classes.txt").write_text(f"a\n{image}\nc\n", encoding="utf-8")
+    assert Folder(root).classes[1] == COMPOSED
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_files_as_editors_write_them(root, encoding, end):
+    names = ("sky", "caf\u00e9", "\u9053\u8def")
+    (root / "classes.txt").write_bytes(end.join(names).encode(encoding))
+    listed = (root / "val.txt").read_text() + end
+    (root / "val.txt").write_bytes(listed.encode(encoding))
+    assert Folder(root, "val").classes == names
+
+
+def test_text_files_of_other_encodings_are_refused(root):
+    (root / "classes.txt").write_bytes("sky\ncaf\u00e9\n".encode("latin-1"))
+    with assert_refused("classes.txt is not UTF-8 text: line 2 has the byte 0xe9"):
+        Folder(root)
+    (root / "classes.txt").write_bytes("sky\nroad".encode("utf-16-le"))
+    with assert_refused("classes.txt is no text"):
+        Folder(root)
+    (root / "classes.txt").write_bytes(b"sky\n\x1b[31mroad")
+    with assert_refused("classes.txt names the class", "cannot be printed"):
+        Folder(root)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(root):
+    for name in ("photos/a.png", "classes.txt"):
+        (root / name).unlink()
+        os.mkfifo(root / name)
+    with assert_refused("classes.txt is no file"):
+        Folder(root)
+    (root / "classes.txt").unlink()
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    with assert_refused("image", root / "photos/a.png", "is no file"):
         Folder(root)[0]
 
 
@@ -324,7 +457,7 @@ def test_class_names(root, content, parts):
 
 
 def test_unknown_option(root):
-    with assert_refused("no option 'ignore_index'", "classes_file, ignore_label, label_offset"):
+    with assert_refused("no option 'ignore_index'", "classes_file, ignore_label, label_offset,"):
         create_dataset("folder", "train", root, ignore_index=3)
 
 

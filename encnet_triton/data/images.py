@@ -1,0 +1,204 @@
+"""The one reader of pictures, for training, evaluation, checks and predictions.
+
+All of them see the same picture:
+
+- Turned upright as its EXIF orientation says, a label as well as an image: what a viewer shows.
+- An image is RGB of 8 bits a channel. Of 16 bits the high byte is taken, since the range of a file
+  of 16 bits is 0 to 65535; one that uses only the lowest 12 would be all but black and is refused.
+  Whole numbers of 32 bits and floats have no range that is known, and are refused.
+- A label has the numbers that are in the file, whatever its depth, 1 to 32 bits.
+- Nothing but the formats of pictures is opened, and no picture of more than 178,956,970 pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from encnet_triton.data.base import DataError
+from encnet_triton.unpickle import printable
+
+__all__ = ["decode", "open_image", "read_image", "read_label"]
+
+# Not what Pillow knows beyond these: to read PostScript it would start a program.
+_FORMATS = (
+    "JPEG", "MPO", "PNG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF",
+)  # fmt: skip
+_LOSSY = ("JPEG", "MPO")  # what can be decoded at a smaller scale, and is no good for labels
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_SIXTEEN_IN_32 = ("PNG", "PPM")  # older Pillows have no mode of 16 bits for these
+_LABELS = ("1", "L", "P", "I", *_SIXTEEN_BITS)
+_NARROW = re.compile(r"(?:L;?(?P<bits>[24]?)|1;)R?(?P<inverted>I?)R?")
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(path: Path) -> Image.Image:
+    """An upright image that `decode` makes RGB, of its final size.
+
+    A JPEG that need not be turned is not decoded yet, so that it can be at a smaller scale.
+
+    Raises:
+        DataError: it is missing, no image, damaged, too large or not of 8 or 16 bits; names it.
+    """
+    image = _open(path, "image")
+    if image.format not in _LOSSY or _orientation(image) in _TURNS:
+        image = _decoded(image, str(path))
+    # Not before: Pillow would map an undecoded TIFF of that name into memory, and not turn it.
+    image.filename = str(path)  # type: ignore[attr-defined]
+    return image
+
+
+def read_image(path: Path) -> Image.Image:
+    """An upright RGB image; raises what `open_image` raises."""
+    return decode(open_image(path))
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Decode an opened image to RGB, upright.
+
+    Raises:
+        DataError: it is cut short, damaged, or not of 8 or 16 bits a channel; names the file.
+    """
+    return _decoded(image, str(getattr(image, "filename", "")) or "image")
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    deep = image.mode in _SIXTEEN_BITS or (
+        image.mode == "I" and getattr(image, "format", None) in _SIXTEEN_IN_32
+    )
+    if image.mode not in _EIGHT_BITS and not deep:
+        raise DataError(
+            f"{name}: pixel format {image.mode!r} is not supported; images must have 8 bits a "
+            "channel, or 16 without sign"
+        )
+    sixteen = deep or ";16" in _raw_mode(image)
+    try:
+        image.load()
+        orientation = _orientation(image)
+        if deep:
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if orientation in _TURNS:
+            image = _turned(image, orientation)
+    except Exception as error:  # Pillow raises whatever the damage leads to
+        raise DataError(f"{name}: the image is truncated or damaged ({_why(error)})") from error
+    if sixteen and 0 < (most := int(np.asarray(image).max())) < 16:
+        raise DataError(
+            f"{name} has 16 bits a channel, but its values are below {256 * (most + 1):,} of "
+            "65,536: scale it to 8 bits by the range that you mean"
+        )
+    return image
+
+
+def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
+    """The values of a label file, H x W, upright: uint8, or int64 where it has more than 8 bits.
+
+    Raises:
+        DataError: it is missing, no image, damaged, too large, or has no single number a pixel.
+    """
+    image = _open(path, "label")
+    if image.format in _LOSSY:
+        raise DataError(f"label {path} is a JPEG, which alters values: save labels as PNG")
+    if image.mode not in _LABELS:
+        raise DataError(
+            f"label {path} has pixel format {image.mode}; a label must be a single-channel or "
+            "palette image whose values are class numbers"
+        )
+    raw = _NARROW.fullmatch(_raw_mode(image))
+    try:
+        image.load()
+        orientation = _orientation(image)
+        if orientation in _TURNS:
+            image = _turned(image, orientation)
+        values = np.asarray(image)
+    except Exception as error:  # Pillow raises whatever the damage leads to
+        raise DataError(f"label {path} is truncated or damaged ({_why(error)})") from error
+    if image.mode not in ("1", "L", "P"):
+        return values.astype(np.int64)
+    if image.mode == "1":
+        return (values ^ bool(raw and raw["inverted"])).astype(np.uint8)
+    if raw and raw["inverted"]:
+        values = 255 - values
+    if raw and raw["bits"]:  # spread over 0 to 255 by Pillow
+        values = values // np.uint8(255 // (2 ** int(raw["bits"]) - 1))
+    return values
+
+
+def _open(path: Path, what: str) -> Image.Image:
+    """An opened picture, as it lies in the file."""
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            there = "is no file" if path.exists() else "does not exist"
+            raise DataError(f"{what} {path} {there}")
+        content = path.read_bytes()
+        if not content:
+            raise DataError(f"{what} {path} is empty")
+        # From memory, because Pillow would keep the file open until it is decoded.
+        image = Image.open(io.BytesIO(content), formats=_known())
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{what} {path} is not an image of a known format ({', '.join(_known())})"
+        ) from None
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(
+            f"{what} {path} has more than the {most:,} pixels that are read; cut it into parts"
+        ) from None
+    except Exception as error:  # Pillow raises whatever the damage leads to
+        raise DataError(f"{what} {path} cannot be read ({_why(error)})") from error
+    return image
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """The formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels lie in the file, in Pillow's words; "" once it is decoded."""
+    tiles: Any = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    if isinstance(arguments, tuple) and arguments:
+        arguments = arguments[0]
+    return arguments if isinstance(arguments, str) else ""
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # its EXIF is damaged; no viewer would turn it
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turned = image.transpose(_TURNS[orientation])
+    turned.info.clear()  # else its EXIF would have it turned again
+    return turned
+
+
+def _why(error: Exception) -> str:
+    return printable(str(error)) or type(error).__name__
