@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encnet_triton.kernels import upsample_cross_entropy
-from encnet_triton.nn.arguments import check_count, check_probability
+from encnet_triton.nn.arguments import check_count, check_integer, check_number, check_probability
 from encnet_triton.nn.output import SegmentationOutput
 
 
@@ -84,16 +84,13 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         check_count("num_classes", num_classes)
         check_probability("label_smoothing", label_smoothing)
+        check_integer("ignore_index", ignore_index)
         for argument, value in (("se_weight", se_weight), ("aux_weight", aux_weight)):
-            if value < 0:
+            check_number(argument, value)
+            if not value >= 0:
                 raise ValueError(f"{argument} is {value}, but must not be negative")
         if class_weight is not None:
-            class_weight = torch.as_tensor(class_weight, dtype=torch.float32)
-            if class_weight.shape != (num_classes,):
-                raise ValueError(
-                    f"class_weight has shape {tuple(class_weight.shape)}, but {num_classes} "
-                    f"classes need {num_classes} weights"
-                )
+            class_weight = _class_weights(class_weight, num_classes)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.se_weight = se_weight
@@ -162,6 +159,23 @@ class SegmentationLoss(nn.Module):
         present = present.to(dtype).expand_as(logits)
         loss = F.binary_cross_entropy_with_logits(logits, present, reduction="sum")
         return _divide(loss, images) / self.num_classes
+
+
+def _class_weights(given: Sequence[float] | Tensor, num_classes: int) -> Tensor:
+    try:
+        weights = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"class_weight is {given!r}, but must be numbers, one a class") from error
+    if weights.shape != (num_classes,):
+        raise ValueError(
+            f"class_weight has shape {tuple(weights.shape)}, but {num_classes} "
+            f"classes need {num_classes} weights"
+        )
+    if not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError(
+            f"class_weight is {weights.tolist()}, but must be finite numbers of at least 0"
+        )
+    return weights
 
 
 def _divide(total: Tensor, count: Tensor | float) -> Tensor:

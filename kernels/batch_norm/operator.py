@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .._namespace import add_op_namespace_prefix
+from ..runtime.arguments import check_derivatives, check_flag, check_no_vmap, check_number
 from ..runtime.dispatch import plan_of
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
@@ -445,10 +446,23 @@ def _check_inputs(
         )
 
 
+def _check_options(training: bool, eps: float, group: Optional[ProcessGroup]) -> None:
+    check_flag("batch_norm_act", "training", training)
+    check_number("batch_norm_act", "eps", eps)
+    if not eps >= 0.0:
+        raise ValueError(f"batch_norm_act: eps must be at least 0, got {eps}.")
+    groups = getattr(torch.distributed, "ProcessGroup", ())
+    if group is not None and not isinstance(group, groups):
+        raise TypeError(
+            f"batch_norm_act: group must be a process group or None, got {type(group).__name__}."
+        )
+
+
 def _check_statistics(x: Tensor, statistics: Optional[tuple[Tensor, Tensor]]) -> None:
     if statistics is None:
         return
-    if isinstance(statistics, Tensor) or len(statistics) != 2:
+    pair = isinstance(statistics, (tuple, list)) and len(statistics) == 2
+    if not pair or not all(isinstance(tensor, Tensor) for tensor in statistics):
         raise TypeError(
             "batch_norm_act: statistics must be the pair (sum, M2), each B x C, or None."
         )
@@ -479,8 +493,8 @@ def _batch_moments(
     """Mean, variance and count over the group; moves the running statistics."""
     if running_mean is None and running_var is None:
         momentum = 0.0
-    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-        raise TypeError(f"batch_norm_act: momentum must be a number, got {momentum!r}.")
+    else:
+        check_number("batch_norm_act", "momentum", momentum)
     momentum = float(momentum)
     if group is None and statistics is None:
         return moments(x, running_mean, running_var, momentum)
@@ -549,9 +563,10 @@ def batch_norm_act(
         y with the shape, dtype and memory format of x.
 
     Raises:
-        TypeError: x is no tensor, or a dtype or `momentum` is not allowed.
+        TypeError: an argument is of another type, or has a dtype that is not allowed.
         ValueError: shapes or devices do not fit, the activation is unknown, running statistics are
             missing in evaluation, or there is no more than one value per channel to train on.
+        NotImplementedError: forward-mode differentiation, or by torch.func; vmap in training.
     """
     per_channel = {
         "weight": weight,
@@ -560,9 +575,12 @@ def batch_norm_act(
         "running_var": running_var,
     }
     _check_inputs(x, per_channel, residual, activation)
+    _check_options(training, eps, group)
     _check_statistics(x, statistics)
+    check_derivatives("batch_norm_act", x, weight, bias, residual)
     features, added = _as_planes(x), None if residual is None else _as_planes(residual)
     if training:
+        check_no_vmap("batch_norm_act in training", x, weight, bias, residual)
         _check_batch(x, group)
         with torch.no_grad():
             mean, var, count = _batch_moments(
@@ -581,7 +599,7 @@ def batch_norm_act(
         bias,
         added,
         relu,
-        eps,
+        float(eps),
         relu and residual is not None and _needs_gradient(x, weight, bias, residual),
         "" if group is None else group.group_name,
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._namespace import add_op_namespace_prefix
+from ..runtime.arguments import check_derivatives, check_flag
 from ..runtime.dispatch import plan_of
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
@@ -268,8 +269,9 @@ def encode(
     20 times (emulated code). Elsewhere it costs none.
 
     Raises:
-        TypeError: an argument is no tensor or has a dtype that is not allowed.
+        TypeError: an argument is of another type, or has a dtype that is not allowed.
         ValueError: shapes do not fit, K or C is zero, or tensors are on different devices.
+        NotImplementedError: forward-mode differentiation, or by torch.func.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"encode: x must be a tensor, got {type(x).__name__}.")
@@ -278,7 +280,9 @@ def encode(
             f"encode: x must be B x C x H x W or B x N x C, got shape {tuple(x.shape)}."
         )
     channels = x.shape[1] if x.dim() == 4 else x.shape[2]
+    check_flag("encode", "return_stats", return_stats)
     _check_inputs(x, channels, codewords, scale, backward_scale)
+    check_derivatives("encode", x, codewords, scale, backward_scale)
     features = x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
     code, total, m2, _ = _encode_forward(features, codewords, scale, backward_scale, return_stats)
     return (code, total, m2) if return_stats else code

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._namespace import add_op_namespace_prefix
+from ..runtime.arguments import check_derivatives, check_flag, check_integer, check_number
 from ..runtime.dispatch import plan_of, takes_triton
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
@@ -72,6 +73,8 @@ def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> N
             f"{name}: target must be B x H x W with the B = {logits.shape[0]} of logits and "
             f"H, W >= 1, got shape {tuple(target.shape)}."
         )
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: weight must be a tensor or None, got {type(weight).__name__}.")
     if weight is not None and (weight.shape != logits.shape[1:2] or not weight.is_floating_point()):
         raise ValueError(
             f"{name}: weight must hold {logits.shape[1]} floating-point numbers, one a class, "
@@ -80,6 +83,19 @@ def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> N
     for other, what in ((target, "target"), (weight, "weight")):
         if other is not None and other.device != logits.device:
             raise ValueError(f"{name}: {what} is on {other.device}, but logits on {logits.device}.")
+
+
+def _check_weight(weight: Optional[Tensor]) -> None:
+    """Refuse weights that are negative or not finite; asked once their values are there."""
+    if weight is None:
+        return
+    allowed = (weight.isfinite() & (weight >= 0)).all()
+    message = "upsample_cross_entropy: weight must hold finite numbers of at least 0"
+    # An accelerator is not waited for: as with a wrong label, it fails later.
+    if weight.device.type != "cpu":
+        torch._assert_async(allowed, message)
+    elif not allowed:
+        raise ValueError(f"{message}, got {weight.tolist()}.")
 
 
 def _plan_of(logits: Tensor, target: Tensor, align_corners: bool) -> Any:
@@ -111,6 +127,7 @@ def _map_op(
 ) -> tuple[Tensor, Tensor]:
     """Loss and lse of each pixel, B x H x W both."""
     _check_inputs(logits, target, weight)
+    _check_weight(weight)
     options = (weight, ignore_index, align_corners, smoothing)
     if plan := _plan_of(logits, target, align_corners):
         _, _, lse, loss = _run_forward(plan, logits, target, options, True, True)
@@ -204,6 +221,7 @@ def _sum_op(
     That is lse, B x H x W, on devices with kernels; else the gradient of the sum, B x C x h x w.
     """
     _check_inputs(logits, target, weight)
+    _check_weight(weight)
     options = (weight, ignore_index, align_corners, smoothing)
     if plan := _plan_of(logits, target, align_corners):
         made = _run_forward(plan, logits, target, options, with_grad, False)
@@ -254,19 +272,23 @@ def _scale_fake(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, weight, *ctx.options, _ = inputs
+    logits, target, weight, *ctx.options, with_grad = inputs
     _, rates, saved = output
     ctx.dtype = logits.dtype
     ctx.mark_non_differentiable(rates, saved)
-    ctx.has_lse = saved.dim() == 3
-    ctx.save_for_backward(saved, *((logits, target, weight) if ctx.has_lse else ()))
+    # vmap hides from the caller that a gradient will be asked for: then nothing was kept for it.
+    ctx.made = with_grad
+    needs_inputs = not with_grad or saved.dim() == 3
+    ctx.save_for_backward(saved, *((logits, target, weight) if needs_inputs else ()))
 
 
 def _sum_autograd(
     ctx: Any, grad_total: Tensor, _: Tensor, __: Tensor
 ) -> tuple[Optional[Tensor], ...]:
     saved, *rest = ctx.saved_tensors
-    if ctx.has_lse:
+    if not ctx.made:
+        saved = _sum_op(rest[0].detach(), *rest[1:], *ctx.options, True)[2]
+    if saved.dim() == 3:
         logits, target, weight = rest
         grad = _backward_op(grad_total, logits, target, saved, weight, *ctx.options)
     else:
@@ -364,16 +386,22 @@ def upsample_cross_entropy(
         float32 (float64 for float64 logits), a scalar, or B x H x W for reduction "none".
 
     Raises:
-        TypeError: logits or target are no tensors or of a dtype that is not allowed.
+        TypeError: an argument is of another type, or has a dtype that is not allowed.
         ValueError: shapes, devices or options that do not fit; on the CPU also a label outside 0 to
-            C - 1 that is not `ignore_index` (on a GPU a device-side assertion, as in PyTorch).
+            C - 1 that is not `ignore_index`, and a weight that is negative or not finite (on a GPU
+            a device-side assertion, as in PyTorch).
+        NotImplementedError: forward-mode differentiation, or by torch.func.
     """
     name = "upsample_cross_entropy"
+    check_integer(name, "ignore_index", ignore_index)
+    check_flag(name, "align_corners", align_corners)
+    check_number(name, "label_smoothing", label_smoothing)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be 0 to 1, got {label_smoothing}.")
     _check_inputs(logits, target, weight)
+    check_derivatives(name, logits, weight)
     options = (weight, ignore_index, align_corners, float(label_smoothing))
     if reduction == "none":
         return _map_op(logits, target, *options)[0]
@@ -416,12 +444,21 @@ def upsample_argmax(
         labels and probabilities, B x H x W float32 (float64 for float64 logits). No gradients.
 
     Raises:
-        TypeError: logits are no tensor or of a dtype that is not allowed.
+        TypeError: an argument is of another type, or logits of a dtype that is not allowed.
         ValueError: logits are not B x C x h x w, or a size below 1.
     """
-    _check_logits("upsample_argmax", logits)
+    name = "upsample_argmax"
+    _check_logits(name, logits)
+    check_flag(name, "align_corners", align_corners)
+    check_flag(name, "return_prob", return_prob)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(f"{name}: size must be the pair (H, W), got {size!r}.")
     height, width = size
+    check_integer(name, "the height of size", height)
+    check_integer(name, "the width of size", width)
     if height < 1 or width < 1:
-        raise ValueError(f"upsample_argmax: size must be at least 1 x 1, got {height} x {width}.")
+        raise ValueError(f"{name}: size must be at least 1 x 1, got {height} x {width}.")
+    if return_prob:
+        check_derivatives(name, logits)
     label, prob = _argmax_op(logits.detach(), height, width, align_corners, return_prob)
     return (label, prob) if return_prob else label

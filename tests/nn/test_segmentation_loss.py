@@ -155,6 +155,7 @@ def test_half_precision_outputs_give_an_fp32_loss() -> None:
     ("options", "message"),
     [
         ({"class_weight": [1.0, 2.0]}, "class_weight has shape"),
+        ({"class_weight": [1.0] * (N - 1) + [-1.0]}, "class_weight is .* of at least 0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"se_weight": -0.1}, "se_weight is -0.1"),
         ({"aux_weight": -1.0}, "aux_weight is -1.0"),
@@ -165,3 +166,10 @@ def test_half_precision_outputs_give_an_fp32_loss() -> None:
 def test_bad_option_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SegmentationLoss(**{"num_classes": N, **options})
+
+
+@pytest.mark.parametrize("argument", ["class_weight", "ignore_index", "label_smoothing"])
+def test_option_of_another_type_is_named(argument: str) -> None:
+    options: dict[str, Any] = {argument: "one"}
+    with pytest.raises(TypeError, match=f"{argument} is 'one'"):
+        SegmentationLoss(N, **options)

@@ -399,6 +399,7 @@ def _bad(**changes: Any) -> dict[str, Any]:
         (_bad(scale=torch.zeros(5, 1)), ValueError, "scale must have one value"),
         (_bad(scale=torch.zeros(5, device="meta")), ValueError, "x's device cpu, got meta"),
         (_bad(backward_scale=torch.zeros(1)), ValueError, "backward_scale must have one value"),
+        (_bad(return_stats="yes"), TypeError, "return_stats must be True or False, got 'yes'"),
         (_bad(backward_scale=0.5), TypeError, "backward_scale must be a tensor, got float"),
         (_bad(x=torch.zeros(2, 3, 4, device="meta")), ValueError, "x's device meta, got cpu"),
     ],

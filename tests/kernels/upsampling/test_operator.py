@@ -312,6 +312,23 @@ def test_second_derivatives_are_refused(reduction: str) -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_inside_vmap_loss_and_gradient_are_those_of_each_image(reduction: str) -> None:
+    logits, target = example((3, 3, 4, 4, 8, 8))
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return upsample_cross_entropy(logits[None], target[None], reduction=reduction).sum()
+
+    together, alone = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    losses = torch.func.vmap(loss)(together, target)
+    expected = torch.stack([loss(*pair) for pair in zip(alone, target, strict=True)])
+    assert torch.equal(losses, expected)
+    losses.sum().backward()
+    expected.sum().backward()
+    assert together.grad is not None and alone.grad is not None
+    assert torch.equal(together.grad, alone.grad)
+
+
 def test_flops_are_counted() -> None:
     logits, target = example((2, 3, 4, 4, 16, 16))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
@@ -339,7 +356,14 @@ def test_flops_are_counted() -> None:
         ({"weight": torch.ones(4)}, "weight must hold 3"),
         ({"weight": torch.ones(3, dtype=torch.int64)}, "got torch.int64"),
         ({"reduction": "max"}, "got 'max'"),
+        ({"weight": [1.0, 1.0, 1.0]}, "weight must be a tensor or None, got list"),
+        ({"weight": torch.tensor([1.0, -1.0, 1.0])}, r"at least 0, got \[1.0, -1.0, 1.0\]"),
+        ({"weight": torch.tensor([1.0, math.nan, 1.0])}, "finite numbers"),
         ({"label_smoothing": 1.5}, "got 1.5"),
+        ({"label_smoothing": None}, "label_smoothing must be a number, got None"),
+        ({"ignore_index": None}, "ignore_index must be an integer, got None"),
+        ({"ignore_index": 1.5}, "ignore_index must be an integer, got 1.5"),
+        ({"align_corners": "no"}, "align_corners must be True or False, got 'no'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -394,6 +418,12 @@ def test_argmax_of_many_classes_is_int64() -> None:
 @pytest.mark.parametrize("size", [(0, 4), (4, -1)], ids=str)
 def test_argmax_refuses_an_empty_size(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1 x 1"):
+        upsample_argmax(torch.zeros(1, 2, 3, 3), size)
+
+
+@pytest.mark.parametrize("size", [None, 8, (8,), (8.0, 8), (True, 8), "88"], ids=str)
+def test_argmax_names_a_size_of_another_type(size: Any) -> None:
+    with pytest.raises(TypeError, match="size must be"):
         upsample_argmax(torch.zeros(1, 2, 3, 3), size)
 
 

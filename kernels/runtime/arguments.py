@@ -1,0 +1,68 @@
+"""What every operator asks of its arguments, worded once."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Not public. Without them torch refuses by itself, in its own words.
+_functorch: Any = getattr(torch._C, "_functorch", None)
+
+
+def check_flag(name: str, argument: str, value: object) -> None:
+    """Raise TypeError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be True or False, got {_shown(value)}.")
+
+
+def check_integer(name: str, argument: str, value: object) -> None:
+    """Raise TypeError unless `value` is an integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{name}: {argument} must be an integer, got {_shown(value)}.")
+
+
+def check_number(name: str, argument: str, value: object) -> None:
+    """Raise TypeError unless `value` is a real number."""
+    numbers = (int, float, torch.SymInt, torch.SymFloat, Real)
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        raise TypeError(f"{name}: {argument} must be a number, got {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return repr(value)
+    return type(value).__name__
+
+
+def check_derivatives(name: str, *tensors: Optional[Tensor]) -> None:
+    """Raise NotImplementedError for a derivative that is not there and would be taken for zero."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative (jvp, jacfwd, dual numbers): "
+                "use backward() or torch.autograd.grad."
+            )
+        if _is("is_gradtrackingtensor", tensor) and tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name} cannot be differentiated by torch.func (grad, vjp, jacrev): "
+                "use backward() or torch.autograd.grad, also of what vmap returns."
+            )
+
+
+def check_no_vmap(name: str, *tensors: Optional[Tensor]) -> None:
+    """Raise NotImplementedError inside of torch.func.vmap."""
+    if any(tensor is not None and _is("is_batchedtensor", tensor) for tensor in tensors):
+        raise NotImplementedError(f"{name} does not work inside torch.func.vmap.")
+
+
+def _is(question: str, tensor: Tensor) -> bool:
+    # A compiler would make an operator of the question.
+    if _functorch is None or torch.compiler.is_compiling():
+        return False
+    return bool(getattr(_functorch, question)(tensor))
