@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from bench.gpu.processes import kill_tree
+from encnet_triton.train.distributed import World
 from encnet_triton.weights.checkpoint import read
 
 IN_FLOAT64 = "tests.train.in_float64"  # the trainer, as a module to start
@@ -75,3 +77,9 @@ def assert_same_state(run: str, other: str) -> None:
     assert any(name.startswith("momentum.") for name in ours)
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def start_alone(device: str) -> World:
+    """In place of `distributed.start`: rank 0 of 2, in a group that has no other."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return World(0, 2, 0, 2, torch.device("cpu"))

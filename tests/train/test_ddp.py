@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from encnet_triton.train import distributed
+from encnet_triton.train.__main__ import main
 from tests.support.tolerance import assert_alike_in_float32, assert_equal_in_float64
 from tests.train import launch
 
@@ -41,3 +44,19 @@ def test_two_processes_equal_one(folder: Path) -> None:
 def test_accumulation_over_two_processes_equals_one_batch(case: str, folder: Path) -> None:
     """In the third step too: a reducer that lost count would average in the first alone."""
     assert_equal_in_float64(gradients(folder, case, 2), gradients(folder, "frozen", 1))
+
+
+def test_gradients_are_exchanged_with_the_last_micro_batch_of_a_step_alone(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More exchanges give the same gradients: only this sees them."""
+    left_out = []
+    no_sync = DistributedDataParallel.no_sync
+    monkeypatch.setattr(
+        DistributedDataParallel, "no_sync", lambda self: left_out.append(0) or no_sync(self)
+    )
+    monkeypatch.setattr(distributed, "start", launch.start_alone)
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "2", "--stop-at", "3", "--batch-size", "4", "--accumulation", "2"]
+    assert main(["--recipe", str(recipe), *options]) == 0
+    assert len(left_out) == 3

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encnet_triton.train import distributed
 from encnet_triton.train.__main__ import main
-from encnet_triton.train.distributed import World
 from encnet_triton.train.signals import agree
-from tests.train.launch import run, torchrun
+from tests.train.launch import run, start_alone, torchrun
 
 SIGNALLED = "tests.train.signalled"
 
@@ -73,8 +71,3 @@ def test_a_step_of_several_ranks_waits_for_no_value(
             assert main([*command, *options]) == 0
         counts.append(reads.count)
     assert counts[0] == counts[1]
-
-
-def start_alone(device: str) -> World:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return World(0, 2, 0, 2, torch.device("cpu"))
