@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -91,6 +92,9 @@ def test_the_wheel_holds_operators_that_run(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources / name)
+    measured = {"schema": 1, "device": "Planted GPU", "triton": "3.7.1", "entries": []}
+    planted = sources / "kernels" / "runtime" / "tuned" / "planted-gpu.json"
+    planted.write_text(json.dumps(measured))
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     made = subprocess.run(
         [sys.executable, "-c", build], cwd=sources, capture_output=True, text=True
@@ -105,6 +109,8 @@ from encnet_triton import kernels
 from encnet_triton.kernels import reference
 inputs = torch.randn(1, 3, 4), torch.randn(2, 4), torch.randn(2)
 torch.testing.assert_close(kernels.encode(*inputs), reference.encode(*inputs))
+from encnet_triton.kernels.runtime import tuned
+assert tuned.read(tuned.FOLDER / tuned.file_name("Planted GPU")).device == "Planted GPU"
 print(kernels.__file__)
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
+from ..runtime.tuned import Problem, problem
 from . import kernels
 
 # Bytes of a tile, and warps: one load of 16 bytes a thread. With more, or with 4 warps, the
 # compiler aims at register counts that spill a few bytes here and there.
 _TILE_BYTES, _WARPS = 4096, 8
+# Tiles, as quarters of that, with their warps: those to choose from, and more to be measured.
+_CHOICES = ((4, _WARPS), (1, _WARPS // 2))
+_MORE = ((8, _WARPS), (2, _WARPS), (4, _WARPS // 2), (4, 2 * _WARPS), (8, 2 * _WARPS))
 # Channels of a tile: 128 bytes of a row in half precision, four sectors.
 _CHANNELS = 64
 # Tiles of one run of the statistics, which are taken about the mean of its first tile.
@@ -55,7 +59,7 @@ def supports(x: Tensor, *, read: bool = True) -> bool:
 
 def configs(x: Tensor) -> list[Config]:
     """Tiles for x, the preferred one first, the conservative one last."""
-    return _configs(*_layout(x), _TILE_BYTES // x.element_size())
+    return _configs(*_layout(x), _TILE_BYTES // x.element_size(), _CHOICES)
 
 
 def _block(channels: int) -> int:
@@ -64,9 +68,17 @@ def _block(channels: int) -> int:
 
 
 @cache
-def _configs(images: int, channels: int, pixels: int, last: bool, tile: int) -> list[Config]:
+def _configs(
+    images: int,
+    channels: int,
+    pixels: int,
+    last: bool,
+    tile: int,
+    choices: tuple[tuple[int, int], ...],
+) -> list[Config]:
     made = []
-    for values, warps in ((tile, _WARPS), (tile // 4, _WARPS // 2)):
+    for quarters, warps in choices:
+        values = tile * quarters // 4
         if last:
             inner = _block(channels)
             outer = values // inner
@@ -200,8 +212,18 @@ class _Pass:
     def device(self) -> torch.device:
         return self.x.device
 
+    def asked(self, name: str, **options: bool) -> Problem:
+        """A problem of these tensors; what else is compiled in takes no registers to speak of."""
+        images, channels, pixels, last = _layout(self.x)
+        options.update(channels_last=last)
+        return problem(f"batch_norm {name}", self.x.dtype, options, B=images, C=channels, N=pixels)
+
     def configs(self, machine: Machine) -> list[Config]:
         return configs(self.x)
+
+    def candidates(self, machine: Machine) -> list[Config]:
+        tile = _TILE_BYTES // self.x.element_size()
+        return list(dict.fromkeys(_configs(*_layout(self.x), tile, _CHOICES + _MORE)))
 
     def walk(self, machine: Machine, config: Config) -> Walk:
         return _walk(*_layout(self.x), machine.processors, config)
@@ -216,6 +238,9 @@ class Statistics(_Pass):
     """
 
     running: Optional[Running]
+
+    def problem(self) -> Problem:
+        return self.asked("statistics")
 
     def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], tuple[Tensor, ...]]:
         x, running = self.x, self.running
@@ -249,8 +274,13 @@ class Moments:
     def device(self) -> torch.device:
         return self.packed.device
 
+    def problem(self) -> Problem:
+        return problem("batch_norm moments", self.packed.dtype, {}, C=self.packed.shape[0] // 2)
+
     def configs(self, machine: Machine) -> list[Config]:
         return [Config(1, _CHANNELS_OF_FINISH, 1)]
+
+    candidates = configs
 
     def launches(
         self, machine: Machine, config: Config
@@ -277,6 +307,10 @@ class Normalise(_Pass):
     relu: bool
     pack: bool
     fold: bool
+
+    def problem(self) -> Problem:
+        added = self.residual is not None
+        return self.asked("normalise", residual=added, packed=self.pack, frozen=self.fold)
 
     def launches(
         self, machine: Machine, config: Config
@@ -324,6 +358,11 @@ class BackwardSums(_BackwardPass):
 
     frozen: bool
     need_residual: bool
+
+    def problem(self) -> Problem:
+        written = self.frozen and self.need_residual
+        packed = self.mask is not None
+        return self.asked("backward sums", residual=written, packed=packed, frozen=self.frozen)
 
     def launches(
         self, machine: Machine, config: Config
@@ -373,6 +412,10 @@ class BackwardInput(_BackwardPass):
     sums: Tensor
     count: Tensor
     need_residual: bool
+
+    def problem(self) -> Problem:
+        packed = self.mask is not None
+        return self.asked("backward input", residual=self.need_residual, packed=packed)
 
     def launches(
         self, machine: Machine, config: Config

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
+from ..runtime.tuned import Problem, problem
 from . import finish, fused, split
-from .tiles import backward_configs, forward_configs, padded, parts
+from .tiles import backward_configs, candidates, forward_configs, padded, parts
 
 # Channels beyond which `encode` runs PyTorch code.
 MAX_CHANNELS = 2048
@@ -150,6 +151,13 @@ def _splits(problem: _Problem, programs: int, block: int) -> int:
     return max(1, min(programs // max(1, problem.images), most))
 
 
+def _asked(name: str, x: Tensor, codewords: Tensor, **options: Any) -> Problem:
+    """Channels and codewords are compiled in, images and pixels are not."""
+    images, channels, pixels = x.shape
+    options.update(C=channels, K=len(codewords))
+    return problem(f"encode {name}", x.dtype, options, B=images, N=pixels)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """x, B x C x N, or a copy of it, with the channels of a pixel side by side."""
     if (x.stride(1) == 1 or x.shape[1] == 1) and x.stride(2) < _MOST_STRIDE:
@@ -174,10 +182,16 @@ class Forward:
     def device(self) -> torch.device:
         return self.x.device
 
+    def problem(self) -> Problem:
+        return _asked("forward", self.x, self.codewords)
+
     def configs(self, machine: Machine) -> list[Config]:
         _, channels, pixels = self.x.shape
         num = len(self.codewords)
         return forward_configs(machine.arch, self.x.dtype, channels, num, pixels)
+
+    def candidates(self, machine: Machine) -> list[Config]:
+        return candidates(self.configs(machine))
 
     def launches(
         self, machine: Machine, config: Config
@@ -306,10 +320,16 @@ class Backward:
     def device(self) -> torch.device:
         return self.x.device
 
+    def problem(self) -> Problem:
+        return _asked("backward", self.x, self.codewords, dx=self.need_x)
+
     def configs(self, machine: Machine) -> list[Config]:
         _, channels, pixels = self.x.shape
         num = len(self.codewords)
         return backward_configs(machine.arch, self.x.dtype, channels, num, pixels)
+
+    def candidates(self, machine: Machine) -> list[Config]:
+        return candidates(self.configs(machine))
 
     def launches(
         self, machine: Machine, config: Config

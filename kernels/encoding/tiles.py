@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..runtime.launch import Config, cdiv, next_power_of_2
+from ..runtime.launch import Config, cdiv, next_power_of_2, varied
 
 # Entries of the K x C sum that one program can hold: 64 registers a thread in 8 warps.
 _FUSED_ENTRIES = 16384
@@ -72,6 +72,18 @@ def _whole(configs: list[Config], channels: int, num: int, pixels: int) -> list[
     if not small or padded(num) > 32 or not configs[0].fused:
         return configs
     return [replace(configs[0], whole=True, max_registers=_MOST_REGISTERS), *configs]
+
+
+def candidates(configs: list[Config]) -> list[Config]:
+    """These configurations and some that are a step away from the first one, to be measured."""
+    first = configs[0]
+    others = varied(
+        first,
+        block_n=(first.block_n // 2, 2 * first.block_n),
+        num_warps=(first.num_warps // 2, 2 * first.num_warps),
+        max_registers=(None, _MOST_REGISTERS),
+    )
+    return list(dict.fromkeys(configs + [c for c in others if 16 <= c.block_n <= 128]))
 
 
 def forward_configs(

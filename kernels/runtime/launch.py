@@ -5,22 +5,25 @@ compiled for an architecture that is not there, or counted byte by byte.
 
 Another Triton version may compile a kernel differently. The first time a program is used, it is
 compiled and looked at before it runs: where it keeps values in local memory or does not fit, the
-next configuration of the list takes its place, and one line in the log says so.
+next configuration of the list takes its place, and one line in the log says so. What was measured
+on the device (tuned.py) stands before the list.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, NamedTuple, Optional, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import tuned
 from .dispatch import interpreting
+from .tuned import Entry, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,13 @@ class Config:
         kind = "whole" if self.whole else "fused" if self.fused else "split"
         limit = "" if self.max_registers is None else f" r{self.max_registers}"
         return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}"
+
+
+def varied(config: Config, **options: Sequence[Any]) -> list[Config]:
+    """The configuration with one attribute changed, to each of these values in turn."""
+    return [
+        replace(config, **{name: value}) for name, values in options.items() for value in values
+    ]
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,8 @@ def next_power_of_2(number: int) -> int:
 
 # Why a program, on a device, is not to be used, or None.
 _obstacles: dict[Any, Optional[str]] = {}
+# What a pass over arguments like these ran with on a device.
+_chosen: dict[Any, tuple[Machine, Config]] = {}
 
 Outputs = TypeVar("Outputs")
 Made = TypeVar("Made", covariant=True)
@@ -172,8 +184,14 @@ class Call(Protocol[Made]):
     def device(self) -> torch.device:
         """Where the tensors are."""
 
+    def problem(self) -> Problem:
+        """What measured configurations are found by."""
+
     def configs(self, machine: Machine) -> Sequence[Config]:
         """What the launches can be made with, the preferred first, the conservative one last."""
+
+    def candidates(self, machine: Machine) -> Sequence[Config]:
+        """`configs`, and what else is worth measuring."""
 
     def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], Made]:
         """Launches in order, and the outputs they write."""
@@ -187,9 +205,76 @@ def machine(device: torch.device) -> Machine:
 
 
 def run(call: Call[Outputs]) -> Outputs:
-    """Run a call on its device, with the configuration that `run_chosen` finds; its outputs."""
-    here = machine(call.device)
-    return run_chosen(call.configs(here), partial(call.launches, here), call.device)
+    """Run a call on its device, with the first good configuration that there is; its outputs.
+
+    It is looked for once for arguments that are alike.
+    """
+    key = call.device, type(call), _kinds(call)
+    made: Sequence[Launch]
+    with on(call.device):
+        if key in _chosen:
+            made, outputs = call.launches(*_chosen[key])
+        else:
+            here = machine(call.device)
+            config, made, outputs = choose(
+                _preferred_first(call, here), partial(call.launches, here), call.device
+            )
+            _chosen[key] = here, config
+            if _seen is not None:
+                _seen.append((call, config))
+        run_all(made)
+    return outputs
+
+
+def _kinds(arguments: Any) -> tuple[Any, ...]:
+    """All of a pass's arguments that decides what it launches, and how that is compiled.
+
+    Of a number that is no size a plan only asks whether it is above 0.
+    """
+    found: list[Any] = []
+    for value in vars(arguments).values():
+        kind = type(value)
+        if value is None or kind is bool or kind is int:
+            found.append(value)
+        elif kind is float:
+            found.append(value > 0)
+        elif isinstance(value, Tensor):
+            found += value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0
+        else:
+            found.append(_kinds(value))
+    return tuple(found)
+
+
+def _preferred_first(call: Call[Any], here: Machine) -> Sequence[Config]:
+    """The plan's list, with what was measured for such a call before it."""
+    configs = call.configs(here)
+    found = tuned.preferred(call.problem(), partial(call.candidates, here), call.device)
+    if found is None or found == configs[0]:
+        return configs
+    # The last one stays where it is, even if it was the fastest: nothing looks at it there.
+    return [found, *(config for config in configs[:-1] if config != found), configs[-1]]
+
+
+# What has been chosen since a trial began, or None.
+_seen: Optional[list[tuple[Call[Any], Config]]] = None
+
+
+@contextlib.contextmanager
+def trial(entries: Sequence[Entry] = ()) -> Iterator[list[tuple[Call[Any], Config]]]:
+    """Choose anew within, with these entries in place of those of the files.
+
+    The list gets each pass that runs, once for arguments that are alike, and what it runs with. For
+    tuning: it holds for all threads, since a backward pass runs in one of its own.
+    """
+    global _seen
+    before = _seen, tuned.tried
+    _chosen.clear()
+    _seen, tuned.tried = [], entries
+    try:
+        yield _seen
+    finally:
+        _chosen.clear()
+        _seen, tuned.tried = before
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -204,26 +289,22 @@ def run_all(launches: Sequence[Launch]) -> None:
             launch.run()
 
 
-def run_chosen(
+def choose(
     configs: Sequence[Config],
     launches: Callable[[Config], tuple[Sequence[Launch], Outputs]],
     device: torch.device,
-) -> Outputs:
-    """Run what `launches` lists for the first good configuration, and return its outputs.
+) -> tuple[Config, Sequence[Launch], Outputs]:
+    """The first good configuration, and what `launches` lists for it.
 
     Good is one whose kernels fit and need no local memory. The last one is taken without a look:
     it is the conservative one, and a slow result is better than none.
     """
-    with on(device):
-        for config, following in zip(configs, configs[1:]):
-            made, outputs = launches(config)
-            if interpreting() or _good(made, device, config, following):
-                break
-            del made, outputs  # room for those of the next one
-        else:
-            made, outputs = launches(configs[-1])
-        run_all(made)
-    return outputs
+    for config, following in zip(configs, configs[1:]):
+        made, outputs = launches(config)
+        if interpreting() or _good(made, device, config, following):
+            return config, made, outputs
+        del made, outputs  # room for those of the next one
+    return (configs[-1], *launches(configs[-1]))
 
 
 def _good(

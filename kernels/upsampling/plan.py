@@ -13,7 +13,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..runtime.launch import Config, Launch, Machine, cdiv
+from ..runtime.launch import Config, Launch, Machine, cdiv, varied
+from ..runtime.tuned import Problem, problem
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .pytorch import label_dtype
@@ -23,6 +24,7 @@ _COLUMNS, _OWN_CLASSES, _MOST_ROWS = 32, 8, 9
 # Backward: classes of a program; the low columns it may own, rows of a product of matrices.
 _CLASSES, _LOW_COLUMNS = 16, 32
 _WIDTHS, _REGISTERS = (256, 128, 64, 32), 128
+_MOST_REGISTERS = 255
 # Programs a multiprocessor that the backward pass is split for, and the least rows of a part.
 _PROGRAMS, _LEAST_ROWS = 8, 8
 _MOST_NUMBER = 2**31
@@ -167,6 +169,32 @@ def backward_configs(
     return [replace(free, max_registers=_REGISTERS), free]
 
 
+def _candidates(configs: list[Config]) -> list[Config]:
+    """These configurations and some that are a step away from the first one, to be measured."""
+    first = configs[0]
+    others = varied(
+        first,
+        block_c=(2 * first.block_c,),
+        num_warps=(max(1, first.num_warps // 2), 2 * first.num_warps),
+        max_registers=(None, _REGISTERS, _MOST_REGISTERS),
+    )
+    return list(dict.fromkeys(configs + others))
+
+
+def _candidates_of_columns(configs: list[Config]) -> list[Config]:
+    """As `_candidates`, with half and twice the columns of a program as well."""
+    first = configs[0]
+    half = replace(first, block_n=first.block_n // 2, num_warps=max(1, first.num_warps // 2))
+    twice = replace(first, block_n=2 * first.block_n, num_warps=2 * first.num_warps)
+    return list(dict.fromkeys([*_candidates(configs), half, twice]))
+
+
+def _asked(name: str, logits: Tensor, height: int, width: int, **options: bool) -> Problem:
+    images, classes, h, w = logits.shape
+    sizes = dict(B=images, C=classes, h=h, w=w, H=height, W=width)
+    return problem(f"upsample {name}", logits.dtype, options, **sizes)
+
+
 @dataclass(frozen=True)
 class _Problem:
     """Sizes that the launches of both directions share; logits are channels last."""
@@ -220,8 +248,16 @@ class Forward:
     def device(self) -> torch.device:
         return self.logits.device
 
+    def problem(self) -> Problem:
+        given, options = (self.logits, *self.target.shape[1:]), self.options
+        align, smooth = options.align_corners, options.smoothing > 0
+        return _asked("forward", *given, align_corners=align, smooth=smooth)
+
     def configs(self, machine: Machine) -> list[Config]:
         return forward_configs(self.logits, machine.arch, self.options.smoothing)
+
+    def candidates(self, machine: Machine) -> list[Config]:
+        return _candidates_of_columns(self.configs(machine))
 
     def launches(
         self, machine: Machine, config: Config
@@ -281,10 +317,18 @@ class Backward:
     def device(self) -> torch.device:
         return self.logits.device
 
+    def problem(self) -> Problem:
+        given, options = (self.logits, *self.target.shape[1:]), self.options
+        align, smooth, a_map = options.align_corners, options.smoothing > 0, self.grad.dim() > 0
+        return _asked("backward", *given, align_corners=align, smooth=smooth, map=a_map)
+
     def configs(self, machine: Machine) -> list[Config]:
         options = self.options
         width = self.target.shape[2]
         return backward_configs(self.logits, width, options.align_corners, options.smoothing)
+
+    def candidates(self, machine: Machine) -> list[Config]:
+        return _candidates(self.configs(machine))
 
     def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
         logits, options = self.logits, self.options
@@ -336,8 +380,15 @@ class ArgMax:
     def device(self) -> torch.device:
         return self.logits.device
 
+    def problem(self) -> Problem:
+        given = self.logits, self.height, self.width
+        return _asked("argmax", *given, align_corners=self.align_corners, prob=self.with_prob)
+
     def configs(self, machine: Machine) -> list[Config]:
         return argmax_configs(self.logits, machine.arch)
+
+    def candidates(self, machine: Machine) -> list[Config]:
+        return _candidates_of_columns(self.configs(machine))
 
     def launches(
         self, machine: Machine, config: Config

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from encnet_triton.kernels.runtime import launch
+
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
@@ -41,3 +43,9 @@ def assert_accurate() -> Callable[..., None]:
         )
 
     return check
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests give plans other lists of configurations, which launches of others must not decide."""
+    monkeypatch.setattr(launch, "_chosen", {})

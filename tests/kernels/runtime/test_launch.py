@@ -50,6 +50,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_obstacles", {})
+    monkeypatch.setattr(launch, "_chosen", {})
 
 
 def choose(kernels: dict[Config, Kernel], device: torch.device = CPU, **arguments: Any) -> str:
@@ -58,7 +59,11 @@ def choose(kernels: dict[Config, Kernel], device: torch.device = CPU, **argument
     def launches(config: Config) -> tuple[list[Launch], str]:
         return [Launch(kernels[config], (1,), arguments, {}, config.num_warps)], str(config)
 
-    return launch.run_chosen(list(kernels), launches, device)
+    with launch.on(device):
+        config, made, outputs = launch.choose(list(kernels), launches, device)
+        launch.run_all(made)
+    assert str(config) == outputs
+    return outputs
 
 
 def test_the_first_configuration_is_taken_if_it_compiles_well() -> None:
@@ -265,3 +270,59 @@ def test_encode_is_looked_at_anew_for_an_odd_storage_offset(
     aligned, unaligned = kernels_of(memory[:-1]), kernels_of(memory[1:])
     assert aligned == ["forward_kernel", "finish_forward_kernel"]
     assert unaligned == ["weights_kernel", "aggregate_kernel", "finish_forward_kernel"]
+
+
+def test_what_was_chosen_is_not_looked_for_again(
+    ran: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither are launches of a bad configuration made again, with the memory of their outputs."""
+    made: list[int] = []
+    original = batch_norm_plan.BackwardInput.launches
+
+    def launches(call: Any, machine: launch.Machine, config: Config) -> Any:
+        made.append(config.num_warps)
+        return original(call, machine, config)
+
+    monkeypatch.setattr(batch_norm_plan.BackwardInput, "launches", launches)
+    monkeypatch.setattr(Launch, "obstacle", lambda one: "spills" if one.num_warps == 8 else None)
+    for _ in range(3):
+        backward_of_batch_norm(8, 3600)
+    assert made == [8, 4, 4, 4]
+    assert [one.num_warps for one in ran] == [4, 4, 4]
+
+
+X = torch.zeros(2, 64, 256, dtype=torch.bfloat16)
+NORMAL: dict[str, Any] = {"x": X, "codewords": torch.zeros(32, 64), "scale": torch.zeros(32)}
+LIKE = {
+    "other values": {"x": X + 1},
+    "another place": {"x": X.clone()},
+}
+UNLIKE = {
+    "images": {"x": X[:1]},
+    "pixels": {"x": X[:, :, :128].contiguous()},
+    "strides": {"x": X.transpose(1, 2).contiguous().transpose(1, 2)},
+    "dtype": {"x": X.half()},
+    "alignment": {"x": torch.zeros(X.numel() + 1, dtype=X.dtype)[1:].view(X.shape)},
+    "codewords": {"codewords": torch.zeros(16, 64)},
+    "an option": {"return_stats": True},
+}
+
+
+@pytest.mark.parametrize("changed", [*LIKE, *UNLIKE])
+def test_what_is_chosen_holds_for_arguments_that_are_alike(changed: str) -> None:
+    def kinds(**given: Any) -> Any:
+        return launch._kinds(encoding_plan.Forward(**{**NORMAL, "return_stats": False, **given}))
+
+    assert (kinds() == kinds(**(LIKE | UNLIKE)[changed])) == (changed in LIKE)
+
+
+def test_a_number_counts_by_whether_it_is_above_0() -> None:
+    """A momentum that falls with every step needs no choice of its own."""
+    sums = torch.zeros(9, dtype=torch.float64)
+
+    def kinds(momentum: float, mean: Tensor | None = None) -> Any:
+        running = batch_norm_plan.Running(mean, mean, momentum)
+        return launch._kinds(batch_norm_plan.Moments(sums, running))
+
+    assert kinds(0.1) == kinds(0.05) != kinds(0.0)
+    assert kinds(0.1) != kinds(0.1, torch.zeros(4))
