@@ -58,6 +58,9 @@ COMMANDS = {
     "gpu": Command(
         "all that is worth measuring on a GPU, in the time there is", "bench.gpu.session"
     ),
+    "tune": Command(
+        "the fastest configuration of every kernel on a GPU, for the launcher", "bench.gpu.session"
+    ),
     "static compile": Command(
         "registers, spills, memory and instructions of every kernel", "bench.static.compile"
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ class Pass:
     Attributes:
         inputs: arguments that get gradients.
         rest: further arguments.
+        frozen: a batch norm with the running statistics.
     """
 
     function: Function
     inputs: list[Tensor]
     rest: list[Tensor] = field(default_factory=list)
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         self.inputs = [tensor.requires_grad_() for tensor in self.inputs]
@@ -81,10 +83,16 @@ def encode_pass(
 
 
 def _our_batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    frozen: bool = False,
 ) -> Tensor:
     return batch_norm_act(
-        x, weight, bias, mean, var, training=True, momentum=0.1, eps=1e-5, residual=residual
+        x, weight, bias, mean, var, training=not frozen, momentum=0.1, eps=1e-5, residual=residual
     )
 
 
@@ -97,8 +105,12 @@ def batch_norm_pass(
     C: int,
     size: int,
     residual: bool,
+    frozen: bool = False,
 ) -> Pass:
-    """Batch norm, the addition of a residual if asked for, and ReLU on B x C x size x size."""
+    """Batch norm, the addition of a residual if asked for, and ReLU on B x C x size x size.
+
+    Ours alone can be `frozen`, on the running statistics.
+    """
     torch.manual_seed(0)
     x, other = (
         torch.randn(B, C, size, size, device=device, dtype=dtype).contiguous(
@@ -109,14 +121,15 @@ def batch_norm_pass(
     weight, bias = torch.rand(C, device=device) + 0.5, torch.rand(C, device=device)
     running = [torch.zeros(C, device=device), torch.ones(C, device=device)]
     peer = peers.batch_norm_add_relu
-    one_of: dict[str, Function] = {"ours": _our_batch_norm, "batch_norm + add + relu": peer}
+    ours = partial(_our_batch_norm, frozen=frozen)
+    one_of: dict[str, Function] = {"ours": ours, "batch_norm + add + relu": peer}
     layer = one_of[variant.partition(",")[0]]
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
         return layer(x, weight, bias, *rest[-2:], rest[0] if residual else None)
 
     inputs = [x, weight, bias, *([other] if residual else [])]
-    return Pass(_made(variant, call), inputs, running)
+    return Pass(_made(variant, call), inputs, running, frozen)
 
 
 def upsample_pass(

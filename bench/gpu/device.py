@@ -14,9 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from encnet_triton.kernels.runtime.launch import Launch
 
 # Twice the largest L2 cache there is (126 MB), so that reading it leaves nothing of a call there.
 _FLUSH_BYTES = 256 * 2**20
@@ -170,6 +173,11 @@ class Gpu:
         self.wait()
         return max(0, torch.cuda.max_memory_allocated() - before)
 
+    def obstacle(self, launches: Sequence[Launch]) -> str | None:
+        """Compile launches; why they are not to be used, or None."""
+        found = (launch.obstacle() for launch in launches)
+        return next((reason for reason in found if reason), None)
+
     def profile(self, call: Callable[[], object]) -> None:
         """Run a call between the marks that ncu waits for."""
         self.wait()
@@ -198,6 +206,7 @@ class StandIn:
         "CUDA graphs, events and the L2 flush: calls timed by the host's clock",
         "peak memory of the allocator: not measured",
         "nvidia-smi: no clocks",
+        "the compiler of kernels: they run in Triton's interpreter where a job needs them",
         "ncu and compute-sanitizer: sentences as they print them",
         "NCCL: gloo",
     )
@@ -221,6 +230,9 @@ class StandIn:
     def extra_memory(self, call: Callable[[], object]) -> int:
         call()
         return 0
+
+    def obstacle(self, launches: Sequence[Launch]) -> str | None:
+        return None
 
     def profile(self, call: Callable[[], object]) -> None:
         call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,15 @@ class LeftOut(Exception):
     """A job cannot run on this machine; the message says why."""
 
 
+listeners: list[Callable[[dict[str, Any]], None]] = []
+
+
+def so_far(result: dict[str, Any]) -> None:
+    """Hand in what a job has found until now, which counts if its process ends or hangs."""
+    for listener in listeners:
+        listener(result)
+
+
 @dataclass(frozen=True)
 class Job:
     """What a worker runs.
@@ -36,6 +46,8 @@ class Job:
         limit: seconds after which it is ended.
         alone: whether it measures time, so that nothing else may run beside it.
         environment: variables of its process.
+        goes_on: it hands in what it has `so_far` and finds in arguments["before"] what an earlier
+            try had; where its process ends or hangs, it is tried again as long as there is more.
     """
 
     stage: str
@@ -46,6 +58,7 @@ class Job:
     limit: float = 120.0
     alone: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    goes_on: bool = False
 
     @property
     def key(self) -> tuple[str, str]:

@@ -121,16 +121,20 @@ class Worker:
         line = {"function": job.function, "arguments": job.arguments, "rehearse": self._rehearse}
         line["until"] = time.time() + limit
         assert self._process.stdin is not None
-        answer: dict[str, Any]
+        had: dict[str, Any] = {}
+        answer: dict[str, Any] = {"so far": had}
         try:
             self._process.stdin.write(json.dumps(line) + "\n")
             self._process.stdin.flush()
-            text = self._answers.get(timeout=limit)
-            answer = json.loads(text) if text else self._death()
+            while "so far" in answer:
+                had = answer["so far"]
+                text = self._answers.get(timeout=max(0.0, start + limit - time.monotonic()))
+                answer = json.loads(text) if text else self._death()
         except BrokenPipeError:
             answer = self._death()
         except queue.Empty:
             answer = {"status": "timed out", "reason": f"ended after {limit:.0f} s"}
+        answer = {"result": had, **answer}
         if answer["status"] == "timed out":
             self.stop()
         seconds = round(time.monotonic() - start, 2)

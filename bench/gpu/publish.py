@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import ranking
 from bench.gpu.processes import ROOT
 from bench.gpu.report import Outcomes, markdown, whole
 from bench.gpu.runner import Results
 from encnet_triton.files import write_text
+from encnet_triton.kernels.runtime import tuned
 
 FOLDER = ROOT / "docs" / "gpu"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "gpu.md")
@@ -20,12 +21,16 @@ LARGEST = 300 * 1024
 NOTHING = "No GPU has run this yet: every figure for a GPU in these documents is predicted."
 
 
-def publish(sources: Sequence[Path], folder: Path = FOLDER) -> Path:
+def publish(
+    sources: Sequence[Path], folder: Path = FOLDER, configurations: Path = tuned.FOLDER
+) -> Path:
     """Join results of one machine in docs/gpu/<device>; what a later folder measured again counts.
+
+    The configurations that were the fastest go to where the launcher reads them.
 
     Raises:
         ValueError: a folder holds no results, those of a rehearsal or of another device, or all
-            together are more than 300 KB.
+            together are more than 300 KB, or configurations of several versions of Triton.
     """
     found = [_read(source) for source in sources]
     devices = {str(results.header["device"]) for results in found}
@@ -41,10 +46,12 @@ def publish(sources: Sequence[Path], folder: Path = FOLDER) -> Path:
     size = sum(len(text.encode()) for text in made.values())
     if size > LARGEST:
         raise ValueError(f"the results are {size} bytes; at most {LARGEST} are allowed")
-    target = folder / slug(devices.pop())
+    ranking.document(header, outcomes)  # refused before anything is written
+    target = folder / Path(tuned.file_name(devices.pop())).stem
     target.mkdir(parents=True, exist_ok=True)
     for name, text in made.items():
         write_text(text, target / name)
+    ranking.write(configurations, header, outcomes)
     return target
 
 
@@ -55,11 +62,6 @@ def _read(source: Path) -> Results:
     if results.header.get("rehearsal"):
         raise ValueError(f"{source} holds a rehearsal; only results of a GPU are published")
     return results
-
-
-def slug(device: str) -> str:
-    """The name of a device as a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_documents() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bench.gpu import ranking
 from bench.gpu.device import StandIn
 from bench.gpu.job import Outcome
 from bench.gpu.operators import SHAPES, variants
@@ -134,6 +135,28 @@ def step(outcomes: Outcomes) -> list[str]:
     return ["## Training step", "", *markdown(columns, rows)]
 
 
+def tune(outcomes: Outcomes) -> list[str]:
+    """The fastest configuration of each pass against the plan's own, and what was left out."""
+    rows, left_out = [], []
+    for _, one in ranking.measured(outcomes):
+        about = one["problem"]
+        name = f"{about['name']}, " + " ".join(
+            f"{k}{v}" for k, v in {**about["options"], **about["sizes"]}.items()
+        )
+        configs, best = one["configs"], ranking.best(one)
+        times = [configs.get(which, {}).get("us") for which in (one["default"], best)]
+        cells = [f"{us:.1f}" if us is not None else "-" for us in times]
+        ratio = f"{times[0] / times[1]:.2f}x" if None not in times and times[1] else "-"
+        rows.append((name, one["default"], cells[0], best or "none", cells[1], ratio))
+        left_out += [
+            f"- {name}: {c}: {row['reason']}" for c, row in configs.items() if "us" not in row
+        ]
+    lines = ["## Configurations", "", "Microseconds of a pass, data caches cold.", ""]
+    columns = ("", "the plan's own", "us", "fastest", "us", "faster")
+    lines += markdown(columns, rows)
+    return lines + (["Left out:", "", *left_out, ""] if left_out else [])
+
+
 def profile(outcomes: Outcomes) -> list[str]:
     found = _good(outcomes, "profile")
     names = ("us", "memory %", "multiprocessor %", "tensor %", "occupancy %", "registers")
@@ -178,6 +201,7 @@ _SECTIONS: dict[str, Callable[[Outcomes], list[str]]] = {
     "operators": operators,
     "tests": tests,
     "step": step,
+    "tune": tune,
     "profile": profile,
     "train": train,
 }

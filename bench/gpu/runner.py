@@ -125,19 +125,33 @@ class Runner:
         return found is not None and found.status == "ok"
 
     def _run_one(self, job: Job) -> None:
+        had: dict[str, object] = {}
+        while True:
+            if job.goes_on:
+                before = self._results.outcomes.get(job.key)
+                had = before.result if before else {}
+                job = replace(job, arguments={**job.arguments, "before": had})
+            outcome, printed = self._tried(job)
+            with self._written:
+                self._results.add(outcome, printed)
+                self._after(outcome)
+            more = outcome.result != had
+            if not (job.goes_on and more and outcome.status in ("failed", "timed out")):
+                return
+
+    def _tried(self, job: Job) -> tuple[Outcome, str]:
+        """What came of a job, and the end of what it printed; what it had, if it gets no time."""
         left = self.left()
         if left < max(job.seconds, _LEAST):
             need = f"needs about {job.seconds:.0f} s, {max(left, 0):.0f} s were left"
-            outcome, printed = Outcome(job.stage, job.name, "left out", reason=need), ""
-        else:
-            worker = self._take(job.environment)
-            outcome, printed = worker.run(job, min(job.limit, left))
-            if outcome.status == "timed out" and left < job.limit:
-                outcome = replace(outcome, status="left out", reason="the time was over")
-            self._give_back(worker)
-        with self._written:
-            self._results.add(outcome, printed)
-            self._after(outcome)
+            had = job.arguments.get("before", {})
+            return Outcome(job.stage, job.name, "left out", result=had, reason=need), ""
+        worker = self._take(job.environment)
+        outcome, printed = worker.run(job, min(job.limit, left))
+        if outcome.status == "timed out" and left < job.limit:
+            outcome = replace(outcome, status="left out", reason="the time was over")
+        self._give_back(worker)
+        return outcome, printed
 
     def _take(self, environment: dict[str, str]) -> Worker:
         with self._lock:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu import publish, report
+from bench.gpu import publish, ranking, report
 from bench.gpu.device import place
 from bench.gpu.job import Job, Outcome
 from bench.gpu.processes import together
@@ -26,15 +26,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     parser.add_argument("--out", type=Path, help="folder for results.jsonl, report.md, log.txt")
     parser.add_argument("--minutes", type=float, default=25.0, help="time there is (%(default)s)")
-    parser.add_argument(
-        "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="all by default"
-    )
+    if parser.get_default("command") == "tune":
+        parser.set_defaults(stage=["tune"], cifar=None)
+    else:
+        parser.add_argument(
+            "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="all by default"
+        )
+        parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10, to train on it as well")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     parser.add_argument("--rehearse", action="store_true", help="small shapes on a CPU, no figures")
-    parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10, to train on it as well")
     parser.add_argument(
         "--publish", type=Path, nargs="+", metavar="DIR",
-        help="put the results of these folders, of one machine, into docs/gpu",
+        help="put the results of these folders, of one machine, where the project keeps them",
     )  # fmt: skip
 
 
@@ -131,3 +134,4 @@ def plan(jobs: list[Job], seconds: float, at_once: int) -> list[str]:
 
 def _write(folder: Path, results: Results) -> None:
     write_text(report.whole(results.header, results.outcomes), folder / "report.md")
+    ranking.write(folder / "tuned", results.header, results.outcomes)

@@ -8,20 +8,15 @@ import torch
 from torch import Tensor
 
 from bench import passes
+from bench.gpu import exact
 from bench.gpu.device import place
 from bench.gpu.job import Wrong
 from bench.gpu.processes import LOOPBACK, streamed, torchrun
 from bench.report import machine
-from encnet_triton.kernels import reference, upsample_argmax
+from encnet_triton.kernels import upsample_argmax
 from encnet_triton.report import report
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-# Of the norm. float32 keeps 24 bits, in 3xTF32 products too; half precision rounds what it
-# multiplies and what it returns: five roundings of 2^-11 and 2^-8.
-TOLERANCE = {"float32": 2e-5, "float16": 2.5e-3, "bfloat16": 2e-2}
-# Values that are far off (a twentieth of the largest) may be this share: a ReLU whose input is 0
-# but for rounding passes a gradient here and stops it there. A tile gone wrong is more.
-_FAR, _SHARE = 0.05, 1e-5
 
 
 def environment(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
@@ -57,47 +52,8 @@ def operator(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     name, dtype = arguments["operator"], DTYPES[arguments["dtype"]]
     device = torch.device(place(rehearse).kind)
     ours = passes.PASSES[name]("ours", device, dtype, **arguments["shape"])
-    got = [ours.forward(), *ours()]
-    exact = [tensor.detach().double().requires_grad_() for tensor in ours.inputs]
-    out = _formula(name, exact, ours.rest)
-    wanted = [out, *torch.autograd.grad(out, exact, ours.grad.double())]
-    tolerance = TOLERANCE[arguments["dtype"]]
-    errors = {}
-    for label, a, b in zip(_LABELS[name], got, wanted, strict=False):
-        errors[label], far = _errors(a.detach().double(), b.detach())
-        if not errors[label] <= tolerance:
-            raise Wrong(
-                f"{label} is off by {errors[label]:.1e} of its norm ({tolerance:.0e})", errors
-            )
-        if far > max(_SHARE, 2 / b.numel()):
-            raise Wrong(f"{far:.1e} of the values of {label} are far off ({_SHARE:.0e})", errors)
+    errors = exact.compared(name, exact.results(ours), exact.exact(name, ours), dtype)
     return {"errors": errors}
-
-
-_LABELS = {
-    "encode": ("E", "dx", "dcodewords", "dscale"),
-    "batch_norm": ("y", "dx", "dweight", "dbias", "dresidual"),
-    "upsample": ("loss", "dlogits"),
-}
-
-
-def _formula(name: str, inputs: list[Tensor], rest: list[Tensor]) -> Tensor:
-    if name == "encode":
-        return reference.encode(*inputs)
-    if name == "upsample":
-        return reference.upsample_cross_entropy(inputs[0], rest[0])
-    x, weight, bias = inputs[:3]
-    residual = inputs[3] if len(inputs) > 3 else None
-    return reference.batch_norm_act(
-        x, weight, bias, None, None, training=True, momentum=0.1, eps=1e-5, residual=residual
-    )
-
-
-def _errors(ours: Tensor, exact: Tensor) -> tuple[float, float]:
-    """The norm of the difference over that of the exact values, and the share that is far off."""
-    difference = (ours - exact).abs()
-    far = (~(difference <= _FAR * exact.abs().max())).double().mean()
-    return float(difference.norm() / exact.norm()), float(far)
 
 
 def argmax(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
@@ -107,15 +63,7 @@ def argmax(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     logits = torch.randn(2, arguments["classes"], low, low, device=device)
     labels = upsample_argmax(logits, (high, high))
     assert isinstance(labels, Tensor)
-    wanted, _ = reference.upsample_argmax(logits.double(), (high, high))
-    full = torch.nn.functional.interpolate(
-        logits.double(), (high, high), mode="bilinear", align_corners=True
-    )
-    lost = full.max(1).values - full.gather(1, labels.long()[:, None])[:, 0]
-    worst = float(lost.max())
-    if not worst <= 1e-5:
-        raise Wrong(f"a label's logit is {worst:.1e} below the largest one")
-    return {"equal": float((labels.long() == wanted).double().mean()), "largest loss": worst}
+    return exact.compared_labels(logits, labels)
 
 
 def ranks(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:

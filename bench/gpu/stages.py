@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import tune as tuning
 from bench.gpu.job import Job
 from bench.gpu.operators import SHAPES, variants
 from bench.gpu.processes import together
@@ -35,6 +36,8 @@ _OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "upsample C21": ("upsample", "float32", {"B": 2, "C": 21, "low": 9, "high": 61}),
     "upsample C7, smaller": ("upsample", "float16", {"B": 2, "C": 7, "low": 40, "high": 11}),
 }  # fmt: skip
+# Kernels on a CPU.
+_INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 # Where they are; collecting all other tests takes a minute.
 _TESTS = ("tests/kernels", "tests/train/test_transfer.py")
 # One of each kind is enough to rehearse.
@@ -111,7 +114,6 @@ def step(rehearse: bool) -> list[Job]:
     """EncNet-R50 and R101, 16 images and 2; every variant a process."""
     networks = [("R50", "resnet50", 16), ("R50", "resnet50", 2)]
     networks += [("R101", "resnet101", 16), ("R101", "resnet101", 2)]
-    interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     jobs, memory = [], []
     for name, backbone, batch in networks[: 1 if rehearse else None]:
         shape = asdict(Shape(backbone, batch, 480, 150))
@@ -124,9 +126,28 @@ def step(rehearse: bool) -> list[Job]:
                 )  # fmt: skip
         memory.append(
             Job("step", f"{name} {batch} images: predicted memory", "bench.gpu.step:predict",
-                {"shape": shape}, seconds=30, environment=interpreted)
+                {"shape": shape}, seconds=30, environment=_INTERPRETED)
         )  # fmt: skip
     return jobs + memory
+
+
+def tune(rehearse: bool) -> list[Job]:
+    """Every configuration of every pass, compiled many at once, then measured one at a time."""
+    if rehearse:
+        return [_measure_configs("encode", _INTERPRETED)]
+    prepared = [
+        Job("tune", f"{shape}{PREPARED}", "bench.gpu.tune:prepare", {"shape": shape}, seconds=25,
+            limit=240)
+        for shape in tuning.SHAPES
+    ]  # fmt: skip
+    return prepared + [_measure_configs(shape, {}) for shape in tuning.SHAPES]
+
+
+def _measure_configs(shape: str, environment: dict[str, str]) -> Job:
+    return Job(
+        "tune", shape, "bench.gpu.tune:measure", {"shape": shape}, seconds=12, limit=240,
+        alone=True, environment=environment, goes_on=True,
+    )  # fmt: skip
 
 
 def profile(rehearse: bool) -> list[Job]:
@@ -181,6 +202,7 @@ STAGES: dict[str, Callable[[bool], list[Job]]] = {
     "operators": operators,
     "tests": tests,
     "step": step,
+    "tune": tune,
     "profile": profile,
     "train": train,
 }

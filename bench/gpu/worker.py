@@ -1,6 +1,7 @@
 """The process that runs jobs: `python -m bench.gpu.worker`, one job a line on its input.
 
-Each answer is a line of JSON on its output; whatever else the job prints goes to its error output.
+Each answer is a line of JSON on its output, after lines of what the job has so far, if it says so;
+whatever else the job prints goes to its error output.
 ENCNET_JOB_UNTIL is the time at which the job will be ended. A sticky CUDA error poisons the
 process, so a worker on a GPU is given one job.
 """
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 
-# The other two are imported here so that a worker has them before its job comes.
-from bench.gpu import operators, step  # noqa: F401
-from bench.gpu.job import LeftOut, Wrong
+# The others are imported here so that a worker has them before its job comes.
+from bench.gpu import operators, step, tune  # noqa: F401
+from bench.gpu.job import LeftOut, Wrong, listeners
 
 
 def run(function: str, arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
@@ -43,12 +44,16 @@ def main() -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    listeners.append(lambda result: say({"so far": result}))
     for line in sys.stdin:
         job = json.loads(line)
         os.environ["ENCNET_JOB_UNTIL"] = str(job["until"])
-        answer = run(job["function"], job["arguments"], job["rehearse"])
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        say(run(job["function"], job["arguments"], job["rehearse"]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.job import LeftOut, Wrong
+from bench.gpu.job import LeftOut, Wrong, so_far
 
 
 def fine(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
@@ -42,6 +42,8 @@ def dies(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 
 def hangs(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     """With a child in a session of its own, as torchrun starts its workers."""
+    so_far({"found": 1})
+    so_far({"found": 2})
     code = "import time; time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     Path(arguments["file"]).write_text(str(child.pid))

@@ -20,6 +20,7 @@ from bench.gpu.job import Outcome
 from bench.gpu.runner import Results
 from bench.gpu.stages import STAGES, jobs_of
 from bench.passes import least_bytes
+from encnet_triton.kernels.runtime import tuned
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,10 +39,11 @@ def test_a_rehearsal_goes_through_all_stages(tmp_path) -> None:
     text = (out / "report.md").read_text()
     assert "no figure here is one of a GPU" in text
     assert all(one in text for one in StandIn.stands_for)
-    assert {"Smoke", "Operators", "Tests", "Training step", "Profile", "Training"} <= {
-        line.removeprefix("## ") for line in text.splitlines()
-    }
-    assert all(file.stat().st_size < publish.LARGEST for file in out.iterdir())
+    sections = {"Smoke", "Operators", "Tests", "Training step", "Configurations", "Profile"}
+    assert {*sections, "Training"} <= {line.removeprefix("## ") for line in text.splitlines()}
+    made = tuned.read(out / "tuned" / "rehearsal.json")
+    assert {entry.problem.name for entry in made.entries} == {"encode forward", "encode backward"}
+    assert all(file.stat().st_size < publish.LARGEST for file in out.rglob("*"))
 
 
 def test_every_job_has_its_own_name_and_a_limit_above_what_it_takes() -> None:
@@ -185,7 +187,7 @@ def published(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_results_of_one_machine_are_joined_and_make_the_tables(tmp_path) -> None:
     docs = tmp_path / "docs"
-    target = publish.publish(published(tmp_path), docs)
+    target = publish.publish(published(tmp_path), docs, tmp_path / "tuned")
     assert target.name == "nvidia-h100-80gb"
     table = publish.tables(docs)
     assert "encode C512 K32 | 100.0 us | 900.0 us (materialising, eager) | 9.00x |" in table

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.job import Job, Outcome
+from bench.gpu import runner
+from bench.gpu.job import Job, Outcome, Status
 from bench.gpu.processes import Worker
 from bench.gpu.runner import Results, Runner, _groups
 from bench.gpu.session import plan
@@ -54,8 +55,52 @@ def test_a_job_that_hangs_is_ended_with_all_it_started(tmp_path) -> None:
     worker.run(job("fine"), 120.0)  # now its imports are done
     outcome, _ = worker.run(job("hangs", arguments={"file": str(file)}), 5.0)
     assert (outcome.status, outcome.reason) == ("timed out", "ended after 5 s")
+    assert outcome.result == {"found": 2}
     pid = int(file.read_text())
     assert pid != os.getpid() and not runs(pid)
+
+
+class Scripted:
+    """A worker whose jobs have one more thing each time, and end with what the script says."""
+
+    script: list[Status] = []
+
+    def __init__(self, *_: object) -> None:
+        self.environment, self.alive = {}, True
+
+    def run(self, job: Job, limit: float) -> tuple[Outcome, str]:
+        status = self.script.pop(0)
+        found = {**job.arguments["before"]}
+        if status != "failed" or len(found) < 2:
+            found[f"try {len(found) + 1}"] = status
+        return Outcome(job.stage, job.name, status, result=found), ""
+
+    def stop(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("script", "tries"),
+    [
+        (["failed", "timed out", "ok"], 3),
+        (["failed", "wrong"], 2),
+        (["failed", "failed", "failed"], 3),  # the third found nothing more
+        (["does not fit"], 1),
+    ],
+    ids=str,
+)
+def test_a_job_that_goes_on_is_tried_again_while_it_finds_more(
+    script, tries, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner, "Worker", Scripted)
+    Scripted.script = [*script, "ok"]
+    outcomes = run(tmp_path, [job("fine", goes_on=True)])
+    assert [o.status for o in outcomes] == script[:tries]
+    assert Scripted.script == ["ok"]
+    assert Results(tmp_path).outcomes["planted", "fine"].result == outcomes[-1].result
+    # A later run begins with what this one had.
+    if outcomes[-1].status != "ok":
+        (again,) = run(tmp_path, [job("fine", goes_on=True)])
+        assert again.result == {**outcomes[-1].result, f"try {len(outcomes[-1].result) + 1}": "ok"}
 
 
 @pytest.mark.slow
