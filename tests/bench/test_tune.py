@@ -16,14 +16,20 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import triton
+from torch import nn
 
 from bench.gpu import exact, publish, ranking, report, tune
 from bench.gpu.device import StandIn, Times
 from bench.gpu.job import LeftOut, Outcome, Wrong, listeners
 from bench.gpu.runner import Results
+from bench.static import launches
 from encnet_triton.kernels.runtime import launch, tuned
 from encnet_triton.kernels.runtime.launch import Config, Launch, Machine
 from encnet_triton.kernels.runtime.tuned import Problem, problem
+from encnet_triton.models import CifarNet, create_model
+from encnet_triton.nn import Encoding, ShakeEncoding
+from encnet_triton.nn.norm import BatchNormAct2d
+from encnet_triton.train.recipe import build_stages, recipe_names
 
 OWN, FASTER, BROKEN, SPILLS = (Config(n, 8, 4) for n in (16, 32, 64, 128))
 MICROSECONDS = {OWN: 100.0, FASTER: 50.0, BROKEN: 10.0, SPILLS: 20.0}
@@ -242,3 +248,81 @@ def test_the_file_is_there_while_measuring_goes_on(tmp_path) -> None:
     ranking.write(tmp_path / "none", HEADER, outcomes({}, "failed"))
     assert not (tmp_path / "none").exists()
     assert listeners == []
+
+
+def problems(operator: str, B: int, C: int, size: int, **more: Any) -> list[Problem]:
+    """Those of a training step of an operator on B x C x size x size in bfloat16."""
+    found: list[Any] = []
+    for direction in launches.DIRECTIONS:
+        if operator == "encode":
+            shape = launches.EncodeShape(C, more["K"], size**2, B)
+            found += launches.encode_passes(shape, torch.bfloat16, direction)
+        else:
+            x = launches.BatchNormShape(B, C, size**2).empty(torch.bfloat16, "meta")
+            variant = launches.Variant(residual=more["residual"], frozen=more.get("frozen", False))
+            found += launches.batch_norm_passes(x, variant, direction)
+    return [one.problem() for one in found]
+
+
+def asked_by(config: Any) -> list[Problem]:
+    """What a training step of a recipe's network asks of `encode` and `batch_norm_act`."""
+    found: dict[str, Problem] = {}
+
+    def hook(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = given[0]
+        if x.dim() == 4:  # the codewords' normalisation is of 16 x 32 x 512
+            operator, more = "encode", {}
+            if isinstance(layer, BatchNormAct2d):
+                operator, more = "batch_norm", {"residual": named.get("residual") is not None}
+            else:
+                more = {"K": len(layer.codewords)}
+            for one in problems(operator, len(x), x.shape[1], x.shape[2], **more):
+                found[str(one)] = one
+
+    options = config.model.options()
+    with torch.device("meta"):
+        if config.classification:
+            model: nn.Module = CifarNet(**options)
+        else:
+            # The stages of ResNet-101 have the shapes of ResNet-50's.
+            model = create_model(num_classes=150, **{**options, "backbone": "resnet50"})
+        for layer in model.modules():
+            if isinstance(layer, BatchNormAct2d | Encoding | ShakeEncoding):
+                layer.register_forward_pre_hook(hook, with_kwargs=True)
+        model(torch.empty(config.optim.batch_size, 3, *config.data.crop))
+    return list(found.values())
+
+
+NETWORKS = (
+    "ade20k_encnet_r101",
+    "ade20k_encnet_r101_released",
+    "pcontext_encnet_r50_released",
+    "cifar10_encnet_16k64d",
+    "cifar10_encnet_32k64d",
+    "cifar10_encnet_32k128d",
+)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_the_networks_of_recipes_ask_for_is_measured_or_near_to_it(name: str) -> None:
+    measured = [
+        one
+        for shape in tune.SHAPES.values()
+        if shape.operator in ("encode", "batch_norm")
+        for one in problems(shape.operator, **shape.sizes)
+    ]
+    wanted = asked_by(build_stages(name, {"data": "x"})[0])
+    assert len(wanted) > 10 and any("encode" in one.name for one in wanted)
+    for one in wanted:
+        assert min(one.distance(other) for other in measured) <= 2, one
+
+
+def test_the_networks_of_all_recipes_have_these_sizes() -> None:
+    def sizes(name: str) -> tuple[Any, ...]:
+        config = build_stages(name, {"data": "x"})[0]
+        model = config.model
+        return model.form, tuple(config.data.crop), config.optim.batch_size, model.width
+
+    large = [name for name in recipe_names() if "encnet_r" in name or "cifar10_encnet" in name]
+    assert len(large) > len(NETWORKS)
+    assert {sizes(name) for name in large} <= {sizes(name) for name in NETWORKS}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from encnet_triton.kernels.runtime import launch
+from encnet_triton.kernels.runtime import launch, tuned
 
 
 @pytest.fixture
@@ -47,5 +47,8 @@ def assert_accurate() -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests give plans other lists of configurations, which launches of others must not decide."""
+    """Tests give plans other lists of configurations, which neither launches of others nor what was
+    measured on this device must decide.
+    """
     monkeypatch.setattr(launch, "_chosen", {})
+    monkeypatch.setattr(tuned, "tried", ())

@@ -50,6 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the files of devices are; this one is an H100."""
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     monkeypatch.setattr(tuned, "_tables", {})
+    monkeypatch.setattr(tuned, "tried", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: NAME)
     return tmp_path
 
