@@ -27,13 +27,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m encnet_triton.convert",
         description="Convert a checkpoint of PyTorch-Encoding, mmsegmentation or torchvision.",
+        formatter_class=options.Help,
     )
     parser.add_argument("input", help="a .pth, .pt or .safetensors file, or the URL of a .pth")
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     named = [name for name, maker in DATASETS.items() if hasattr(maker, "labels_for")]
-    parser.add_argument("--dataset", choices=named, help="for class names and colours")
-    parser.add_argument("--crop", type=int, default=480, help="of its training, in pixels")
-    parser.add_argument("--base-size", type=int, default=520, help="of its images' long edge")
+    parser.add_argument(
+        "--dataset", choices=named, help="for class names and colours (default: none)"
+    )
+    parser.add_argument(
+        "--crop", type=options.whole(1), default=480, help="of its training, in pixels"
+    )
+    parser.add_argument(
+        "--base-size", type=options.whole(1), default=520, help="of its images' long edge"
+    )
     parser.add_argument(
         "--export-backbone", action="store_true",
         help="the other way: the backbone of a checkpoint of this project, in torchvision's names",
@@ -45,6 +52,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     """Convert one file and say what it is."""
     if given.output.suffix != ".safetensors":
         raise ValueError(f"the output {given.output} must be a .safetensors file")
+    options.refuse_place(given.output, "the output")
     if given.export_backbone:
         export_backbone(Path(given.input), given.output)
         console.print(f"wrote the backbone of {given.input} to {given.output}")
@@ -62,13 +70,13 @@ def run(given: argparse.Namespace, console: Console) -> None:
         base_size=given.base_size,
     )
     count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"wrote {given.output}: {count:,} parameters, {model.options}", soft_wrap=True)
+    console.print(f"wrote {given.output}: {count:,} parameters, {model.options}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     given = parse(arguments)
-    return options.exit_status(lambda: run(given, Console()))
+    return options.exit_status(lambda: run(given, options.make_console()))
 
 
 if __name__ == "__main__":

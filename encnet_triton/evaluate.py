@@ -6,11 +6,9 @@ Under torchrun the processes share the images; every image counts once.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from rich.console import Console
 
 from encnet_triton import options
@@ -25,7 +23,9 @@ from encnet_triton.weights import load_model
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m encnet_triton.evaluate", description="Score a checkpoint on a data set."
+        prog="python -m encnet_triton.evaluate",
+        description="Score a checkpoint on a data set.",
+        formatter_class=options.Help,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
     parser.add_argument("--dataset", help="name of the data set (default: the training run's)")
@@ -34,28 +34,33 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_predictor_options(parser)
     parser.add_argument(
         "--protocol", choices=("softmax", "released"), default="softmax",
-        help="released: as the published code, see docs/evaluation.md (default: %(default)s)",
+        help="released: as the published code, see docs/evaluation.md",
     )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    parser.add_argument(
+        "--workers", type=options.whole(0, 1024), default=0, help="processes that read images"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="also write the scores to this file (default: none)"
+    )
     return parser
 
 
 def run(given: argparse.Namespace, console: Console) -> None:
     """Load, score and print; under torchrun the processes share the images."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if given.json:
+        options.refuse_place(given.json, "--json")
     device = options.pick_device(given.device)
     model, info = load_model(given.checkpoint, device)
     where = (given.checkpoint, given.dataset, given.split, given.data)
     found: Errors | Evaluation
     if isinstance(model, CifarNet):
         options.refuse_segmentation_options(given, make_parser())
+        rank, size = options.join_others(device)
         if rank > 0:  # the images are few and small
             return
         found = measure_errors(ImageClassifier(model, info, device), *where)
     else:
-        if size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, size = options.join_others(device)
         if given.whole_image and rank == 0:
             console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
         released = given.protocol == "released"
@@ -70,7 +75,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     given = make_parser().parse_args(arguments)
-    return options.exit_status(lambda: run(given, Console()))
+    return options.exit_status(lambda: run(given, options.make_console()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""What the commands of this package share: options, and how they end."""
+"""What the commands of this package share: options, what they print to, and how they end."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
@@ -19,17 +23,85 @@ _FOR_SEGMENTATION = (
 )  # fmt: skip
 
 
-def exit_status(action: Callable[[], object]) -> int:
-    """Run a command: 0, or 2 after one sentence for what a user can put right."""
+def exit_status(action: Callable[[], int | None]) -> int:
+    """Run a command: what it returns (None is 0), or 2 after one sentence for what a user can put
+    right.
+
+    A process of several that fails does not return: it ends at once, for the others may wait for
+    it, and torchrun then ends them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file name may have bytes that are no text, and a terminal may lack UTF-8.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        action()
+        status = action() or 0
     except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        return _failed(str(error))
+    except RuntimeError as error:
+        if not _together():
+            raise
+        # That of the others which fails first has said why.
+        return _failed(f"another process is gone ({str(error).splitlines()[0]})")
+    if _together():
+        dist.destroy_process_group()
+    return status
+
+
+def _together() -> bool:
+    return bool(dist.is_available() and dist.is_initialized())
+
+
+def _failed(sentence: str) -> int:
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    print(f"{rank}error: {sentence}", file=sys.stderr)
+    if _together():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+    return 2
+
+
+def make_console(**options: Any) -> Console:
+    """Where a command prints: names and paths are text, whatever brackets or colons they have."""
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+
+class Help(argparse.HelpFormatter):
+    """Every option that takes a value says its default; None and False are for its text to say."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        said = text is None or "default" in text or not action.option_strings
+        if said or any(action.default is none for none in (None, False, argparse.SUPPRESS)):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number, of at least and at most so many."""
+    allowed = f"at least {least}" if most is None else f"{least} to {most}"
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {allowed}")
+        return number
+
+    return convert
+
+
+def refuse_place(path: Path, option: str) -> None:
+    """A ValueError for a file that cannot be written, before the work rather than after it."""
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder, but must be a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option} {path}: the folder {path.parent} cannot be written to")
 
 
 def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = True) -> None:
@@ -43,10 +115,15 @@ def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = T
     parser.add_argument(
         "--multi-scale", action="store_true", help="the paper's six scales, and mirror images"
     )
-    parser.add_argument("--scales", type=_scales, help="for example 0.75,1,1.25")
+    parser.add_argument(
+        "--scales", type=_scales, help="for example 0.75,1,1.25 (default: 1, the trained scale)"
+    )
     parser.add_argument("--flip", action="store_true", help="mirror images as well")
-    parser.add_argument("--batch", type=int, default=8, help="windows computed at once")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--batch", type=whole(1), default=8, help="windows computed at once")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto takes a GPU if there is one",
+    )  # fmt: skip
 
 
 def make_predictor(
@@ -69,12 +146,32 @@ def make_predictor(
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is this process's GPU if there is one, else the CPU."""
+    """This process's device, made the current one: "auto" is its GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there, or there are more processes than GPUs.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no CUDA GPU here")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"process {number} of this host has no GPU, there are {count}; start one process for "
+            "each, or add --device cpu"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_others(device: torch.device) -> tuple[int, int]:
+    """Join the processes that torchrun started; returns this one's rank and how many there are."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, size
 
 
 def refuse_segmentation_options(

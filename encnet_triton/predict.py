@@ -1,14 +1,21 @@
-"""Label photos: ``python -m encnet_triton.predict --checkpoint FILE photo.jpg``."""
+"""Label photos: ``python -m encnet_triton.predict --checkpoint FILE photo.jpg``.
+
+Under torchrun the processes share the photos. One that cannot be read does not keep the others
+from being labelled; the exit status is then 1.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
 from rich.console import Console
 
 from encnet_triton import options
+from encnet_triton.data import DataError
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier, find_images, read_image
 from encnet_triton.inference.photos import label_photo, refuse_equal_names
 from encnet_triton.models import CifarNet
@@ -23,43 +30,68 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m encnet_triton.predict",
         description="Label photos: writes a palette PNG and an overlay of each. With a classifier: "
         "prints the likeliest classes.",
+        formatter_class=options.Help,
     )
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
+    parser.add_argument(
+        "inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER",
+        help="of a folder all images, but not those of folders in it",
+    )  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write")
     options.add_predictor_options(parser)
     return parser
 
 
-def run(given: argparse.Namespace, console: Console) -> None:
-    """Load, label every image, and say what was found."""
+def run(given: argparse.Namespace, console: Console) -> int:
+    """Load, label every image, and say what was found; 1 if some could not be read."""
     device = options.pick_device(given.device)
     model, info = load_model(given.checkpoint, device)
-
-    def tell(path: Path, found: list[tuple[str, float]]) -> None:
-        text = ", ".join(f"{name} {share:.1%}" for name, share in found)
-        console.print(f"{path}: {text}", highlight=False, markup=False)
-
+    paths = list(find_images(given.inputs))
+    label: Callable[[Path], list[tuple[str, float]]]
     if isinstance(model, CifarNet):
         options.refuse_segmentation_options(given, make_parser())
         classifier = ImageClassifier(model, info, device)
-        for path in find_images(given.inputs):
-            tell(path, classifier.name(read_image(path)))
-        return
-    if given.whole_image:
+
+        def label(path: Path) -> list[tuple[str, float]]:
+            return classifier.name(read_image(path))
+    else:
+        refuse_equal_names(paths)
+        given.output.mkdir(parents=True, exist_ok=True)
+        predictor = options.make_predictor(given, model, info, device)
+
+        def label(path: Path) -> list[tuple[str, float]]:
+            return label_photo(predictor, path, given.output)
+
+    rank, size = options.join_others(device)
+    if given.whole_image and rank == 0:
         console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
-    predictor = options.make_predictor(given, model, info, device)
-    paths = list(find_images(given.inputs))
-    refuse_equal_names(paths)
-    for path in paths:
-        tell(path, label_photo(predictor, path, given.output))
-    console.print(f"wrote {2 * len(paths)} pictures to {given.output}")
+    bad: list[str] = []
+    for path in paths[rank::size]:
+        try:
+            found = label(path)
+        except DataError as error:
+            bad.append(str(error))
+            continue
+        console.print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in found)}")
+    if size > 1:
+        parts: list[list[str]] = [[]] * size
+        dist.all_gather_object(parts, bad)
+        bad = sorted(sentence for part in parts for sentence in part)
+    if rank == 0:
+        if not isinstance(model, CifarNet):
+            console.print(f"wrote {2 * (len(paths) - len(bad))} pictures to {given.output}")
+        if bad:
+            print(f"error: {len(bad)} of {len(paths)} images cannot be read:", file=sys.stderr)
+            print(*(f"  {sentence}" for sentence in bad), sep="\n", file=sys.stderr)
+    if size > 1:
+        dist.barrier()  # torchrun ends the others as soon as one has ended with 1
+    return 1 if bad else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     given = make_parser().parse_args(arguments)
-    return options.exit_status(lambda: run(given, Console(soft_wrap=True)))
+    return options.exit_status(lambda: run(given, options.make_console()))
 
 
 if __name__ == "__main__":

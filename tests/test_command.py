@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import runpy
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,3 +69,39 @@ def test_the_trainer_runs_by_name() -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "ade20k_encnet_r101" in run.stdout
+
+
+WITH_OPTIONS = ("train", "evaluate", "predict", "convert", "submit", "data")
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str]]:
+    """Every option of a command and of what is below it, with its help as it is shown."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from actions(below)
+        elif action.option_strings:
+            yield action, formatter._expand_help(action) if action.help else ""
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_help_says_what_every_option_is_and_its_default(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def seen(self: argparse.ArgumentParser, *_: object) -> None:
+        parsers.append(self)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", seen)
+    package = f"encnet_triton.{name}" + (".__main__" if name in ("train", "data") else "")
+    with pytest.raises(SystemExit):
+        importlib.import_module(package).main([])
+    found = list(actions(parsers[0]))
+    assert len(found) > 4
+    for action, text in found:
+        assert text, action.option_strings
+        if action.nargs != 0 and not action.required:
+            assert "default" in text, action.option_strings

@@ -7,6 +7,7 @@ import sys
 
 from encnet_triton.train import cli, distributed
 from encnet_triton.train.distributed import WorldError
+from encnet_triton.train.recipe import as_toml
 from encnet_triton.train.sweeps import plan
 from encnet_triton.train.sweeps.run import run as run_sweep
 from encnet_triton.train.trainer import TrainingError, dry_run, train_all
@@ -29,6 +30,9 @@ def start(options: cli.Options) -> None:
         configs = [config for row in rows for config in row.configs]
     else:
         configs = cli.stages(options)
+    if options.print_config:
+        print("\n".join(as_toml(config) for config in configs), end="")
+        return
     world = distributed.start(configs[0].run.device)
     if options.dry_run:
         for config in configs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from typing import Any
 
 from encnet_triton.train.config import SECTIONS, Config, all_fields, field_docs
@@ -17,24 +17,33 @@ def parser() -> argparse.ArgumentParser:
     """One option per field, grouped by section, with the field's docstring as its help."""
     made = argparse.ArgumentParser(
         prog="python -m encnet_triton.train",
-        description="Train a network. Without options: the embedded data set, on this machine.",
+        description="Train a network. Without options: the embedded data set, on this machine. "
+        "The defaults of fields hold where the recipe says nothing; --print-config shows what a "
+        "recipe and the options make of them.",
         allow_abbrev=False,
     )
     made.add_argument(
-        "--recipe", default=DEFAULT_RECIPE, help="name from --list, or a TOML file (%(default)s)"
+        "--recipe",
+        default=DEFAULT_RECIPE,
+        help="name from --list, or a TOML file (default: %(default)s)",
     )
     made.add_argument(
-        "--sweep", choices=sweep_names(), help="train or resume all rows of a table of the paper"
+        "--sweep",
+        choices=sweep_names(),
+        help="train or resume all rows of a table of the paper (default: none)",
     )
     made.add_argument("--list", action="store_true", help="list recipes and sweeps, then stop")
     made.add_argument(
         "--dry-run", action="store_true", help="print model, steps and memory, then stop"
     )
+    made.add_argument(
+        "--print-config", action="store_true", help="print every field as a recipe, then stop"
+    )
     made.add_argument("--traceback", action="store_true", help="show where an error was raised")
     docs = field_docs()
     groups = {section: made.add_argument_group(section) for section in SECTIONS}
     for name, (section, field) in all_fields().items():
-        flag = str(field.type) == "bool"
+        flag = str(field.type).split(" ")[0] == "bool"
         groups[section].add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
@@ -42,9 +51,21 @@ def parser() -> argparse.ArgumentParser:
             nargs="?" if flag else None,
             const="true" if flag else None,
             metavar="true|false" if flag else name.upper(),
-            help=docs[name].replace("%", "%%"),
+            help=f"{docs[name]}{_default(section, field, docs[name])}".replace("%", "%%"),
         )
     return made
+
+
+def _default(section: str, field: Field[Any], text: str) -> str:
+    """The end of a field's help, where it does not say it by itself."""
+    if "default" in text:
+        return ""
+    value = field.default
+    if value is None:
+        return f" (default: {'as the network has it' if section == 'model' else 'none'})"
+    if isinstance(value, tuple):
+        return f" (default: {','.join(map(str, value))})"
+    return f" (default: {str(value).lower() if isinstance(value, bool) else value or 'none'})"
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,7 @@ class Options:
     sweep: str | None
     list: bool
     dry_run: bool
+    print_config: bool
     traceback: bool
     overrides: dict[str, Any]
 

@@ -117,10 +117,13 @@ class DataConfig:
     """Split that is trained on."""
     val_split: str = "val"
     """Split that is validated on."""
-    ignore_label: int | None = None
-    """Label value in the files that means "no class" (folder data sets)."""
+    ignore_label: tuple[int, ...] | None = None
+    """Label values in the files that mean "no class", such as 0,255 (folder data sets; default
+    255)."""
     label_offset: int | None = None
     """Added to label values in the files, -1 if classes start at 1 (folder data sets)."""
+    label_map: str | None = None
+    """Label values in the files and their classes, such as 255=1,7=0 (folder data sets)."""
     classes_file: str | None = None
     """File with one class name a line (folder data sets; default classes.txt)."""
     labels_folder: str | None = None
@@ -161,7 +164,7 @@ class DataConfig:
     def dataset_options(self) -> dict[str, Any]:
         """Options of `encnet_triton.data.create_dataset` that were given."""
         names = (
-            "ignore_label", "label_offset", "classes_file",
+            "ignore_label", "label_offset", "label_map", "classes_file",
             "labels_folder", "label_order", "background_label", "num_classes",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names}
@@ -367,8 +370,12 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         (hint,) = (a for a in arguments if a is not type(None))
         return convert(key, value, hint)
     if origin is tuple:
-        parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
+        any_count = arguments[-1] is Ellipsis
+        parts = value if any_count or not isinstance(value, str) else value.replace("x", ",")
+        parts = parts.split(",") if isinstance(parts, str) else parts
         parts = list(parts) if isinstance(parts, list | tuple) else [parts]
+        if any_count:
+            arguments = arguments[:1] * len(parts)
         if len(parts) == 1:
             parts *= len(arguments)
         if len(parts) != len(arguments):

@@ -7,6 +7,8 @@ to be built on.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -159,6 +161,21 @@ def _configuration(name: str, values: Mapping[str, Any], overrides: Mapping[str,
     task.refuse_unread(config, {**values, **overrides})
     config.data.data = data_folder(config.data.data, config.data.dataset)
     return config
+
+
+def as_toml(config: Config) -> str:
+    """Every field that the run reads, as a recipe that makes this configuration."""
+    lines = [f"# {config.run.name}, from the recipe {config.recipe}"]
+    task = task_of(config)
+    read = task.reads(config) | {n for n, kept in task.fixed.items() if config.value(n) == kept}
+    for section, cls in SECTIONS.items():
+        lines.append(f"[{section}]")
+        for f in dataclasses.fields(cls):
+            if f.name in read:
+                value = getattr(getattr(config, section), f.name)
+                # What JSON writes of texts, numbers, lists and booleans is TOML as well.
+                lines.append(f"{f.name} = {json.dumps('none' if value is None else value)}")
+    return "\n".join(lines) + "\n"
 
 
 def task_of(config: Config) -> type[Segmentation] | type[Classification]:

@@ -19,6 +19,7 @@ from encnet_triton.data import (
     TrainLoader,
     create_dataset,
 )
+from encnet_triton.data.check import first_look, refuse_unlabelled
 from encnet_triton.data.normalisation import Normalise
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.models import create_model
@@ -68,6 +69,8 @@ class Segmentation(Task[Scores]):
         options = data.dataset_options()
         self.train_set = create_dataset(data.dataset, data.train_split, data.data, **options)
         self.val_set = create_dataset(data.dataset, data.val_split, data.data, **options)
+        refuse_unlabelled(self.train_set, f"train_split {data.train_split!r}")
+        refuse_unlabelled(self.val_set, f"val_split {data.val_split!r}")
         self.val_every = config.run.val_every
         self.images = len(self.train_set)
         classes = len(self.train_set.classes)
@@ -215,8 +218,13 @@ class Segmentation(Task[Scores]):
         log.say(f"pictures: {folder / 'predictions'}")
 
     def warning(self) -> str | None:
-        """About windows that training did not have."""
-        return f"Warning: {WHOLE_IMAGE_WARNING}" if self.config.run.whole_image else None
+        """About windows that training did not have, and labels that look wrong."""
+        said = []
+        if self.config.run.whole_image:
+            said.append(f"Warning: {WHOLE_IMAGE_WARNING}")
+        if self.world.main and (note := first_look(self.train_set)):
+            said.append(f"Warning: {note}")
+        return "\n".join(said) or None
 
     def close(self) -> None:
         """End the loader's processes."""

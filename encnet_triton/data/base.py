@@ -7,6 +7,8 @@ class names, palette, mean and standard deviation. Labels are uint8 everywhere: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Sample",
+    "class_difference",
     "default_palette",
     "mean_colour",
 ]
@@ -75,6 +78,15 @@ class Dataset(Protocol):
     def name_of(self, index: int) -> str:
         """What a person would look for: the image's path, or the split and number of drawn data."""
         ...
+
+
+def class_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
+    """The first class in which two lists differ, "class 3 is 'a', not 'b'"; None if they do not."""
+    for number, (one, other) in enumerate(zip_longest(ours, theirs)):
+        if one != other:
+            shown = ("missing" if name is None else repr(name) for name in (one, other))
+            return f"class {number} is {', not '.join(shown)}"
+    return None
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from encnet_triton.data.base import DataError, Dataset
 
-__all__ = ["SplitReport", "check_split"]
+__all__ = ["SplitReport", "check_split", "first_look", "label_of", "refuse_unlabelled"]
 
 MOST_PROBLEMS = 20
+FIRST_LOOK = 20
 
 
 @dataclass
@@ -61,6 +62,8 @@ def check_split(
         workers: threads that decode.
         progress: wraps what is found, to show how far it is.
     """
+    if every < 1 or workers < 1:
+        raise ValueError(f"every {every} and workers {workers} must be at least 1")
     n = len(dataset.classes)
     indices = range(0, len(dataset), every)
     report = SplitReport(len(dataset), len(indices), np.zeros(n, np.int64))
@@ -92,8 +95,79 @@ def check_split(
     if shapes:
         heights, widths = zip(*shapes, strict=True)
         report.sizes = (min(heights), min(widths)), (max(heights), max(widths))
+    if shapes and not report.pixels.any() and has_labels(dataset):
+        report.problems.append(_nothing_labelled(dataset, len(shapes)))
     absent = [dataset.classes[c] for c in range(n) if report.pixels[c] == 0]
     if absent and report.pixels.any():
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
         report.notes.append(f"{len(absent)} of {n} classes do not occur: {shown}")
+    if lone := _lone_class(dataset, report.pixels, report.ignored):
+        report.notes.append(lone)
     return report
+
+
+def has_labels(dataset: Dataset) -> bool:
+    """False for the test split of a published data set."""
+    return bool(getattr(dataset, "has_labels", True))
+
+
+def label_of(dataset: Dataset, index: int) -> NDArray[np.uint8]:
+    """A label, without a look at its image where it is a file of its own."""
+    read = getattr(dataset, "label", None)
+    label: NDArray[np.uint8] = dataset.open(index).label if read is None else read(index)
+    return label
+
+
+def refuse_unlabelled(dataset: Dataset, what: str) -> None:
+    """Look for a labelled pixel, in the order of the images.
+
+    Raises:
+        DataError: there is none; begins with ``what``.
+    """
+    for index in range(len(dataset)):
+        if (label_of(dataset, index) != dataset.ignore_index).any():
+            return
+    raise DataError(f"{what}: {_nothing_labelled(dataset, len(dataset))}")
+
+
+def first_look(dataset: Dataset) -> str | None:
+    """What `FIRST_LOOK` label files, evenly spaced, show that a person should know before a run."""
+    if not hasattr(dataset, "label"):  # drawn
+        return None
+    indices = np.linspace(0, len(dataset) - 1, min(FIRST_LOOK, len(dataset))).round().astype(int)
+    found = np.zeros(256, np.int64)
+    for index in indices.tolist():
+        found += np.bincount(label_of(dataset, index).ravel(), minlength=256)
+    note = _lone_class(dataset, found[: len(dataset.classes)], int(found[dataset.ignore_index]))
+    return note and f"in {len(indices)} of {len(dataset)} labels, {note}"
+
+
+def _left_out(dataset: Dataset) -> tuple[int, ...]:
+    """Label values in the files that are ignored."""
+    return tuple(getattr(dataset, "left_out", (dataset.ignore_index,)))
+
+
+def _nothing_labelled(dataset: Dataset, count: int) -> str:
+    values = ", ".join(map(str, _left_out(dataset)))
+    return (
+        f"no pixel of {count} images has a class; all have an ignored label value ({values}), or "
+        "there are no labels"
+    )
+
+
+def _lone_class(dataset: Dataset, pixels: NDArray[np.int64], ignored: int) -> str | None:
+    """About labels that name one class of several, as masks of 0 and 255 do."""
+    (present,) = pixels.nonzero()
+    if len(dataset.classes) == 1 or len(present) != 1:
+        return None
+    (only,) = present.tolist()
+    note = f"{dataset.classes[only]!r} is the only class, no pixel has another"
+    values = _left_out(dataset)
+    if ignored and values:
+        other = next(c for c in range(len(dataset.classes)) if c != only)
+        note += (
+            f"; {ignored / (ignored + int(pixels.sum())):.1%} of the pixels are ignored (label "
+            f"value {', '.join(map(str, values))}): if that stands for {dataset.classes[other]!r}, "
+            f"say --label-map {values[-1]}={other}"
+        )
+    return note

@@ -94,6 +94,16 @@ class FileDataset:
         path = self._pairs[index][1]
         return self.open(index).label if path is None else self._read_label(path)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image has a label file."""
+        return any(label is not None for _, label in self._pairs)
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Label values in the files that are no class."""
+        return tuple(sorted(v for v, c in self._values.items() if c == IGNORE_INDEX))
+
     def name_of(self, index: int) -> str:
         return str(self._pairs[index][0])
 

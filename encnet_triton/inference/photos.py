@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from encnet_triton.data.files import visible
 from encnet_triton.data.images import read_image
 from encnet_triton.inference.predictor import Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
@@ -17,14 +18,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
-    """The images among files and folders, in order.
+    """The images among files and folders, in order; hidden files of folders are left out.
 
     Raises:
         ValueError: an input does not exist, or a folder holds no image.
     """
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            found = [p for p in visible(path, "*") if p.suffix.lower() in SUFFIXES]
             if not found:
                 raise ValueError(f"folder {path} holds no image ({', '.join(SUFFIXES)})")
             yield from found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 
 from encnet_triton.data import Dataset, create_dataset
+from encnet_triton.data.base import class_difference
 from encnet_triton.data.voc import voc_palette
 from encnet_triton.files import replacing
 from encnet_triton.inference.predictor import Predictor
@@ -21,6 +24,9 @@ __all__ = ["SERVERS", "open_test_split", "write_archive"]
 
 SERVERS = {"voc": 21, "voc_aug": 21, "ade20k": 150}
 """Data sets with a test server, and their number of classes."""
+
+_ROUND = 8
+_Member = tuple[str, bytes, tuple[int, ...]]  # name in the archive, content, height and width
 
 
 def open_test_split(
@@ -38,8 +44,11 @@ def open_test_split(
             f"{checkpoint} has {len(info.classes)} classes, but {name} has {SERVERS[name]}"
         )
     dataset = create_dataset(name, split, root or info.data["root"])
-    if list(dataset.classes) != info.classes:
-        raise ValueError(f"{checkpoint} was trained for other classes than {name}'s")
+    difference = class_difference(dataset.classes, info.classes)
+    if difference is not None:
+        raise ValueError(
+            f"{checkpoint} was trained for other classes than {name}'s: there {difference}"
+        )
     return dataset
 
 
@@ -50,9 +59,13 @@ def write_archive(
     path: Path,
     *,
     competition: str = "comp6",
-    indices: Iterable[int] | None = None,
+    progress: Callable[[range], Iterable[int]] = iter,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> int:
     """Predict all images and write the archive; returns how many files it has.
+
+    Every process calls it: each predicts its share, rank 0 writes (the others return 0).
 
     Args:
         predictor: of a network with the data set's classes.
@@ -60,22 +73,42 @@ def write_archive(
         name: of the data set, a key of `SERVERS`.
         path: of the archive; nothing is there until it is complete and verified.
         competition: VOC's "comp5" (trained on VOC alone) or "comp6" (other data too).
-        indices: order of the images; wrap it to show progress.
+        progress: wraps this process's images, to show how far it is.
     """
-    sizes: dict[str, tuple[int, int]] = {}
+    own = iter(progress(range(rank, len(dataset), world_size)))
+
+    def predict(index: int) -> _Member:
+        image = np.asarray(dataset[index].image)
+        label = predictor(image).cpu().numpy().astype(np.uint8)
+        inside = _file_name(name, Path(dataset.name_of(index)).stem, competition)
+        return inside, _encode_png(label, name), image.shape[:2]
+
+    # In rounds, so that no process holds more than a few pictures that are not yet written.
+    rounds = range(0, len(dataset), _ROUND * world_size)
+    made = (_gathered([predict(i) for i in islice(own, _ROUND)], rank, world_size) for _ in rounds)
+    if rank > 0:
+        return sum(map(len, made))
+    sizes: dict[str, tuple[int, ...]] = {}
     with replacing(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for index in range(len(dataset)) if indices is None else indices:
-                image = np.asarray(dataset[index].image)
-                label = predictor(image).cpu().numpy().astype(np.uint8)
-                inside = _file_name(name, Path(dataset.name_of(index)).stem, competition)
-                archive.writestr(inside, _encode_png(label, name))
-                sizes[inside] = image.shape[:2]
+            for inside, content, size in chain.from_iterable(made):
+                archive.writestr(inside, content)
+                sizes[inside] = size
         _verify(temporary, name, sizes)
     return len(sizes)
 
 
-def _verify(path: Path, dataset: str, sizes: dict[str, tuple[int, int]]) -> None:
+def _gathered(own: list[_Member], rank: int, world_size: int) -> list[_Member]:
+    """On rank 0 what all processes have, in the order of the images; elsewhere nothing."""
+    if world_size == 1:
+        return own
+    found: list[list[_Member]] | None = [[]] * world_size if rank == 0 else None
+    dist.gather_object(own, found)
+    turns = zip_longest(*(found or []))
+    return [member for turn in turns for member in turn if member is not None]
+
+
+def _verify(path: Path, dataset: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
     """Read an archive back: exactly these files, each of its image's size and allowed values.
 
     Raises:

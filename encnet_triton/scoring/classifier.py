@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from encnet_triton.data.cifar10 import load_cifar10
 from encnet_triton.inference import ImageClassifier
@@ -34,14 +35,14 @@ class Errors:
     def show(self, console: Console) -> None:
         """Print the error of each class and of all."""
         title = f"{self.checkpoint}, {self.split}, {self.images:,} images"
-        table = Table(title=title, title_justify="left")
-        table.add_column("class")
+        table = Table()
+        table.add_column("class", overflow="fold")
         table.add_column("error %", justify="right")
         for label, error in self.error_by_class.items():
-            table.add_row(label, f"{100 * error:.2f}")
+            table.add_row(Text(label), f"{100 * error:.2f}")
         table.add_section()
         table.add_row("all", f"{100 * self.error:.2f}", style="bold")
-        console.print(table)
+        console.print(Text(title, style="italic", no_wrap=True, overflow="ignore"), table, sep="\n")
 
     def as_dict(self) -> dict[str, object]:
         """JSON-able form."""

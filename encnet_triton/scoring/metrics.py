@@ -27,12 +27,17 @@ class Scores:
     def as_dict(self, classes: Sequence[str]) -> dict[str, object]:
         """JSON-able form with class names in place of numbers."""
         return {
-            "pixel_accuracy": self.pixel_accuracy,
-            "miou": self.miou,
+            "pixel_accuracy": _number(self.pixel_accuracy),
+            "miou": _number(self.miou),
             "iou": dict(zip(classes, self.iou, strict=True)),
             "absent": [classes[c] for c in self.absent],
             "labelled_pixels": self.labelled_pixels,
         }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN, which stands for the mean of nothing."""
+    return value if value == value else None
 
 
 class ConfusionMatrix:
@@ -68,9 +73,10 @@ class ConfusionMatrix:
         for name, values in (("label", rows), ("prediction", columns)):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < n:
                 wrong = values[(values < 0) | (values >= n)][0]
+                # A label that is ignored has gone; a prediction cannot be.
+                also = f" and {self.ignore_index} (ignore)" if name == "label" else ""
                 raise ValueError(
-                    f"{name} holds the value {int(wrong)}; "
-                    f"allowed are 0 to {n - 1} and {self.ignore_index} (ignore)"
+                    f"{name} holds the value {int(wrong)}; allowed are 0 to {n - 1}{also}"
                 )
         self.counts += torch.bincount(rows * n + columns, minlength=n * n).view(n, n)
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from encnet_triton.data import Dataset, create_dataset, eval_samples
+from encnet_triton.data.base import class_difference
+from encnet_triton.data.check import refuse_unlabelled
 from encnet_triton.inference import Predictor
 from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
 from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores
@@ -46,7 +49,7 @@ class Evaluation:
         """Print the table and a line for each protocol."""
         console.print(score_table(self.scores, self.classes, f"{self.checkpoint}, {self.views}"))
         for one in self.protocols:
-            console.print(one.sentence(), highlight=False)
+            console.print(one.sentence(), highlight=False, markup=False)
 
     def as_dict(self) -> dict[str, object]:
         """JSON-able form."""
@@ -80,6 +83,7 @@ def measure_scores(
     """
     info, released = predictor.info, predictor.views.released
     dataset = _open_dataset(info, checkpoint, name, split, root)
+    refuse_unlabelled(dataset, f"split {split or info.data['split']!r} cannot be scored")
     matrix = confusion(predictor, dataset, rank=rank, world_size=world_size, workers=workers)
     name = name or info.data["name"]
     return Evaluation(
@@ -125,19 +129,22 @@ def confusion(
     return matrix
 
 
-def score_table(scores: Scores, classes: list[str], title: str) -> Table:
-    """Per-class IoU, the mean and the pixel accuracy, as a table for a terminal."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("class")
+def score_table(scores: Scores, classes: list[str], title: str) -> Group:
+    """Per-class IoU, the mean and the pixel accuracy, as a table for a terminal.
+
+    Names and title are shown as they are, and the title in one line, for it may be a path.
+    """
+    table = Table()
+    table.add_column("class", overflow="fold")
     table.add_column("IoU %", justify="right")
     for name, iou in zip(classes, scores.iou, strict=True):
-        table.add_row(name, "absent" if iou is None else f"{iou * 100:.2f}")
+        table.add_row(Text(name), "absent" if iou is None else f"{iou * 100:.2f}")
     table.add_section()
     table.add_row("mIoU", f"{scores.miou * 100:.2f}", style="bold")
     table.add_row("pixAcc", f"{scores.pixel_accuracy * 100:.2f}")
     if scores.absent:
         table.caption = "mIoU is over the classes present in a label or a prediction"
-    return table
+    return Group(Text(title, style="italic", no_wrap=True, overflow="ignore"), table)
 
 
 def _open_dataset(
@@ -149,10 +156,10 @@ def _open_dataset(
         root or info.data["root"],
         **(info.data["options"] if name in (None, info.data["name"]) else {}),
     )
-    if list(dataset.classes) != info.classes:
+    difference = class_difference(dataset.classes, info.classes)
+    if difference is not None:
         raise ValueError(
-            f"{checkpoint} was trained for {len(info.classes)} classes "
-            f"({', '.join(info.classes[:3])}, ...), but the data set has {len(dataset.classes)} "
-            f"({', '.join(dataset.classes[:3])}, ...)"
+            f"{checkpoint} was trained for {len(info.classes)} classes, other ones than the "
+            f"{len(dataset.classes)} of the data set: there {difference}"
         )
     return dataset

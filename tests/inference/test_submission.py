@@ -14,6 +14,7 @@ from encnet_triton.data import ade20k, default_palette, voc
 from encnet_triton.models import create_model
 from encnet_triton.submit import main
 from encnet_triton.weights.checkpoint import ModelInfo, save_model
+from tests.support.ranks import exit_statuses
 
 
 def save_images(folder: Path, *stems: str) -> None:
@@ -55,6 +56,34 @@ def test_voc_archive(tmp_path: Path) -> None:
     assert second.mode == "P" and second.size == (50, 41)
     assert np.asarray(second).max() <= 20
     assert second.getpalette()[3:6] == [128, 0, 0]
+
+
+def test_two_processes_write_the_archive_of_one(tmp_path: Path) -> None:
+    stems = [f"ADE_test_{i:08d}" for i in range(19)]
+    save_images(tmp_path / "release_test" / "testing", *stems)
+    save_checkpoint(tmp_path / "m.safetensors", ade20k.CLASSES, "ade20k")
+    arguments = ["--checkpoint", str(tmp_path / "m.safetensors"), "--data", str(tmp_path)]
+    assert main([*arguments, "--output", str(tmp_path / "one.zip")]) == 0
+    assert exit_statuses(main, [*arguments, "--output", str(tmp_path / "two.zip")], 2) == [0, 0]
+    with zipfile.ZipFile(tmp_path / "one.zip") as one, zipfile.ZipFile(tmp_path / "two.zip") as two:
+        assert one.namelist() == two.namelist() == [f"{stem}.png" for stem in stems]
+        assert all(one.read(name) == two.read(name) for name in one.namelist())
+
+
+def test_a_process_that_fails_ends_with_its_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And so does the other, for which torchrun need not come."""
+    save_images(tmp_path / "release_test" / "testing", "ADE_test_00000001", "ADE_test_00000002")
+    (tmp_path / "release_test" / "testing" / "ADE_test_00000001.jpg").write_bytes(b"no image")
+    save_checkpoint(tmp_path / "m.safetensors", ade20k.CLASSES, "ade20k")
+    arguments = ["--checkpoint", str(tmp_path / "m.safetensors"), "--data", str(tmp_path)]
+    statuses = exit_statuses(main, [*arguments, "--output", str(tmp_path / "two.zip")], 2)
+    assert statuses == [2, 2]
+    said = capfd.readouterr().err
+    assert "[rank 0] error: image " in said and "[rank 1] error: another process is gone" in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*.zip*"))
 
 
 def test_ade20k_archive_has_values_from_1(tmp_path: Path) -> None:

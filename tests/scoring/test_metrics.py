@@ -58,5 +58,7 @@ def test_wrong_values_are_named() -> None:
     matrix = ConfusionMatrix(3)
     with pytest.raises(ValueError, match="label holds the value 7; allowed are 0 to 2 and 255"):
         matrix.update(torch.tensor([0]), torch.tensor([7]))
+    with pytest.raises(ValueError, match="prediction holds the value 255; allowed are 0 to 2$"):
+        matrix.update(torch.tensor([255]), torch.tensor([0]))
     with pytest.raises(ValueError, match="prediction is .* but label is"):
         matrix.update(torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from encnet_triton.train import cli
+from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError, all_fields, changed_fields, field_docs
-from encnet_triton.train.recipe import build, recipe_names
+from encnet_triton.train.recipe import as_toml, build, build_stages, recipe_names
 
 
 def test_every_field_is_documented_and_has_one_name() -> None:
@@ -94,3 +96,43 @@ def test_a_field_that_is_newer_than_a_run_had_its_default() -> None:
     assert changed_fields(older, now) == []
     assert changed_fields(older, {**now, "schedule": "cosine"}) == ["schedule"]
     assert changed_fields(now, {**now, "lr": 1.0}) == ["lr"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_printed_configuration_is_a_recipe_that_makes_it_again(name: str, tmp_path: Path) -> None:
+    given = {"data": 'a "b" [/c]', "lr": "3e-7"} if name.startswith("folder") else {}
+    for number, config in enumerate(build_stages(name, given)):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(as_toml(config), encoding="utf-8")
+        config.run.runs = ""  # a stage's is made of the run's name
+        again = build(str(path), {})
+        again.run.runs = ""
+        again.recipe = config.recipe
+        assert again == config
+
+
+def test_print_config_shows_what_a_recipe_and_the_options_make(capsys) -> None:
+    assert main(["--recipe", "scenes", "--print-config", "--lr", "0.125", "--compile"]) == 0
+    said = capsys.readouterr().out
+    found = tomllib.loads(said)
+    assert found["optim"]["lr"] == 0.125 and found["run"]["compile"] is True
+    assert found["data"]["dataset"] == "scenes" and found["data"]["crop"] == [160, 160]
+    assert not Path("runs").exists()
+
+
+def test_options_of_two_values_work_bare() -> None:
+    """Also those whose default is the network's."""
+    flags = [name for name, (_, f) in all_fields().items() if "bool" in str(f.type)]
+    assert {"aux", "se_loss", "compile", "resume", "sync_bn"} <= set(flags)
+    options = cli.parse([f"--{name.replace('_', '-')}" for name in flags])
+    assert options.overrides == dict.fromkeys(flags, "true")
+    assert cli.parse(["--aux", "false"]).overrides == {"aux": "false"}
+
+
+def test_several_label_values(tmp_path: Path) -> None:
+    for given in ("0,255", [0, 255]):
+        data = build("folder_small", {"ignore_label": given, "label_map": "7=1"}).data
+        assert data.dataset_options() == {"ignore_label": (0, 255), "label_map": "7=1"}
+    assert build("folder_small", {"ignore_label": "11"}).data.ignore_label == (11,)
+    with pytest.raises(ConfigError, match="ignore_label = 'x' is not allowed; it must be a whole"):
+        build("folder_small", {"ignore_label": "0,x"})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from encnet_triton.train.__main__ import main
 from encnet_triton.train.class_weights import LIMITS, balanced_weights
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.distributed import World
 from encnet_triton.train.recipe import build
-from encnet_triton.train.segmentation import make_model
+from encnet_triton.train.segmentation import Segmentation, make_model
 from encnet_triton.train.task import initial
 
 
@@ -55,3 +58,28 @@ def test_ranks_have_the_same_weights_and_drop_out_other_channels() -> None:
         draws.append(torch.rand(8))
     assert torch.equal(*weights)
     assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_labelled_pixel_ends_before_the_run(
+    split: str, recipe: Path, folder_data: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    for path in (folder_data / split).glob("*.png"):
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
+    assert main(["--recipe", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert f"{split}_split '{split}': no pixel of" in said and len(said.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def test_masks_of_0_and_255_are_noticed_at_the_start(recipe: Path, folder_data: Path) -> None:
+    for path in folder_data.rglob("*.png"):
+        label = np.asarray(Image.open(path))
+        Image.fromarray(np.where(label == 2, 255, 0).astype(np.uint8)).save(path)
+    (folder_data / "classes.txt").write_text("background\nthing\n")
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    said = Segmentation(build(str(recipe), {}), world).warning()
+    assert said is not None and said.startswith("Warning: in 8 of 8 labels, 'background' is")
+    assert "say --label-map 255=1" in said
+    assert Segmentation(build(str(recipe), {"label_map": "255=1"}), world).warning() is None
