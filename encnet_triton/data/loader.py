@@ -8,11 +8,14 @@ accumulation, so a resumed run, or one with other numbers of them, sees the same
 from __future__ import annotations
 
 import atexit
+import multiprocessing.queues
+import os
+import re
 import signal
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +26,17 @@ from torch.utils import data as torch_data
 
 from encnet_triton.data.base import DataError, Dataset, Sample
 
-__all__ = ["Augmentation", "Batch", "TrainLoader", "eval_samples"]
+__all__ = ["MAX_WORKERS", "Augmentation", "Batch", "TrainLoader", "eval_samples", "worker_failure"]
+
+MAX_WORKERS = 512
+"""Loader processes that a process may have: more than any machine has cores for."""
 
 Augmentation = Callable[
     [Image.Image, NDArray[np.uint8], np.random.Generator],
     tuple[NDArray[np.uint8], NDArray[np.uint8]],
 ]
 Key = tuple[int, int]
+Item = TypeVar("Item")
 
 # What a random stream is for; not the numbers that drawn data sets give their splits.
 _ORDER, _AUGMENT = 1000, 1001
@@ -98,9 +105,11 @@ class _AugmentedBatches(torch_data.Dataset[Any]):
 
     def __getitems__(self, keys: list[Key]) -> Batch | _Failure:
         try:
-            return self._batch(keys)
+            return _shared(self._batch(keys))
         except DataError as error:
             return _Failure(str(error))
+        except MemoryError:
+            return _Failure(f"a loader process has no memory left; {_FEWER}")
 
     def _batch(self, keys: list[Key]) -> Batch:
         images = labels = torch.empty(0, dtype=torch.uint8)
@@ -116,11 +125,82 @@ class _AugmentedBatches(torch_data.Dataset[Any]):
         return Batch(images.permute(0, 3, 1, 2), labels, names)
 
 
+_FEWER = "fewer --workers or a smaller --crop need less"
+
+
+def _shared(batch: Batch) -> Batch:
+    """In a worker: the batch in shared memory. Its queue would else ask for that in a thread, where
+    an error is lost and the trainer waits for ever."""
+    if torch_data.get_worker_info() is None:
+        return batch
+    try:
+        for tensor in (batch.images, batch.labels):
+            _make_room(tensor.untyped_storage().nbytes())
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"a loader process finds no shared memory for its batch ({error}); make /dev/shm "
+            f"larger (docker run --shm-size), or --workers 0; {_FEWER}"
+        ) from error
+    return batch
+
+
+def _make_room(size: int) -> None:
+    """Raise an OSError where /dev/shm has no room: a process that writes there then is killed."""
+    folder = "/dev/shm"
+    if os.path.isdir(folder) and hasattr(os, "statvfs"):
+        found = os.statvfs(folder)
+        free = found.f_bavail * found.f_frsize
+        if found.f_blocks and free < size:
+            raise OSError(f"{size / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free in {folder}")
+
+
+def _end_of_worker(error: Exception, _: Any) -> None:
+    """A batch that cannot be sent is lost, and would be waited for: end instead, which is seen."""
+    os.write(2, f"error: a loader process cannot send its batch: {error}\n".encode())
+    os._exit(1)
+
+
+def worker_failure(error: RuntimeError) -> str | None:
+    """The sentence for torch's error about a loader process that died, None for another error.
+
+    torch raises it wherever the trainer happens to be.
+    """
+    text = str(error)
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed|exited|)", text)
+    if found is None:
+        return None
+    what = "was killed" if found[2] == "is killed" else "ended unexpectedly"
+    cause = "memory was"
+    if "shared memory" in text or "Bus error" in text:
+        cause = "shared memory (/dev/shm) was"
+    return f"loader process {found[1]} {what}, perhaps since {cause} exhausted; {_FEWER}"
+
+
+def _taken(items: Iterator[Item | _Failure]) -> Iterator[Item]:
+    """What workers send; DataError with its sentence for an error of theirs, or for their death."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            sentence = worker_failure(error)
+            if sentence is None:
+                raise
+            raise DataError(sentence) from error
+        if isinstance(item, _Failure):
+            raise DataError(item.message)
+        yield item
+
+
 def _as_is(item: Any) -> Any:
     return item
 
 
 def _start_worker(_: int) -> None:
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(_end_of_worker)
     # A scheduler or a terminal signals the whole process group. The trainer alone answers, saves,
     # and then ends its workers; a worker that died first would look like a crash.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -176,8 +256,9 @@ class TrainLoader:
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be within 0..{world_size - 1}, got {rank}")
-        if seed < 0 or workers < 0:
-            raise ValueError(f"seed {seed} and workers {workers} must not be negative")
+        if seed < 0:
+            raise ValueError(f"seed {seed} must not be negative")
+        _check_workers(workers)
         if batch_size % (world_size * accumulation):
             raise ValueError(
                 f"batch_size {batch_size} cannot be divided evenly over {world_size} processes x "
@@ -204,6 +285,7 @@ class TrainLoader:
             generator=torch.Generator(),  # else every iterator draws from the network's generator
         )
         self._stream: Iterator[Batch | _Failure] | None = None
+        self._batches: Iterator[Batch] = iter(())
         self._next: Key | None = None  # what the stream yields next, if it is whole
         # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait.
         atexit.register(_close, weakref.ref(self))
@@ -230,26 +312,33 @@ class TrainLoader:
             if self._stream is None or self._next != (epoch, step):
                 self._keys.start = (epoch, step)
                 self._stream = iter(self._loader)
+                self._batches = _taken(self._stream)
             self._next = None
-            micro = [self._take(self._stream) for _ in range(self._accumulation)]
+            micro = [next(self._batches) for _ in range(self._accumulation)]
             last = step + 1 == self._steps
             self._next = (epoch + 1, 0) if last else (epoch, step + 1)
             yield micro
-
-    @staticmethod
-    def _take(stream: Iterator[Batch | _Failure]) -> Batch:
-        item = next(stream)
-        if isinstance(item, _Failure):
-            raise DataError(item.message)
-        return item
 
     def close(self) -> None:
         """End the workers now rather than when the loader is garbage."""
         shutdown = getattr(self._stream, "_shutdown_workers", None)
         if shutdown is not None:
+            workers = getattr(self._stream, "_workers", [])
             shutdown()
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()  # it heeds no SIGTERM, see `_start_worker`
+                    worker.join()
         self._stream = self._next = None
+        self._batches = iter(())
         self._loader._iterator = None
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 0:
+        raise ValueError(f"workers {workers} must not be negative")
+    if workers > MAX_WORKERS:
+        raise ValueError(f"workers {workers} must be at most {MAX_WORKERS}")
 
 
 class _EvalSamples(torch_data.Dataset[Any]):
@@ -272,6 +361,7 @@ def eval_samples(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be within 0..{world_size - 1}, got {rank}")
+    _check_workers(workers)
     loader = torch_data.DataLoader(
         _EvalSamples(dataset),
         sampler=range(rank, len(dataset), world_size),
@@ -281,7 +371,4 @@ def eval_samples(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
-    for item in loader:
-        if isinstance(item, _Failure):
-            raise DataError(item.message)
-        yield item
+    yield from _taken(iter(loader))

@@ -1,5 +1,6 @@
 """The loaders: the same samples for any number of workers, ranks and accumulation steps."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ from encnet_triton.data import (
     default_palette,
     eval_samples,
 )
+from encnet_triton.data import loader as loader_module
 
 
 class Numbers:
@@ -228,6 +230,7 @@ def test_a_mistake_in_a_worker_keeps_its_traceback():
         pytest.param({"batch_size": 0}, "batch_size 0.* must be at least 1", id="no batch"),
         pytest.param({"rank": 2, "world_size": 2}, r"rank must be within 0\.\.1, got 2", id="rank"),
         pytest.param({"workers": -1}, "workers -1 must not be negative", id="workers"),
+        pytest.param({"workers": 513}, "workers 513 must be at most 512", id="many workers"),
         pytest.param({"seed": -1}, "seed -1 .*must not be negative", id="seed"),
     ],
 )
@@ -281,3 +284,58 @@ def test_spawned_workers_give_the_same_samples():
     spawned = TrainLoader(Scenes("train", size=4), AUGMENT, workers=1, context="spawn", **options)
     assert samples(spawned.epoch(0)) == samples(plain.epoch(0))
     spawned.close()
+
+
+class Killed(Numbers):
+    """A data set whose reader is killed, as the system does where memory is exhausted."""
+
+    def open(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Unsendable(Numbers):
+    def name_of(self, index):
+        return lambda: index  # cannot be pickled
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sentence"),
+    [(Killed, "loader process [0-9]+ .*since memory"), (Unsendable, "ended unexpectedly")],
+)
+def test_a_worker_that_dies_or_cannot_send_is_a_sentence(dataset, sentence):
+    """The loader would wait for the batch for ever."""
+    loader = make(dataset(), workers=1)
+    with pytest.raises(DataError, match=sentence):
+        next(loader.epoch(0))
+    loader.close()
+
+
+def test_shared_memory_that_is_exhausted_is_a_sentence(monkeypatch):
+    def none_left(size):
+        raise OSError("1 MiB needed, 0 MiB free")
+
+    monkeypatch.setattr(loader_module, "_make_room", none_left)
+    loader = make(workers=1)
+    with pytest.raises(DataError, match="no shared memory .*1 MiB needed, .*--shm-size"):
+        next(loader.epoch(0))
+    loader.close()
+    next(make(workers=0).epoch(0))
+
+
+def test_a_worker_that_does_not_end_is_killed():
+    """It heeds no SIGTERM, and would be waited for when this process ends."""
+    busy = multiprocessing.Event()
+
+    class Slow(Numbers):
+        def open(self, index):
+            busy.set()
+            time.sleep(600)
+
+    loader = make(Slow(), workers=1)
+    loader._stream = iter(loader._loader)
+    (worker,) = loader._stream._workers
+    worker.join = lambda timeout=None: None  # torch waits for five seconds
+    assert busy.wait(60)
+    loader.close()
+    type(worker).join(worker, 60)
+    assert worker.exitcode == -signal.SIGKILL
