@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
 from encnet_triton.train import cli, distributed
 from encnet_triton.train.distributed import WorldError
+from encnet_triton.train.failures import explained
 from encnet_triton.train.recipe import as_toml
 from encnet_triton.train.sweeps import plan
 from encnet_triton.train.sweeps.run import run as run_sweep
 from encnet_triton.train.trainer import TrainingError, dry_run, train_all
 from encnet_triton.weights.checkpoint import CheckpointError
+
+_ONE_SENTENCE = (CheckpointError, TrainingError, WorldError, OSError, ValueError)
 
 
 def show_list() -> None:
@@ -44,22 +48,42 @@ def start(options: cli.Options) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Command line; returns the exit status.
+
+    A process that others wait for does not return from a failure: it ends at once.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of a terminal without UTF-8
     options = cli.parse(arguments)
     try:
         if options.list:
             show_list()
         else:
             start(options)
-    except (CheckpointError, TrainingError, WorldError, OSError, ValueError) as error:
-        if options.traceback:
+    except KeyboardInterrupt:
+        return failed("interrupted", status=130)
+    except BaseException as error:
+        known = isinstance(error, _ONE_SENTENCE)
+        sentence, lost = (str(error), False) if known else explained(error)
+        if sentence is None or options.traceback:
+            if distributed.in_group():
+                distributed.fail(None, lost)
+            distributed.stop()
             raise
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.stop()
+        return failed(sentence, lost)
+    distributed.stop()
     return 0
+
+
+def failed(sentence: str, lost: bool = False, status: int = 2) -> int:
+    """Say why; returns the exit status where no other process waits for this one."""
+    if distributed.in_group():
+        distributed.fail(sentence, lost, status)
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    print(f"{rank}error: {sentence}", file=sys.stderr)
+    distributed.stop()
+    return status
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from encnet_triton.data.cifar10 import CLASSES, COUNT, MEAN, STD, load_cifar10
 from encnet_triton.data.device_images import DeviceImages, Epoch
 from encnet_triton.data.normalisation import Normalise
 from encnet_triton.models import CifarNet
+from encnet_triton.scoring.segmentation import Watch
 from encnet_triton.train.config import Config, ConfigError
 from encnet_triton.train.curves import draw_errors
 from encnet_triton.train.distributed import World, all_reduce_sum
@@ -30,7 +31,7 @@ _READ = {
     "lr", "momentum", "weight_decay", "decay_norm_bias", "schedule", "power", "warmup_steps",
     "epochs", "batch_size", "label_smoothing",
     "name", "runs", "seed", "device", "amp", "compile", "sync_bn", "resume", "stop_at",
-    "save_every",
+    "save_every", "timeout", "take_over",
 }  # fmt: skip
 
 
@@ -74,6 +75,7 @@ class Classification(Task[float]):
         self.train_set = DeviceImages(load_cifar10(root, "train"), world.device, seed)
         self.test_set = DeviceImages(load_cifar10(root, "test"), world.device, seed)
         self.images = len(self.train_set)
+        self.training_set = {"images": self.images}
         self.steps_per_epoch = self.images // size
         if not self.steps_per_epoch:
             raise ConfigError(f"batch_size = {size} is more than {self.images} images")
@@ -142,12 +144,13 @@ class Classification(Task[float]):
         self._logits(self.model.eval(), self.test_set.plain(0, TEST_BATCH)[0])
 
     @torch.no_grad()
-    def validate(self) -> float:
+    def validate(self, watch: Watch) -> float:
         """Share of the test images that are named wrongly."""
         self.model.eval()
         wrong = torch.zeros((), device=self.world.device, dtype=torch.float64)
         stride = TEST_BATCH * self.world.size
-        for start in range(TEST_BATCH * self.world.rank, len(self.test_set), stride):
+        starts = range(TEST_BATCH * self.world.rank, len(self.test_set), stride)
+        for start in watch(starts, len(starts)):
             images, labels = self.test_set.plain(start, start + TEST_BATCH)
             wrong += (self._logits(self.model, images).argmax(1) != labels).sum()
         return float(all_reduce_sum(wrong)) / len(self.test_set)

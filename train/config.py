@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Union
 
+from encnet_triton.data.loader import MAX_WORKERS
+
 SEGMENTATION_MODELS = ("encnet", "fcn", "psp", "deeplab")
 CIFAR_UNITS = {"cifar_encnet": "encoding", "cifar_seresnet": "se", "cifar_resnet": "none"}
 """CIFAR-10 networks and their unit, see `encnet_triton.models.CifarNet`."""
@@ -159,7 +161,8 @@ class DataConfig:
         if self.base_size is not None:
             require(self.base_size >= 1, "base_size", self.base_size, "positive or none")
         if self.workers is not None:
-            require(self.workers >= 0, "workers", self.workers, "at least 0 or none")
+            allowed = 0 <= self.workers <= MAX_WORKERS
+            require(allowed, "workers", self.workers, f"0 to {MAX_WORKERS} or none")
 
     def dataset_options(self) -> dict[str, Any]:
         """Options of `encnet_triton.data.create_dataset` that were given."""
@@ -256,6 +259,11 @@ class RunConfig:
     """Steps between two records in metrics.jsonl."""
     pictures: int = free(6)
     """Validation images drawn into predictions/."""
+    timeout: float = free(180.0)
+    """Seconds without progress after which several processes give up; it counts from the end of
+    the first step on, which may take 30 minutes, as a validation and a save may."""
+    take_over: bool = free(False)
+    """Write to the run's folder although its lock names another process, which you know is gone."""
     whole_image: bool = free(False)
     """Validate on whole images in place of windows of the crop."""
 
@@ -265,6 +273,8 @@ class RunConfig:
         for key in ("val_every", "save_every", "pictures"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        limit = self.timeout
+        require(10 <= limit < 1e6, "timeout", limit, "at least 10 and less than a million seconds")
         require(
             self.new_head <= (self.init_from is not None), "new_head", True, "given with init_from"
         )

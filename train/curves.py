@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ def errors(folder: Path, kind: str, key: str) -> NDArray[np.float64]:
     """One error an epoch, in percent, from a run's ``metrics.jsonl``."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    return np.array([100 * r[key] for r in records if r["kind"] == kind])
+    found = [r[key] for r in records if r["kind"] == kind]
+    return np.array([np.nan if value is None else 100 * value for value in found])
 
 
 def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
@@ -53,10 +55,28 @@ def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
     return True
 
 
+def _label_values(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis, at least four of them however few values it spans."""
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = [10.0**n for n in range(-6, 7)]
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [d * s for d in decades for s in steps if low <= d * s <= high]
+        if len(ticks) >= 4:
+            axis.set_major_locator(FixedLocator(ticks))
+            break
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FormatStrFormatter("%.4g"))
+    axis.set_minor_locator(NullLocator())
+
+
 def draw_curves(folder: Path) -> bool:
     """Plot ``metrics.jsonl`` into ``curves.png``; False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError:
         return False
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
@@ -66,14 +86,20 @@ def draw_curves(folder: Path) -> bool:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in ("segmentation", "se", "aux"):
-        if any(r[name] for r in training):
-            left.plot([r["step"] for r in training], [r[name] for r in training], label=name)
+        points = [(r["step"], r[name]) for r in training if r[name]]
+        if points:
+            left.plot(*zip(*points, strict=True), label=name)
     left.set(xlabel="step", ylabel="training loss", yscale="log")
-    left.legend()
-    steps = [r["step"] for r in validation]
+    _label_values(left.yaxis)
+    if left.lines:
+        left.legend()
     for key, name in (("miou", "mIoU"), ("pixel_accuracy", "pixAcc")):
-        right.plot(steps, [100 * r[key] for r in validation], marker="o", label=name)
+        points = [(r["step"], 100 * r[key]) for r in validation if r[key] is not None]
+        right.plot(*zip(*points, strict=True) if points else ([], []), marker="o", label=name)
     right.set(xlabel="step", ylabel="validation, %", ylim=(0, 100))
+    for axis in (left.xaxis, right.xaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     right.legend()
     figure.savefig(folder / "curves.png", dpi=110)
     return True

@@ -7,23 +7,33 @@ import hashlib
 import importlib
 import inspect
 import os
+import sys
 import time
+import traceback
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from encnet_triton.train.watch import FIRST, Watch
+
 # A first step may compile for many minutes on one rank while the others wait.
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(seconds=FIRST)
+# How long a rank may be waited for is for `Watch` to say, which names it.
+_COLLECTIVES = timedelta(days=7)
 
 
 class WorldError(RuntimeError):
     """The processes of this run cannot work together, or not on the device asked for."""
+
+
+# Of the group that this process is in.
+_watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class World:
         rank, size: number of this process and of all, over all hosts.
         local_rank, local_size: the same on this host.
         device: where this process computes.
+        watch: what ends this process if its run cannot go on.
+        job: names the torchrun that started this process, restarts included; "" without one.
     """
 
     rank: int
@@ -41,6 +53,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    watch: Watch = field(default_factory=lambda: Watch(0, 1, None, None), compare=False)
+    job: str = ""
 
     @property
     def main(self) -> bool:
@@ -55,7 +69,8 @@ def start(device: str) -> World:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        WorldError: CUDA was asked for and is not there, or there are more processes than GPUs.
+        WorldError: CUDA was asked for and is not there, there are more processes than GPUs, or the
+            processes do not find each other.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -73,19 +88,46 @@ def start(device: str) -> World:
         torch.cuda.set_device(place)
     elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-    if size > 1:
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if size == 1:
+        watch = Watch(0, 1, None, agent)
+        return World(rank, size, local_rank, local_size, place, watch.start() if agent else watch)
+    try:
         # Its functions take the group that is there when it is imported as their default, and so
         # would keep that group, with its threads, beyond `stop`.
         importlib.import_module("torch.distributed.nn.functional")
+        store = fresh_store()
+        looking, job = second_connection(store, rank)
+        global _watch
+        _watch = Watch(rank, size, looking, agent).start()
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=fresh_store(),
+            store=store,
             rank=rank,
             world_size=size,
-            timeout=TIMEOUT,
+            timeout=_COLLECTIVES,
             device_id=place if cuda else None,
         )
-    return World(rank, size, local_rank, local_size, place)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise WorldError(
+                f"port {address} is taken by another job; choose another (--master-port)"
+            ) from error
+        raise WorldError(f"rank {rank} does not reach rank 0 at {address}: {error}") from error
+    return World(rank, size, local_rank, local_size, place, _watch, job)
+
+
+def second_connection(store: dist.Store, rank: int) -> tuple[dist.Store, str]:
+    """A store for the `Watch`, whose calls wait for no other's, and the name of this job.
+
+    The name lies in the store that torchrun offers, and so outlives the processes that it starts.
+    """
+    looking, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    job = looking.compare_set("job", "", uuid.uuid4().hex).decode()
+    if rank == 0:
+        store.set("watch", uuid.uuid4().hex)
+    return dist.PrefixStore(store.get("watch").decode(), looking), job
 
 
 def fresh_store() -> dist.Store:
@@ -122,14 +164,44 @@ def fresh_store() -> dist.Store:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one.
+    """Leave the process group, if there is one; after success only.
+
+    Where another rank has failed, NCCL would wait for it here: see `fail`.
 
     The group's threads end with the last reference to it. One that outlived this would crash a
     process that is about to exit well: freeing a tensor takes the interpreter, which is gone.
     """
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+        _watch = None
     if dist.is_initialized():
         gc.collect()  # DDP and its module refer to each other, and both to the group
         dist.destroy_process_group()
+
+
+def in_group() -> bool:
+    """Whether this process has others that would wait for it."""
+    return _watch is not None
+
+
+def fail(sentence: str | None, lost: bool = False, status: int = 2) -> NoReturn:
+    """End this process at once, and let the others end.
+
+    Args:
+        sentence: why; None for the exception that is being handled, which is shown as a traceback.
+        lost: that the cause lies with a rank that cannot be reached.
+        status: of the process.
+    """
+    watch = _watch
+    assert watch is not None
+    if sentence is None:
+        traceback.print_exc()
+        sentence = repr(sys.exc_info()[1])
+    cause = watch.cause(sentence, lost)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    watch.end(cause, status)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

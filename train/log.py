@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
-from encnet_triton.files import write_text
+from encnet_triton.files import without_nan, write_text
 
 METRICS = "metrics.jsonl"
+
+_BAR = 16
+Item = TypeVar("Item")
 
 
 class Log:
@@ -30,8 +35,7 @@ class Log:
         self.enabled = enabled
         self.console = console or Console(quiet=not enabled, soft_wrap=True)
         self._progress: Progress | None = None
-        self._task: Any = None
-        self._status = ""
+        self._task: TaskID | None = None
 
     def say(self, text: str) -> None:
         """Print a line, above the progress line if there is one."""
@@ -43,12 +47,11 @@ class Log:
         if not self.enabled or not self.console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("{task.completed:>5}/{task.total}"),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
+            TextColumn(f"{{task.completed:>{len(str(steps))}}}/{{task.total}}"),
+            BarColumn(bar_width=_BAR, table_column=Column(min_width=_BAR)),
             # The time left comes with the status: rich's own estimate would count compilation
             # and validation as steps that were slow.
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=self.console,
         )
         self._task = self._progress.add_task("train", total=steps, completed=done, status="")
@@ -56,40 +59,49 @@ class Log:
 
     def advance(self, step: int) -> None:
         """Move the live line to a step."""
-        if self._progress is not None:
+        if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step)
 
     def train(self, record: dict[str, Any], steps: int, eta: float | None) -> None:
         """Record the averages since the last record; ``eta`` is in seconds, None if not known."""
         self.write({"kind": "train", **record})
-        losses = " ".join(
-            f"{name} {record[name]:.3f}"
-            for name in ("segmentation", "se", "aux")
-            if record.get(name)
-        )
-        status = f"loss {record['loss']:.3f}" + (f" ({losses})" if losses else "")
-        if "train_error" in record:
-            status += f"  train error {record['train_error']:.2%}"
-        status += f"  lr {record['lr']:.2e}"
-        if record["images_per_second"] is not None:
-            status += f"  {record['images_per_second']:.1f} img/s  data {record['data_wait']:.0%}"
-        if record.get("skipped"):
-            status += f"  skipped {record['skipped']}"
-        if eta is not None:
-            status += f"  ETA {timedelta(seconds=round(eta))}"
-        if self._progress is not None:
-            self._progress.update(self._task, status=status)
-        else:
-            self.say(f"step {record['step']:>6}/{steps}  {status}")
+        parts = _parts(record, eta)
+        if self._progress is None or self._task is None:
+            self.say(f"step {record['step']:>6}/{steps}  {'  '.join(parts)}")
+            return
+        # What does not fit is left out, from the end: rich would cut the step and the bar.
+        room = self.console.width - 2 * len(str(steps)) - _BAR - 4
+        status = ""
+        for part in parts:
+            if len(status) + 2 * bool(status) + len(part) > room:
+                break
+            status += "  " * bool(status) + part
+        self._progress.update(self._task, status=status)
+
+    def watch(self, items: Iterable[Item], count: int, text: str) -> Iterator[Item]:
+        """The items, with a bar of their own below the live line while they last."""
+        if self._progress is None:
+            yield from items
+            return
+        progress = self._progress
+        task = progress.add_task(text, total=count, status=text)
+        try:
+            for item in items:
+                yield item
+                progress.advance(task)
+        finally:
+            progress.remove_task(task)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one JSON object to ``metrics.jsonl``."""
+        """Append one JSON object to ``metrics.jsonl``; figures that are not finite are null."""
         if self.enabled:
+            line = json.dumps(without_nan({**record, "time": round(time.time(), 3)}))
             with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+                file.write(line + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop the records of steps after ``step``, which a resumed run makes again."""
+    def rewind(self, step: int, validated: int) -> None:
+        """Drop what a resumed run makes again: the records of steps after ``step``, and of
+        validations after step ``validated``."""
         path = self.folder / METRICS
         if not self.enabled or not path.exists():
             return
@@ -99,8 +111,10 @@ class Log:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the line that a killed process did not finish
-            if record.get("step", 0) <= step:
-                kept.append(line + "\n")
+            if isinstance(record, dict):
+                made_again = validated if record.get("kind") == "val" else step
+                if record.get("step", 0) <= made_again:
+                    kept.append(line + "\n")
         write_text("".join(kept), path)
 
     def end(self) -> None:
@@ -108,3 +122,21 @@ class Log:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _parts(record: dict[str, Any], eta: float | None) -> list[str]:
+    """What a line says of a record, what matters most first."""
+    loss = record["loss"]
+    parts = ["loss not finite" if loss is None else f"loss {loss:.3f}"]
+    if eta is not None:
+        parts.append(f"ETA {timedelta(seconds=round(eta))}")
+    if record.get("skipped"):
+        parts.append(f"skipped {record['skipped']}")
+    if record["images_per_second"] is not None:
+        parts.append(f"{record['images_per_second']:.1f} img/s")
+        parts.append(f"data {record['data_wait']:.0%}")
+    parts.append(f"lr {record['lr']:.2e}")
+    if record.get("train_error") is not None:
+        parts.append(f"train error {record['train_error']:.2%}")
+    terms = [name for name in ("segmentation", "se", "aux") if record.get(name)]
+    return parts + [f"{name} {record[name]:.3f}" for name in terms]

@@ -32,7 +32,8 @@ class Meter:
     def restart(self) -> None:
         """Begin a new interval now."""
         self._losses = torch.zeros(len(self._names), device=self.device)
-        self._steps = 0
+        self._of_step = torch.zeros_like(self._losses)
+        self._finite = 0  # steps that are averaged
         self._images = 0
         self._wait = 0.0
         self._start = time.perf_counter()
@@ -47,11 +48,15 @@ class Meter:
     def add(self, terms: Sequence[Tensor]) -> None:
         """Add what one micro-batch adds to the sums over a step, without looking at it."""
         values: list[Tensor] = [t.detach() for t in terms]
-        self._losses += torch.stack([v.to(self._losses.dtype) for v in values])
+        self._of_step += torch.stack([v.to(self._losses.dtype) for v in values])
 
-    def count(self, images: int) -> None:
-        """End of a step of ``images`` images (over all ranks)."""
-        self._steps += 1
+    def count(self, images: int, finite: bool = True) -> None:
+        """End of a step of ``images`` images (over all ranks), whose losses were finite or are left
+        out of the averages."""
+        if finite:
+            self._losses += self._of_step
+            self._finite += 1
+        self._of_step = torch.zeros_like(self._losses)
         if not self._warm:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -63,9 +68,11 @@ class Meter:
     def summary(self, ranks: int) -> dict[str, float | None]:
         """Averages of this interval over its steps and all ranks; waits for the device.
 
-        ``images_per_second`` is None for an interval that holds nothing but the first step.
+        The losses are None for an interval that holds no step whose loss is finite, and
+        ``images_per_second`` for one that holds nothing but the first step.
         """
-        losses = all_reduce_sum(self._losses / (max(1, self._steps) * ranks)).tolist()
+        sums = all_reduce_sum(self._losses / (max(1, self._finite) * ranks)).tolist()
+        losses = sums if self._finite else [None] * len(sums)
         seconds = time.perf_counter() - self._start
         return {
             **{name: value for name, value in zip(self._names, losses, strict=True)},

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from encnet_triton.files import write_json
+from encnet_triton.files import remove_leftovers, write_json
 from encnet_triton.train.config import SECTIONS, Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, gather
+from encnet_triton.train.run_lock import RunLock
 
 RESULT = "result.json"
 
@@ -26,6 +29,35 @@ def open_folder(config: Config, world: World) -> Path:
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def locked(folder: Path, config: Config, world: World) -> Iterator[RunLock | None]:
+    """Inside, this run alone writes to its folder, from which what dead processes left is removed.
+
+    Gives the lock, on the main rank.
+
+    Raises:
+        ConfigError: another process writes there; on all ranks.
+    """
+    lock, refusal = None, ""
+    if world.main:
+        try:
+            lock = RunLock(folder, world.job, config.run.take_over, world.watch.end)
+        except ConfigError as error:
+            refusal = str(error)
+    try:
+        refusal = gather(refusal)[0]
+        if refusal:
+            raise ConfigError(refusal)
+        if lock is not None:
+            world.watch.before_end(lock.release)
+            for place in (folder, folder / "predictions"):
+                remove_leftovers(place)
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def write_config(config: Config, folder: Path) -> None:

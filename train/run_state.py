@@ -5,7 +5,8 @@ Resuming from it gives the weights that an undisturbed run would have had; on th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Progress:
 
     Attributes:
         step: optimiser steps done (skipped ones included).
-        skipped: steps left out because their loss was not finite.
+        skipped, skipped_in_a_row: steps left out because their loss was not finite; of them, those
+            since the last that was not.
         best_miou, best_step: best validation so far.
         validated: step of the last validation.
         best_error: lowest test error of a classifier so far.
@@ -38,6 +40,7 @@ class Progress:
     best_step: int = 0
     validated: int = -1
     best_error: float = 1.0
+    skipped_in_a_row: int = 0
 
 
 def on_all_ranks(path: Path) -> bool:
@@ -64,6 +67,7 @@ def save(
     info: ModelInfo,
     progress: Progress,
     config: Config,
+    training_set: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``last.safetensors``; every rank calls it, rank 0 writes.
 
@@ -74,14 +78,14 @@ def save(
     states = gather(_random_state(world))
     if not world.main:
         return
-    finite = [torch.isfinite(p).all() for p in model.parameters()]
-    if not torch.stack(finite).all():
-        raise CheckpointError(
-            f"the weights are not finite at step {progress.step}; "
-            f"{folder / LAST} stays the last good state"
-        )
+    path = folder / LAST
     tensors = checkpoint.model_tensors(model)
     tensors |= _momentum(model, optimizer)
+    if broken := not_finite(tensors):
+        kept = f"{path} stays the last good state" if path.exists() else "nothing was saved yet"
+        raise CheckpointError(
+            f"the weights are not finite at step {progress.step} ({broken} for one); {kept}"
+        )
     for rank, state in enumerate(states):
         tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
     metadata = {
@@ -89,8 +93,20 @@ def save(
         "progress": asdict(progress),
         "fingerprint": config.fingerprint(),
         "recipe": config.recipe,
+        "training_set": dict(training_set or {}),
     }
-    checkpoint.write(folder / LAST, tensors, metadata)
+    checkpoint.write(path, tensors, metadata)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds a value that is not finite, or None."""
+    if not tensors:
+        return None
+    names = list(tensors)
+    finite = torch.stack([torch.isfinite(t.detach()).all() for t in tensors.values()])
+    if finite.all():
+        return None
+    return names[finite.tolist().index(False)]
 
 
 def load(
@@ -99,25 +115,33 @@ def load(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: Config,
+    info: ModelInfo | None = None,
+    training_set: Mapping[str, Any] | None = None,
 ) -> Progress:
     """Restore a run in place: weights, momentum and this rank's random state.
 
     Raises:
-        ConfigError: a field that alters the run differs from the one it was started with.
+        ConfigError: a field that alters the run, or the data set, differs from that of its start.
         CheckpointError: the file is damaged or does not fit.
     """
     tensors, metadata = checkpoint.read(path)
     if "progress" not in metadata:
         raise CheckpointError(f"{path} holds a model but no state of a run to resume")
-    _check_fingerprint(path, metadata["fingerprint"], config.fingerprint())
+    progress = _progress(path, metadata["progress"])
+    fingerprint = metadata.get("fingerprint")
+    if not isinstance(fingerprint, dict):
+        raise CheckpointError(f"{path} is damaged: it does not say which fields it was made with")
+    _check_fingerprint(path, fingerprint, config.fingerprint())
+    if info is not None:
+        _check_data(path, metadata, info, training_set or {})
     checkpoint.load_weights(model, tensors, path)
     for name, parameter in model.named_parameters():
         momentum = tensors.get(f"momentum.{name}")
         if momentum is not None:
+            checkpoint.check_fits(path, f"momentum.{name}", momentum, parameter)
             buffer = torch.empty_like(parameter).copy_(momentum)
             optimizer.state[parameter]["momentum_buffer"] = buffer
-    _restore_random_state(world, tensors)
-    progress = Progress(**metadata["progress"])
+    _restore_random_state(path, world, tensors)
     if progress.validated < 0 < progress.best_step:
         progress.validated = progress.step  # of a classifier that did not write this down
     return progress
@@ -133,7 +157,7 @@ def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -
         CheckpointError: tensors do not fit, or the class count differs without new_head.
     """
     tensors, metadata = checkpoint.read(path, checkpoint.MODEL_PREFIX)
-    theirs = len(metadata["model"]["classes"])
+    theirs = len(checkpoint.model_info(metadata, path).classes)
     if theirs != num_classes and not new_head:
         raise CheckpointError(
             f"{path} was trained for {theirs} classes, this data set has {num_classes}; "
@@ -153,6 +177,57 @@ def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -
     merged = tensors | {name: own[name] for name in kept}
     checkpoint.load_weights(model, merged, path)
     return [name.removeprefix(checkpoint.MODEL_PREFIX) for name in kept]
+
+
+def _progress(path: Path, found: Any) -> Progress:
+    """The progress that a file says, made of finite numbers of the right kind."""
+    kinds = {field.name: type(field.default) for field in fields(Progress)}
+    if not isinstance(found, dict) or not found.keys() <= kinds.keys():
+        raise CheckpointError(f"{path} is damaged: its progress is {found!r}"[:300])
+    for name, value in found.items():
+        known = (int, float) if kinds[name] is float else int
+        if isinstance(value, bool) or not isinstance(value, known) or not abs(value) < 2**62:
+            raise CheckpointError(f"{path} is damaged: its {name} is {value!r}"[:300])
+    if found.get("step", 0) < 0:
+        raise CheckpointError(f"{path} is damaged: its step is {found['step']}")
+    return Progress(**found)
+
+
+def _check_data(
+    path: Path, metadata: Mapping[str, Any], info: ModelInfo, training_set: Mapping[str, Any]
+) -> None:
+    """Refuse a data set that is not the one of the run's start.
+
+    Raises:
+        ConfigError: says what has changed.
+    """
+    then = checkpoint.model_info(metadata, path)
+    changed = []
+    if then.classes != info.classes:
+        changed.append(_classes_changed(then.classes, info.classes))
+    for name in ("mean", "std", "ignore_index"):
+        before, now = getattr(then, name), getattr(info, name)
+        if before != now:
+            changed.append(f"its {name} was {before} and is now {now}")
+    saved = metadata.get("training_set")
+    saved = saved if isinstance(saved, dict) else {}
+    before, now = saved.get("images"), training_set.get("images")
+    if before is not None and before != now:
+        changed.append(f"it had {before} training images and has now {now}")
+    elif saved.get("names") is not None and saved["names"] != training_set.get("names"):
+        changed.append("its training images have other names or another order")
+    if changed:
+        raise ConfigError(
+            f"cannot resume {path}: the data set has changed: {'; '.join(changed)} "
+            "(start a new run with another --name)"
+        )
+
+
+def _classes_changed(before: list[str], now: list[str]) -> str:
+    if len(before) != len(now):
+        return f"it had {len(before)} class names and has now {len(now)}"
+    place = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
+    return f"its class names differ, class {place} was {before[place]!r} and is now {now[place]!r}"
 
 
 def _check_fingerprint(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -183,11 +258,16 @@ def _random_state(world: World) -> dict[str, Tensor]:
     return state
 
 
-def _restore_random_state(world: World, tensors: dict[str, Tensor]) -> None:
+def _restore_random_state(path: Path, world: World, tensors: dict[str, Tensor]) -> None:
     """A rank that the saved run did not have keeps the state it was seeded with."""
     cpu = tensors.get(f"random.{world.rank}.cpu")
-    if cpu is not None:
-        torch.set_rng_state(cpu)
     cuda = tensors.get(f"random.{world.rank}.cuda")
-    if cuda is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, world.device)
+    try:
+        if cpu is not None:
+            torch.set_rng_state(cpu)
+        if cuda is not None and world.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, world.device)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: random.{world.rank} is no random state ({error})"
+        ) from error

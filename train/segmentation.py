@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from encnet_triton.nn import LossTerms, SegmentationLoss
 from encnet_triton.pictures import panel, save_png
 from encnet_triton.scoring import evaluate, score_table
 from encnet_triton.scoring.metrics import Scores
+from encnet_triton.scoring.segmentation import Watch
 from encnet_triton.train import run_state
 from encnet_triton.train.class_weights import balanced_weights
 from encnet_triton.train.config import Config, all_fields
@@ -73,6 +75,8 @@ class Segmentation(Task[Scores]):
         refuse_unlabelled(self.val_set, f"val_split {data.val_split!r}")
         self.val_every = config.run.val_every
         self.images = len(self.train_set)
+        names = names_digest(self.train_set, data.data)
+        self.training_set = {"images": self.images, "names": names}
         classes = len(self.train_set.classes)
         self.loader = TrainLoader(
             self.train_set,
@@ -179,10 +183,10 @@ class Segmentation(Task[Scores]):
         """One prediction that is thrown away."""
         self.predictor()(np.asarray(self.val_set[0].image))
 
-    def validate(self) -> Scores:
+    def validate(self, watch: Watch) -> Scores:
         """As the command evaluate counts them."""
         rank, size = self.world.rank, self.world.size
-        return evaluate(self.predictor(), self.val_set, rank=rank, world_size=size)
+        return evaluate(self.predictor(), self.val_set, rank=rank, world_size=size, watch=watch)
 
     def note_best(self, score: Scores, progress: Progress) -> dict[str, float] | None:
         """The highest mean IoU."""
@@ -229,6 +233,15 @@ class Segmentation(Task[Scores]):
     def close(self) -> None:
         """End the loader's processes."""
         self.loader.close()
+
+
+def names_digest(dataset: Dataset, root: str | None) -> str:
+    """A hash of the images' names in their order, wherever the data set lies."""
+    found = hashlib.blake2b(digest_size=16)
+    for index in range(len(dataset)):
+        name = dataset.name_of(index).removeprefix(root or "")
+        found.update(name.encode(errors="surrogateescape") + b"\0")
+    return found.hexdigest()
 
 
 def make_model(config: Config, num_classes: int) -> nn.Module:

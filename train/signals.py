@@ -1,7 +1,8 @@
-"""A scheduler's notice that a run must end, and how the ranks agree on it."""
+"""A notice that a run must end, from a scheduler or a person, and how the ranks agree on it."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from encnet_triton.train.distributed import all_reduce_sum
 
+_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
+_SHOW_CURSOR = "\x1b[?25h"  # the progress line hides it, and would not bring it back
+_NOTICE = "stopping after this step, then saving; Ctrl-C once more ends at once\n"
+
 
 class StopRequest:
-    """Inside of it, SIGTERM and SIGUSR1 only set ``requested``."""
+    """Inside of it, SIGTERM, SIGUSR1 and the first Ctrl-C only set ``requested``."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -22,10 +27,14 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            # No handler of Python's runs while this process waits for another inside of a library.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if os.isatty(2):
+                os.write(2, (_SHOW_CURSOR + _NOTICE).encode())
 
     def __enter__(self) -> StopRequest:
-        wanted = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)]
-        self._previous = {number: signal.signal(number, self._request) for number in wanted}
+        self._previous = {number: signal.signal(number, self._request) for number in _SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from encnet_triton.nn import set_sync_group
+from encnet_triton.scoring.segmentation import Watch
 from encnet_triton.train.config import Config, ConfigError, require
 from encnet_triton.train.distributed import World
 from encnet_triton.train.log import Log
@@ -34,6 +35,7 @@ class Task(ABC, Generic[Score]):
         info: what is stored beside the weights.
         images: how many there are to train on.
         steps_per_epoch: optimiser steps.
+        training_set: what a resumed run must find again: how many images, and which.
         val_every: epochs between two validations; 0: after the last epoch only.
     """
 
@@ -46,6 +48,7 @@ class Task(ABC, Generic[Score]):
     info: ModelInfo
     images: int
     steps_per_epoch: int
+    training_set: Mapping[str, Any]
     val_every: int
 
     def __init__(self, config: Config, world: World) -> None:
@@ -109,8 +112,9 @@ class Task(ABC, Generic[Score]):
         """Compile the network for validation."""
 
     @abstractmethod
-    def validate(self) -> Score:
-        """Score on the validation images, which the ranks share."""
+    def validate(self, watch: Watch) -> Score:
+        """Score on the validation images, which the ranks share; each batch of them passes through
+        ``watch``, which may end them early."""
 
     @abstractmethod
     def note_best(self, score: Score, progress: Progress) -> dict[str, float] | None:

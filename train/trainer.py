@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from encnet_triton.files import write_json
@@ -21,13 +23,16 @@ from encnet_triton.train.distributed import World, check_same_weights, data_para
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
 from encnet_triton.train.recipe import task_of
-from encnet_triton.train.run_folder import RESULT, finished, open_folder, write_config
+from encnet_triton.train.run_folder import RESULT, finished, locked, open_folder, write_config
+from encnet_triton.train.run_lock import RunLock
 from encnet_triton.train.run_state import Progress
 from encnet_triton.train.signals import StopRequest, agree
 from encnet_triton.train.task import Task
+from encnet_triton.train.watch import FIRST
 from encnet_triton.weights.checkpoint import save_model
 
 MAX_SKIPPED = 10
+_STOPPING = "leaving the validation out"
 
 
 class TrainingError(RuntimeError):
@@ -43,19 +48,28 @@ class Trainer:
         task: what is trained, and on what.
         folder: of the run; exists.
         log: where records go.
+        lock: of the folder, on the main rank.
     """
 
     def __init__(
-        self, config: Config, world: World, task: Task[Any], folder: Path, log: Log
+        self,
+        config: Config,
+        world: World,
+        task: Task[Any],
+        folder: Path,
+        log: Log,
+        lock: RunLock | None = None,
     ) -> None:
         self.config, self.world, self.task = config, world, task
-        self.folder, self.log = folder, log
+        self.folder, self.log, self._lock = folder, log, lock
         self.model = task.model
         self.steps = task.steps_per_epoch * config.optim.epochs
         self.progress = Progress()
         self.meter = Meter(world.device, task.terms)
         self._stop = StopRequest()
         self._stopping = False  # agreed by all ranks
+        self._saved: Progress | None = None  # what the state on disk says
+        self._left_out = False  # this rank has not seen all of a validation
         self._cold = False  # validation has yet to compile its own graph
         self._statistics = [
             buffer
@@ -73,12 +87,19 @@ class Trainer:
         """
         path = self.folder / run_state.LAST
         if not run_state.on_all_ranks(path):
-            self.log.rewind(0)  # of a run that ended before its first checkpoint
+            self.log.rewind(0, 0)  # of a run that ended before its first checkpoint
             return False
         self.progress = run_state.load(
-            path, self.world, self.model, self.task.optimizer, self.config
+            path,
+            self.world,
+            self.model,
+            self.task.optimizer,
+            self.config,
+            self.task.info,
+            self.task.training_set,
         )
-        self.log.rewind(self.progress.step)
+        self._saved = replace(self.progress)
+        self.log.rewind(self.progress.step, self.progress.validated)
         return True
 
     def run(self) -> Any:
@@ -86,7 +107,8 @@ class Trainer:
         complete, None otherwise.
 
         Raises:
-            TrainingError: `MAX_SKIPPED` steps had a loss that is not finite.
+            TrainingError: `MAX_SKIPPED` steps one after the other had a loss that is not finite, or
+                the weights are not.
         """
         check_same_weights(self.model)
         self.network = self._wrap(self.model)
@@ -95,22 +117,27 @@ class Trainer:
         with self._stop:
             self.log.begin(self.steps, self.progress.step)
             if self._due() and self.progress.validated != self.progress.step:
-                score = self._end_of_epoch()  # a signal left that out
+                score = self._score()  # a signal or an error left that out
             self.meter.restart()
             while self.progress.step < last and not self._stopping:
                 self._epoch(last)
                 if self.progress.step % self.task.steps_per_epoch == 0 and not self._stopping:
-                    score = self._end_of_epoch()
+                    # Before anything that takes long and may fail.
+                    self._save(ending=self.progress.step == last)
+                    score = self._score() if self._due() else None
+                    self.meter.restart()
+            known = self.progress.validated == self.progress.step
+            if self.progress.step == self.steps and not (known and score is not None):
+                # Asked to stop in the very last step, or of a run that was complete.
+                score = self._measured() if known else self._score()
             self.log.end()
-        if self.progress.step < self.steps:
+        if self.progress.step < self.steps or score is None:
             self.log.say(
                 f"stopped at step {self.progress.step} of {self.steps}, saved in {self.folder}; "
                 "go on with --resume"
             )
             return None
-        if self.progress.validated != self.progress.step:
-            return self._end_of_epoch()  # asked to stop in the very last step
-        return self.task.validate() if score is None else score
+        return score
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         # Compiled inside of DDP, not around it: DDP's own code would only break the graph. Dynamo
@@ -137,19 +164,22 @@ class Trainer:
         epoch, start = divmod(self.progress.step, self.task.steps_per_epoch)
         save_every = self.config.run.save_every
         taken = self.task.steps(epoch, start)
+        watch = self.world.watch
         while self.progress.step < last:
+            watch.mark(f"waiting for the data of step {self.progress.step + 1}")
             with self.meter.waiting():
                 given = next(taken, None)
             if given is None:
                 return
             stop = self._step(given)
             step = self.progress.step
+            watch.mark(f"step {step + 1}", self.config.run.timeout)
             self.log.advance(step)
             if self.task.records_at(step, last):
                 self._record(epoch)
             due = step == last or (save_every and step % save_every == 0)
             if stop or (due and step % self.task.steps_per_epoch != 0):
-                self._save()
+                self._save(ending=stop or step == last)
             if stop:
                 # A scheduler's grace is short: no validation, even at the end of an epoch.
                 self._stopping = True
@@ -165,6 +195,7 @@ class Trainer:
         bad = stop = False
         for number, part in enumerate(parts, 1):
             final = number == len(parts)
+            self.world.watch.mark(f"step {self.progress.step + 1}")
             with ExitStack() as stack:
                 if not final and isinstance(self.network, DistributedDataParallel):
                     stack.enter_context(self.network.no_sync())
@@ -177,29 +208,46 @@ class Trainer:
                     bad, stop = read()
         self.progress.step += 1
         if bad:
-            self._skip(given)
+            self._skip(given, total)
         else:
+            self.progress.skipped_in_a_row = 0
             rate = optim.rate_at(self.progress.step - 1, self.steps, self.config.optim)
             optim.set_rate(optimizer, rate)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.meter.count(self.config.optim.batch_size)
+        self.meter.count(self.config.optim.batch_size, finite=not bad)
         return stop
 
-    def _skip(self, given: Any) -> None:
+    def _skip(self, given: Any, loss: Tensor) -> None:
         """Leave weights and running statistics as they were before this step, and count it."""
         torch._foreach_copy_(self._statistics, self._saved_statistics)
-        self.progress.skipped += 1
-        if self.progress.skipped < MAX_SKIPPED:
-            self.log.say(f"step {self.progress.step}: the loss is not finite; step skipped")
+        progress = self.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if broken := run_state.not_finite(dict(self.model.named_parameters())):
+            # No step can mend them, and no image is to blame.
+            raise TrainingError(
+                f"the weights are not finite at step {progress.step} ({broken} for one); a smaller "
+                f"--lr or --amp off may help; {self._kept()}"
+            )
+        if progress.skipped_in_a_row < MAX_SKIPPED:
+            self.log.say(f"step {progress.step}: the loss is not finite; step skipped")
             return
-        names = [name for rank in gather(self.task.names(given)) for name in rank]
-        saved = self.folder / run_state.LAST
+        own = [] if torch.isfinite(loss) else self.task.names(given)
+        names = [name for rank in gather(own) for name in rank]
         raise TrainingError(
-            f"the loss was not finite in {MAX_SKIPPED} steps, the last of them step "
-            f"{self.progress.step} with the batch {', '.join(names)}; "
-            + (f"the last good state is {saved}" if saved.exists() else "nothing was saved yet")
+            f"the loss was not finite in {MAX_SKIPPED} steps one after the other, the last of them "
+            f"step {progress.step} with the batch {', '.join(names)}; {self._kept()}"
         )
+
+    def _kept(self) -> str:
+        """What a person can go on from."""
+        saved = self.folder / run_state.LAST
+        if self._saved is None:
+            return "nothing was saved yet"
+        if self._saved.skipped_in_a_row:
+            return f"{saved} holds step {self._saved.step}, whose loss was not finite either"
+        return f"the last good state is {saved}, of step {self._saved.step}"
 
     def _record(self, epoch: int) -> None:
         summary = self.meter.summary(self.world.size)
@@ -223,20 +271,35 @@ class Trainer:
         chosen = self.progress.step == self.steps or (every and epoch % every == 0)
         return bool(epoch and not rest and chosen)
 
-    def _end_of_epoch(self) -> Any:
-        """Validate if it is due, and save; returns the score, or None."""
-        score = self._validate() if self._due() else None
-        self._save()
-        self.meter.restart()
-        return score
+    def _measured(self) -> Any:
+        """The score now; None, and `_stopping`, if any rank was asked to stop on the way."""
+        self._left_out = False
+        with self.world.watch.patiently("validation"):
+            score = self.task.validate(self._watched)
+            self._stopping = any(gather(self._left_out))
+        return None if self._stopping else score
 
-    def _validate(self) -> Any:
+    def _watched(self, items: Iterable[Any], count: int) -> Iterator[Any]:
+        """The items of a validation, on the screen and until this run is asked to stop."""
+        for item in self.log.watch(items, count, "validation"):
+            if self._stop.requested or self.world.watch.somebody_is(_STOPPING):
+                self._left_out = True
+                self.world.watch.mark(_STOPPING)
+                return
+            self.world.watch.mark("validation")
+            yield item
+
+    def _score(self) -> Any:
+        """Validate, keep the best weights, and save what is known now; None if it was stopped."""
         if self._cold:
-            self.task.warm_up()
-            gather(None)  # the clock starts when the last rank is ready
+            with self.world.watch.patiently("compiling for validation"):
+                self.task.warm_up()
+                gather(None)  # the clock starts when the last rank is ready
             self._cold = False
         start = time.perf_counter()
-        score = self.task.validate()
+        score = self._measured()
+        if score is None:
+            return None
         progress = self.progress
         progress.validated = progress.step
         record = {
@@ -251,28 +314,50 @@ class Trainer:
             if self.world.main:
                 path = self.folder / run_state.BEST
                 save_model(path, self.model, self.task.info, step=progress.step, **best)
+        self._save()
         if self.world.main:
-            self.task.draw(self.folder)
+            with self.world.watch.patiently("drawing"):
+                self.task.draw(self.folder)
         return score
 
-    def _save(self) -> None:
-        run_state.save(
-            self.folder,
-            self.world,
-            self.model,
-            self.task.optimizer,
-            self.task.info,
-            self.progress,
-            self.config,
-        )
+    def _save(self, ending: bool = False) -> None:
+        """Save, unless the last losses were not finite: then the state on disk stays a good one.
+        At the end of the process it is saved in any case."""
+        if self.progress.skipped_in_a_row and not ending:
+            return
+        if self._lock is not None and not self._lock.held():
+            raise TrainingError(self._lock.taken())
+        with self.world.watch.patiently(f"saving step {self.progress.step}"):
+            run_state.save(
+                self.folder,
+                self.world,
+                self.model,
+                self.task.optimizer,
+                self.task.info,
+                self.progress,
+                self.config,
+                self.task.training_set,
+            )
+        self._saved = replace(self.progress)
 
 
 def train(config: Config, world: World) -> bool:
     """Build, restore, run, and tell what came out; returns whether the run is complete."""
     task = task_of(config)(config, world)
     folder = open_folder(config, world)
+    world.watch.mark("starting", FIRST)
+    try:
+        with locked(folder, config, world) as lock:
+            return _train(config, world, task, folder, lock)
+    finally:
+        world.watch.mark("ending", FIRST)
+
+
+def _train(
+    config: Config, world: World, task: Task[Any], folder: Path, lock: RunLock | None
+) -> bool:
     log = Log(folder, world.main)
-    trainer = Trainer(config, world, task, folder, log)
+    trainer = Trainer(config, world, task, folder, log, lock)
     log.say(summary(config, task, trainer.steps, world))
     try:
         if trainer.restore():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,10 @@ from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
 from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores
 from encnet_triton.weights import ModelInfo
 
-__all__ = ["Evaluation", "confusion", "evaluate", "measure_scores", "score_table"]
+__all__ = ["Evaluation", "Watch", "confusion", "evaluate", "measure_scores", "score_table"]
+
+Watch = Callable[[Iterable[Any], int], Iterator[Any]]
+"""Gives on the items of which there are so many, to show how far they are or to end them early."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,12 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    watch: Watch | None = None,
 ) -> Scores:
     """Scores over all labelled pixels of a data set; ranks share its images, each counted once."""
-    return confusion(predictor, dataset, rank=rank, world_size=world_size, workers=workers).scores()
+    return confusion(
+        predictor, dataset, rank=rank, world_size=world_size, workers=workers, watch=watch
+    ).scores()
 
 
 def confusion(
@@ -118,10 +126,17 @@ def confusion(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    watch: Watch | None = None,
 ) -> ConfusionMatrix:
-    """The confusion matrix over a data set, summed over all processes."""
+    """The confusion matrix over a data set, summed over all processes.
+
+    ``watch`` sees this process's images go by, and may end them early.
+    """
     matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index, predictor.device)
-    for _, sample in eval_samples(dataset, rank=rank, world_size=world_size, workers=workers):
+    samples = eval_samples(dataset, rank=rank, world_size=world_size, workers=workers)
+    if watch is not None:
+        samples = watch(samples, len(range(rank, len(dataset), world_size)))
+    for _, sample in samples:
         prediction = predictor(np.asarray(sample.image))
         label = torch.as_tensor(sample.label, device=predictor.device)
         matrix.update(prediction, label)

@@ -1,0 +1,40 @@
+"""Sentences for failures that libraries report in words of their own."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.distributed as dist
+
+from encnet_triton.data.loader import worker_failure
+
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate memory")
+_LOST = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe")
+_AMOUNT = re.compile(r"[Tt]ried to allocate ([\d.]+) ([KMG]?i?B|bytes)")
+
+
+def explained(error: BaseException) -> tuple[str | None, bool]:
+    """(the sentence for an error of a library, or None; whether another rank cannot be reached)."""
+    text = str(error)
+    if out_of_memory(error):
+        amount = _AMOUNT.search(text)
+        what = f" ({amount[1]} {amount[2]} more were asked for)" if amount else ""
+        return (
+            f"out of memory{what}; a smaller --batch-size (or the same with --accumulation), a "
+            "smaller --crop or --activation-checkpointing need less"
+        ), False
+    if not isinstance(error, RuntimeError):
+        return None, False
+    if sentence := worker_failure(error):
+        return sentence, False
+    if isinstance(error, dist.DistError) or _LOST.search(text):
+        return f"lost the connection to another rank: {text.splitlines()[0][:300]}", True
+    return None, False
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or this machine has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None

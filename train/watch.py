@@ -1,0 +1,230 @@
+"""What ends a process whose run cannot go on: other ranks that failed or are silent, no torchrun.
+
+A process that waits for another inside of a library runs no code of ours, so threads look after it.
+One tells the store of the run every second how far this rank is and reads how far the others are.
+Another, which never waits for the network, looks at what was read and ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+FIRST = 30 * 60.0
+"""Seconds without progress that are allowed until the first step is done, and in validations and
+saves: a graph may be compiled, or a large file written, by one rank while the others wait."""
+
+_EVERY = 1.0  # seconds between two looks
+_SILENT = 10.0  # seconds after which a rank that says nothing is called silent
+_NO_STORE = 8.0  # seconds of refused connections after which the store is called gone
+_ORPHAN = 7.0  # seconds that a process without torchrun has for its last save
+FAILED = "failed"
+
+
+@dataclass
+class Peer:
+    """What is known of a rank: the numbers of its looks and marks, when each last changed, its
+    limit in seconds without marks, host and occupation."""
+
+    looks: str = ""
+    marks: str = ""
+    heard: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)
+    limit: float = FIRST
+    host: str = ""
+    doing: str = ""
+
+    def read(self, text: str) -> None:
+        """Take in what a rank has said."""
+        looks, marks, limit, host, doing = text.split("|", 4)
+        now = time.monotonic()
+        if looks != self.looks:
+            self.looks, self.heard = looks, now
+        if marks != self.marks:
+            self.marks, self.moved = marks, now
+        self.limit, self.host, self.doing = float(limit), host, doing
+
+
+class Watch:
+    """Looks after this process until `stop`.
+
+    Args:
+        rank, size: of this process.
+        store: of all ranks, a connection of its own; None in a world of one.
+        agent: process number of the torchrun that started this process, or None.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store | None, agent: int | None) -> None:
+        self.rank, self.size = rank, size
+        self.failure: str | None = None
+        self._store, self._agent = store, agent
+        self._peers = [Peer() for _ in range(size)]
+        self._looks = self._marks = 0
+        self._limit, self._doing = FIRST, "starting"
+        self._heard = time.monotonic()  # of the store
+        self._refused: float | None = None  # since when the store refuses
+        self._orphaned: float | None = None
+        self._judging = True
+        self._over = threading.Event()
+        self._before_end: list[Callable[[], Any]] = []
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> Watch:
+        """Begin to look."""
+        loops = [self._judge] if self._store is None else [self._judge, self._talk]
+        for loop in loops:
+            thread = threading.Thread(target=loop, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def stop(self) -> None:
+        """End the threads, of a process that has done what it should."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(5)
+
+    def before_end(self, action: Callable[[], Any]) -> None:
+        """Do something if this process is ended here; a few seconds are left for it."""
+        self._before_end.append(action)
+
+    def mark(self, doing: str, limit: float | None = None) -> None:
+        """This rank goes on, with this; from now on it may take ``limit`` seconds a mark."""
+        self._marks += 1
+        self._doing = doing
+        if limit is not None:
+            self._limit = limit
+
+    def somebody_is(self, doing: str) -> bool:
+        """Whether another rank has said that it is at this, a second ago or two."""
+        return any(peer.doing == doing for peer in self._peers)
+
+    @contextmanager
+    def patiently(self, doing: str) -> Iterator[None]:
+        """What is done inside may take as long as the first step."""
+        before = self._limit
+        self.mark(doing, FIRST)
+        yield
+        self.mark(doing, before)
+
+    def cause(self, sentence: str, lost: bool) -> str:
+        """What made this rank fail with a sentence; the others are told, and end too.
+
+        Args:
+            lost: that it could not reach another rank. It waits for a few seconds then: whose
+                connections break is seldom the first to know why.
+        """
+        self._judging = False  # the caller ends this process
+        deadline = time.monotonic() + 4
+        while lost and self.failure is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            silent = [r for r in self._others() if time.monotonic() - self._peers[r].heard > 3]
+            if silent:
+                sentence = f"{self._named(silent)} ended without a word"
+                break
+        if self.failure is not None:
+            return f"ended because {self.failure}"
+        if self._store is not None:
+            telling = threading.Thread(target=self._publish, args=(sentence,), daemon=True)
+            telling.start()
+            telling.join(3)
+        return sentence
+
+    def _publish(self, sentence: str) -> None:
+        assert self._store is not None
+        try:
+            self._store.compare_set(FAILED, "", f"rank {self.rank} failed: {sentence}")
+        except RuntimeError:
+            return  # the store is gone, and the others notice
+
+    def _talk(self) -> None:
+        """Say and hear; may wait for the network."""
+        assert self._store is not None
+        keys = [f"rank/{rank}" for rank in range(self.size)]
+        host = socket.gethostname()
+        while not self._over.is_set():
+            self._looks += 1
+            said = f"{self._looks}|{self._marks}|{self._limit}|{host}|{self._doing}"
+            try:
+                self._store.set(keys[self.rank], said)
+                if self._store.check([FAILED]):
+                    self.failure = self._store.get(FAILED).decode()
+                for rank, key in enumerate(keys):
+                    if self._store.check([key]):
+                        self._peers[rank].read(self._store.get(key).decode())
+                self._heard, self._refused = time.monotonic(), None
+            except RuntimeError:  # torch's errors of a connection are such
+                self._refused = self._refused or time.monotonic()
+            self._over.wait(_EVERY)
+
+    def _judge(self) -> None:
+        """Look at what was heard; waits for nothing."""
+        while not self._over.wait(_EVERY / 2):
+            sentence = self._verdict(time.monotonic())
+            if sentence is not None and self._judging:
+                self.end(sentence)
+
+    def _verdict(self, now: float) -> str | None:
+        """Why this process must end, if it must."""
+        if self.failure is not None:
+            return f"ended because {self.failure}"
+        if self._agent is not None and os.getppid() != self._agent:
+            if self._orphaned is None:
+                self._orphaned = now
+                os.kill(os.getpid(), signal.SIGTERM)  # the trainer saves and ends
+            elif now - self._orphaned > _ORPHAN:
+                return f"ended because its torchrun (process {self._agent}) has gone"
+        if self._store is None:
+            return None
+        if self._refused is not None and now - self._refused > _NO_STORE:
+            return "ended because the torchrun or rank 0 that keeps the addresses of all has gone"
+        limit = max([self._limit, *(peer.limit for peer in self._peers)])
+        if now - max(peer.moved for peer in self._peers) < limit:
+            return None
+        return self._silence(now, limit)
+
+    def _silence(self, now: float, limit: float) -> str:
+        """What is known when no rank has come further for too long."""
+        waited = f"no rank has come further for {limit:g} s (--timeout)"
+        if now - self._heard > _SILENT:
+            host = self._peers[0].host or os.environ.get("MASTER_ADDR", "of rank 0")
+            return (
+                f"{waited}: this rank, on {socket.gethostname()}, has not reached rank 0's host "
+                f"{host} for {now - self._heard:.0f} s"
+            )
+        silent = [r for r in self._others() if now - self._peers[r].heard > _SILENT]
+        if silent:
+            return f"{waited}: {self._named(silent)} has said nothing for as long"
+        at: dict[str, list[int]] = {}
+        for rank, peer in enumerate(self._peers):
+            at.setdefault(peer.doing, []).append(rank)
+        (doing, few), *rest = sorted(at.items(), key=lambda item: len(item[1]))
+        if not rest:
+            return f"{waited}: all ranks are at: {doing}"
+        others = " or ".join(text for text, _ in rest)
+        return f"{waited}: {self._named(few)} is at: {doing}, the others are at: {others}"
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _named(self, ranks: list[int]) -> str:
+        return ", ".join(f"rank {rank} on host {self._peers[rank].host or '?'}" for rank in ranks)
+
+    def end(self, sentence: str, status: int = 1) -> NoReturn:
+        """Say why, and end this process at once: nothing is waited for but `before_end`."""
+        prefix = f"[rank {self.rank}] " if self.size > 1 else ""
+        os.write(2, f"{prefix}error: {sentence}\n".encode(errors="backslashreplace"))
+        for action in self._before_end:
+            thread = threading.Thread(target=action, daemon=True)
+            thread.start()
+            thread.join(2)
+        os._exit(status)
