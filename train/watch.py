@@ -187,7 +187,9 @@ class Watch:
             return None
         if self._refused is not None and now - self._refused > _NO_STORE:
             return "ended because the torchrun or rank 0 that keeps the addresses of all has gone"
-        limit = max([self._limit, *(peer.limit for peer in self._peers)])
+        # What a silent rank said last may be from before its first step.
+        talking = (peer.limit for peer in self._peers if now - peer.heard <= _SILENT)
+        limit = max([self._limit, *talking])
         if now - max(peer.moved for peer in self._peers) < limit:
             return None
         return self._silence(now, limit)

@@ -44,7 +44,8 @@ def test_a_rank_that_saves_is_waited_for_as_long_as_for_the_first_step() -> None
 @pytest.mark.parametrize(
     ("peers", "heard", "words"),
     [
-        (({}, {"heard": NOW - 190}, {}), NOW, "rank 1 on host host1 has said nothing"),
+        (({}, {"heard": NOW - 190, "limit": FIRST}, {}), NOW,
+         "rank 1 on host host1 has said nothing"),
         (({}, {}, {"doing": "waiting for the data of step 8"}), NOW,
          "rank 2 on host host2 is at: waiting for the data of step 8"),
         (({}, {}), NOW, "all ranks are at: step 8"),
