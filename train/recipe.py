@@ -43,22 +43,30 @@ def read_about(name: str) -> tuple[str, str]:
     return str(about.get("text", "")), str(about.get("figure", ""))
 
 
-def read_recipe(name: str) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+def read_recipe(
+    name: str, above: tuple[str, ...] = ()
+) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]:
     """(name, fields, stages) of a recipe: one that comes with the package, or a TOML file's path.
 
-    Each stage is its name and the fields that differ from the recipe's own.
+    Each stage is its name and the fields that differ from the recipe's own. ``above`` are the
+    recipes that build on this one.
 
     Raises:
         ConfigError: no such recipe, broken TOML, or a key that is no field of its section.
     """
     path, document = _load(name)
+    if name in above:
+        raise ConfigError(f"recipe {path} builds on itself, by way of {', '.join(above)}")
     about = document.get("about", {})
+    own_stages = document.get("stage", [])
+    for key, value, kind in (("about", about, dict), ("stage", own_stages, list)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"recipe {path}: {key} must be [about] or [[stage]]s")
     values: dict[str, Any] = {}
     stages: list[tuple[str, dict[str, Any]]] = []
     if "extends" in about:
-        _, values, stages = read_recipe(str(about["extends"]))
+        _, values, stages = read_recipe(str(about["extends"]), (*above, name))
     known = all_fields()
-    own_stages = document.get("stage", [])
     for section, content in document.items():
         if section in ("about", "stage"):
             continue
@@ -81,11 +89,14 @@ def read_recipe(name: str) -> tuple[str, dict[str, Any], list[tuple[str, dict[st
 def _stage(path: Path, stage: Any, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not isinstance(stage, dict) or "stage_name" not in stage:
         raise ConfigError(f"recipe {path}: each [[stage]] needs a stage_name")
+    name = str(stage["stage_name"])
+    if not name.isprintable() or "/" in name or not name:
+        raise ConfigError(f"recipe {path}: stage_name {name!r} is no name of a folder")
     fields = {key: value for key, value in stage.items() if key != "stage_name"}
     for key in fields:
         if key not in known:
             raise ConfigError(f"recipe {path}: unknown field {key!r} in [[stage]]")
-    return str(stage["stage_name"]), fields
+    return name, fields
 
 
 def _load(name: str) -> tuple[Path, dict[str, Any]]:
@@ -94,7 +105,7 @@ def _load(name: str) -> tuple[Path, dict[str, Any]]:
         raise ConfigError(f"unknown recipe {name!r}{closest(name, recipe_names())}")
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # some values are too long or too deep for it
         raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
 
 

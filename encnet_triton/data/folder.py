@@ -245,7 +245,7 @@ def _walk(
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _walk(Path(entry.path), above | {this})
         else:
             yield entry
