@@ -21,24 +21,32 @@ import triton.language as tl
 
 
 @triton.jit
-def _split(C, BQ: tl.constexpr, LAST: tl.constexpr):
-    """Which run of tiles, and which channels: a vector of BQ or 1."""
-    if LAST:
-        blocks = tl.cdiv(C, BQ)
-        split = tl.program_id(0) // blocks
-        channels = tl.program_id(0) % blocks * BQ + tl.arange(0, BQ)
-    else:
-        split = tl.program_id(0) // C
-        channels = tl.program_id(0) % C + tl.arange(0, 1)
-    return split, channels
+def _split(program, C, BQ: tl.constexpr, LAST: tl.constexpr):
+    """A program's run of tiles, its block of channels or (not LAST) its channel, and its channels.
+
+    These are a vector of BQ or 1.
+    """
+    blocks = tl.cdiv(C, BQ) if LAST else C
+    split, block = program // blocks, program % blocks
+    channels = block * BQ + tl.arange(0, BQ) if LAST else block + tl.arange(0, 1)
+    return split, block, channels
+
+
+@triton.jit
+def _from_the_end():
+    """The number of this program, counted from the last one.
+
+    For a pass over what the pass before it has read: its last programs' part is still in the L2.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
 def _tile(
-    t, B, C, N, packed,
+    t, block, B, C, N, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, DENSITY: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of tile t, BP x BQ, in x, and which are inside; with DENSITY 8, bytes of the mask.
+    """Offsets of a block's tile t, BP x BQ, in x, and which are inside; DENSITY 8: of the mask.
 
     `packed` is BQ / 8, bytes of a row of the mask; as a constant it would have the compiler spread
     a tile's bytes over the threads anew, by way of shared memory.
@@ -46,7 +54,7 @@ def _tile(
     p, q = tl.arange(0, BP)[:, None], tl.arange(0, BQ // DENSITY)[None, :]
     if LAST:
         # The mask has one plane for each block of channels: a program's bytes lie side by side.
-        block, first = tl.program_id(0) % tl.cdiv(C, BQ), tl.cast(t, tl.int64) * BP
+        first = tl.cast(t, tl.int64) * BP
         rows = tl.cast(N, tl.int64) * B
         width = C if DENSITY == 1 else packed
         start = first * C + block * BQ if DENSITY == 1 else (block * rows + first) * width
@@ -56,7 +64,7 @@ def _tile(
         width = tl.cdiv(N, DENSITY)
         across = tl.cdiv(N, BQ)
         image, column = t // across * BP, t % across * (BQ // DENSITY)
-        plane = tl.cast(image, tl.int64) * C + tl.program_id(0) % C
+        plane = tl.cast(image, tl.int64) * C + block
         offsets = plane * width + column + (p * (C * width) + q)
         inside = (p < B - image) & (q < width - column)
     return offsets, inside
@@ -142,17 +150,17 @@ def statistics_kernel(
     Sums are taken about the mean of the run's first tile. It is at least 1/32 of the run, so its
     distance from the run's mean is at most sqrt(31) standard deviations whatever the data.
     """
-    split, channels = _split(C, BQ, LAST)
+    split, block, channels = _split(tl.program_id(0), C, BQ, LAST)
     begin = split * per
     end = tl.minimum(begin + per, tiles)
-    offsets, inside = _tile(begin, B, C, N, packed, BP, BQ, LAST, 1)
+    offsets, inside = _tile(begin, block, B, C, N, packed, BP, BQ, LAST, 1)
     count = _count(begin, B, N, BP, BQ, LAST)
     x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
     about = (_sum(x, LAST) / count)[None, :]
     deviation = tl.where(inside, x - about, 0.0)
     total, squares = deviation, deviation * deviation
     for t in range(begin + 1, end):
-        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         deviation = tl.where(inside, x - about, 0.0)
         total += deviation
@@ -196,7 +204,7 @@ def normalise_kernel(
     FOLD: tl.constexpr,  # one multiply-add a value: for frozen statistics
 ):
     """Y = act(normalised X + R), and the packed mask of the activation."""
-    split, channels = _split(C, BQ, LAST)
+    split, block, channels = _split(_from_the_end(), C, BQ, LAST)
     mean, inv_std, factor, bias = _coefficients(
         Mean, Var, Weight, Bias, channels, channels < C, eps, WEIGHT, BIAS
     )
@@ -205,13 +213,13 @@ def normalise_kernel(
     # Backwards: what the pass before this one read last is still in the L2.
     for i in range(begin, end):
         t = begin + end - 1 - i
-        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         y = _affine(x, mean, factor, bias, FOLD)
         if RESIDUAL:
             y += tl.load(R + offsets, mask=inside, other=0.0).to(tl.float32)
         if PACK:
-            at, exists = _tile(t, B, C, N, packed, BP, BQ, LAST, 8)
+            at, exists = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 8)
             tl.store(Bits + at, _pack((y > 0) & inside, BP, BQ), mask=exists)
         if RELU:
             y = tl.where(y < 0, 0.0, y)  # NaN stays
@@ -220,13 +228,13 @@ def normalise_kernel(
 
 @triton.jit
 def _masked(
-    grad, x, Bits, t, mean, factor, bias, B, C, N, packed,
+    grad, x, Bits, t, block, mean, factor, bias, B, C, N, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
     PACKED: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """The gradient where the activation let it pass."""
     if PACKED:
-        at, exists = _tile(t, B, C, N, packed, BP, BQ, LAST, 8)
+        at, exists = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 8)
         bits = _unpack(tl.load(Bits + at, mask=exists, other=0), BP, BQ)
         grad = tl.where(bits, grad, 0.0)
     elif RELU:
@@ -264,7 +272,7 @@ def backward_sums_kernel(
     RESIDUAL: tl.constexpr,  # write dR
 ):
     """P[split] = sum g and sum g u, 2 x C; frozen statistics: dX, and dR, in the same pass."""
-    split, channels = _split(C, BQ, LAST)
+    split, block, channels = _split(tl.program_id(0), C, BQ, LAST)
     in_c = channels < C
     mean, inv_std, factor, bias = _coefficients(
         Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT, BIAS
@@ -274,11 +282,11 @@ def backward_sums_kernel(
     total = tl.zeros((BP, BQ), tl.float32)
     product = tl.zeros((BP, BQ), tl.float32)
     for t in range(begin, end):
-        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dY + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = _masked(
-            grad, x, Bits, t, mean, factor, bias, B, C, N, packed,
+            grad, x, Bits, t, block, mean, factor, bias, B, C, N, packed,
             BP, BQ, LAST, RELU, PACKED, FROZEN,
         )  # fmt: skip
         total += grad
@@ -322,7 +330,7 @@ def backward_input_kernel(
     RESIDUAL: tl.constexpr,  # write dR
 ):
     """dX from the sums over all processes, and dR."""
-    split, channels = _split(C, BQ, LAST)
+    split, block, channels = _split(_from_the_end(), C, BQ, LAST)
     in_c = channels < C
     mean, inv_std, factor, bias = _coefficients(
         Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT, BIAS
@@ -335,11 +343,11 @@ def backward_input_kernel(
     end = tl.minimum(begin + per, tiles)
     for i in range(begin, end):
         t = begin + end - 1 - i
-        offsets, inside = _tile(t, B, C, N, packed, BP, BQ, LAST, 1)
+        offsets, inside = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dY + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = _masked(
-            grad, x, Bits, t, mean, factor, bias, B, C, N, packed,
+            grad, x, Bits, t, block, mean, factor, bias, B, C, N, packed,
             BP, BQ, LAST, RELU, PACKED, False,
         )  # fmt: skip
         if RESIDUAL:

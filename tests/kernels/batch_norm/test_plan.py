@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -328,3 +329,32 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     names.clear()
     run(batch_norm_act, tensors, training=False)
     assert names == ["normalise_kernel", "backward_sums_kernel", "finish_backward_kernel"]
+
+
+class Walk(Watch):
+    """The addresses that are loaded, in order."""
+
+    def __enter__(self) -> Watch:
+        self.walked: list[int] = []
+        return super().__enter__()
+
+    def _access(self, kind: Any, pointers: Any, mask: Any) -> None:
+        super()._access(kind, pointers, mask)
+        self.walked += pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].tolist()
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="a GPU orders its programs itself")
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_the_second_pass_walks_back(layout: str) -> None:
+    """What the first pass read last is still in the L2: as one sequence, x is read to and fro."""
+    x = torch.randn(2, 32, 24, 24)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    with Walk() as walk:
+        batch_norm_act(x, None, None, None, None, training=True, momentum=0.1, eps=1e-5)
+    assert all(record.programs > 2 for record in walk.launches if "X" in record.loads)
+    span = range(x.data_ptr(), x.data_ptr() + x.nbytes)
+    read = [address for address in walk.walked if address in span]
+    assert len(read) == 2 * x.numel()
+    first, second = (np.argsort(part) for part in np.split(np.array(read), 2))
+    assert np.corrcoef(first, second)[0, 1] < -0.99  # -1 but for the order within a tile
