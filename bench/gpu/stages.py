@@ -145,7 +145,7 @@ def tune(rehearse: bool) -> list[Job]:
 
 def _measure_configs(shape: str, environment: dict[str, str]) -> Job:
     return Job(
-        "tune", shape, "bench.gpu.tune:measure", {"shape": shape}, seconds=12, limit=240,
+        "tune", shape, "bench.gpu.tune:measure", {"shape": shape}, seconds=15, limit=240,
         alone=True, environment=environment, goes_on=True,
     )  # fmt: skip
 

@@ -191,7 +191,7 @@ class Forward:
         return forward_configs(machine.arch, self.x.dtype, channels, num, pixels)
 
     def candidates(self, machine: Machine) -> list[Config]:
-        return candidates(self.configs(machine))
+        return candidates(self.configs(machine), self.x.shape[1])
 
     def launches(
         self, machine: Machine, config: Config
@@ -329,7 +329,7 @@ class Backward:
         return backward_configs(machine.arch, self.x.dtype, channels, num, pixels)
 
     def candidates(self, machine: Machine) -> list[Config]:
-        return candidates(self.configs(machine))
+        return candidates(self.configs(machine), self.x.shape[1])
 
     def launches(
         self, machine: Machine, config: Config

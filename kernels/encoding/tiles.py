@@ -74,16 +74,21 @@ def _whole(configs: list[Config], channels: int, num: int, pixels: int) -> list[
     return [replace(configs[0], whole=True, max_registers=_MOST_REGISTERS), *configs]
 
 
-def candidates(configs: list[Config]) -> list[Config]:
-    """These configurations and some that are a step away from the first one, to be measured."""
-    first = configs[0]
-    others = varied(
-        first,
-        block_n=(first.block_n // 2, 2 * first.block_n),
-        num_warps=(first.num_warps // 2, 2 * first.num_warps),
-        max_registers=(None, _MOST_REGISTERS),
-    )
-    return list(dict.fromkeys(configs + [c for c in others if 16 <= c.block_n <= 128]))
+def candidates(configs: list[Config], channels: int) -> list[Config]:
+    """These configurations and some that are a step away from one of them, to be measured.
+
+    8 warps and their registers are what a fused sum of many channels needs; it spills with others.
+    """
+    found = list(configs)
+    if configs[0].fused:
+        found += varied(configs[0], max_registers=(None, _MOST_REGISTERS))
+    for config in configs:
+        found += varied(config, block_n=(config.block_n // 2, 2 * config.block_n))
+        if 2 * config.block_c <= padded(channels):
+            found += varied(config, block_c=(2 * config.block_c,))
+        if config.num_warps == 4 or not config.fused:
+            found += varied(config, num_warps=(config.num_warps // 2, 2 * config.num_warps))
+    return list(dict.fromkeys(config for config in found if 16 <= config.block_n <= 128))
 
 
 def forward_configs(

@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 
 from bench import passes
 from bench.static.interpreter import Watch
-from encnet_triton.kernels import upsample_argmax
 from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.runtime.launch import Config
 
@@ -29,26 +28,21 @@ def layer(**sizes: Any) -> Callable[[], object]:
     return passes.batch_norm_pass("ours", DEVICE, torch.float32, **sizes)
 
 
-def encoding(**sizes: Any) -> Callable[[], object]:
-    return passes.encode_pass("ours", DEVICE, torch.float32, **sizes)
+def encoding(dtype: torch.dtype = torch.float32, **sizes: Any) -> Callable[[], object]:
+    return passes.encode_pass("ours", DEVICE, dtype, **sizes)
 
 
 def cross_entropy(**sizes: Any) -> Callable[[], object]:
     return passes.upsample_pass("ours", DEVICE, torch.float32, **sizes)
 
 
-def labels() -> Callable[[], object]:
-    logits = torch.randn(1, 9, 2, 2, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    return partial(upsample_argmax, logits, (4, 4), return_prob=True)
-
-
 SUBJECTS: dict[str, Callable[[], Callable[[], object]]] = {
     "encode, whole images": partial(encoding, B=1, C=9, size=4, K=5),
+    "encode, fused": partial(encoding, torch.bfloat16, B=1, C=136, size=5, K=3),
     "encode, split": partial(encoding, B=1, C=40, size=4, K=17),
     "batch_norm": partial(layer, B=2, C=10, size=3, residual=True),
     "batch_norm, frozen": partial(layer, B=2, C=10, size=3, residual=True, frozen=True),
     "upsample": partial(cross_entropy, B=1, C=9, low=2, high=4),
-    "upsample_argmax": labels,
 }
 
 
@@ -83,4 +77,6 @@ def test_candidates_compute_the_same(name: str) -> None:
         wanted = computed(call, default)
         for config in distinct([default, *candidates])[1:]:
             for ours, theirs in zip(computed(call, config), wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=str(config))
+                # Sums in another order, of what is rounded to x's dtype.
+                error = (ours.double() - theirs).norm() / theirs.double().norm().clamp(min=1e-9)
+                assert error <= (2e-2 if call.problem().dtype == "bfloat16" else 1e-4), config
