@@ -15,6 +15,7 @@ from encnet_triton.files import write_text
 from encnet_triton.kernels.runtime import tuned
 
 FOLDER = ROOT / "docs" / "gpu"
+CONFIGURATIONS = ROOT / "kernels" / "runtime" / "tuned"  # where the launcher reads them
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "gpu.md")
 BEGIN, END = "<!-- gpu results: made by `bench gpu --publish` -->", "<!-- end of gpu results -->"
 LARGEST = 300 * 1024
@@ -22,7 +23,7 @@ NOTHING = "No GPU has run this yet: every figure for a GPU in these documents is
 
 
 def publish(
-    sources: Sequence[Path], folder: Path = FOLDER, configurations: Path = tuned.FOLDER
+    sources: Sequence[Path], folder: Path = FOLDER, configurations: Path = CONFIGURATIONS
 ) -> Path:
     """Join results of one machine in docs/gpu/<device>; what a later folder measured again counts.
 

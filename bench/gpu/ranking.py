@@ -64,9 +64,9 @@ def document(
 
 
 def _row(one: Measured, name: str) -> dict[str, Any]:
-    row = {**one["problem"], "config": name, "us": round(one["configs"][name]["us"], 2)}
+    row = {**one["problem"], "config": name, "us": one["configs"][name]["us"]}
     default = one["configs"].get(one["default"], {})
-    return row | ({"default us": round(default["us"], 2)} if "us" in default else {})
+    return row | ({"default us": default["us"]} if "us" in default else {})
 
 
 def write(

@@ -140,9 +140,9 @@ def tune(outcomes: Outcomes) -> list[str]:
     rows, left_out = [], []
     for _, one in ranking.measured(outcomes):
         about = one["problem"]
-        name = f"{about['name']}, " + " ".join(
-            f"{k}{v}" for k, v in {**about["options"], **about["sizes"]}.items()
-        )
+        given = {**about["options"], **about["sizes"]}.items()
+        said = (key if value is True else f"{key}{value}" for key, value in given if value)
+        name = f"{about['name']}, {' '.join(said)}"
         configs, best = one["configs"], ranking.best(one)
         times = [configs.get(which, {}).get("us") for which in (one["default"], best)]
         cells = [f"{us:.1f}" if us is not None else "-" for us in times]

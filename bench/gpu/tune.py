@@ -229,5 +229,6 @@ def _tried(
     if config not in [used for one, used in ran if one.problem() == problem]:
         return {"reason": "the launcher did not take it"}
     times = device.times(lambda: launch.run_all(made), _SECONDS)
-    found = {"us": 1e3 * times.median, "error": max(errors.values())}
+    largest = float(f"{max(errors.values()):.1e}")
+    found: dict[str, Any] = {"us": round(1e3 * times.median, 2), "error": largest}
     return found | ({"note": times.note} if times.note else {})

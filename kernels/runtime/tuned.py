@@ -119,8 +119,8 @@ def _entry(found: Any) -> Optional[Entry]:
     return Entry(Problem(found["name"], found["dtype"], options, sizes), found["config"])
 
 
-# By device; and what `launch.trial` prefers on every device in place of it, or None.
-_tables: dict[torch.device, Sequence[Entry]] = {}
+# By name of device; and what `launch.trial` prefers on every device in place of it, or None.
+_tables: dict[str, Sequence[Entry]] = {}
 tried: Optional[Sequence[Entry]] = None
 
 
@@ -147,11 +147,12 @@ def preferred(
 
 def _entries(device: torch.device) -> Sequence[Entry]:
     """Of the file of this device; read once, and what is wrong is said once."""
-    if device not in _tables:
-        _tables[device] = ()
-        if device.type == "cuda" and os.environ.get("ENCNET_TUNED") != "0":
-            _tables[device] = _of_device(torch.cuda.get_device_name(device))
-    return _tables[device]
+    if device.type != "cuda" or os.environ.get("ENCNET_TUNED") == "0":
+        return ()
+    name = torch.cuda.get_device_name(device)
+    if name not in _tables:
+        _tables[name] = _of_device(name)
+    return _tables[name]
 
 
 def _of_device(name: str) -> Sequence[Entry]:

@@ -40,8 +40,8 @@ SUBJECTS: dict[str, Callable[[], Callable[[], object]]] = {
     "encode, whole images": partial(encoding, B=1, C=9, size=4, K=5),
     "encode, fused": partial(encoding, torch.bfloat16, B=1, C=136, size=5, K=3),
     "encode, split": partial(encoding, B=1, C=40, size=4, K=17),
-    "batch_norm": partial(layer, B=2, C=10, size=3, residual=True),
-    "batch_norm, frozen": partial(layer, B=2, C=10, size=3, residual=True, frozen=True),
+    "batch_norm": partial(layer, B=2, C=70, size=3, residual=True),
+    "batch_norm, frozen": partial(layer, B=2, C=70, size=3, residual=True, frozen=True),
     "upsample": partial(cross_entropy, B=1, C=9, low=2, high=4),
 }
 
