@@ -1,4 +1,7 @@
-"""`python -m bench gpu`: measure everything worth measuring on this GPU, the best first."""
+"""`python -m bench gpu`: measure everything worth measuring on this GPU, the best first.
+
+`python -m bench tune` is its stage `tune` alone: the fastest configuration of every kernel.
+"""
 
 from __future__ import annotations
 

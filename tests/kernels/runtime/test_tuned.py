@@ -199,6 +199,21 @@ def test_a_measured_configuration_runs_before_the_plans_own(ran) -> None:
     assert seen == [(call, wanted)]
 
 
+def test_a_trial_leaves_nothing_behind(ran) -> None:
+    call = forward()
+    launch.run(call)
+    before = tuned.tried
+    with (
+        pytest.raises(ZeroDivisionError),
+        launch.trial([Entry(call.problem(), str(Config(128, 64, 8)))]),
+    ):
+        launch.run(call)
+        raise ZeroDivisionError
+    assert tuned.tried is before
+    launch.run(call)
+    assert block_of(ran) == [64, 128, 64]
+
+
 def test_a_measured_configuration_that_spills_gives_way_to_the_plans_own(
     ran, monkeypatch, caplog
 ) -> None:
