@@ -50,7 +50,8 @@ def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend()
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)  # a run's name may have dollars
     figure.savefig(path, dpi=110)
     return True
 

@@ -33,7 +33,7 @@ class Log:
     def __init__(self, folder: Path, enabled: bool, console: Console | None = None) -> None:
         self.folder = folder
         self.enabled = enabled
-        self.console = console or Console(quiet=not enabled, soft_wrap=True)
+        self.console = console or Console(quiet=not enabled, soft_wrap=True, emoji=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 

@@ -25,7 +25,9 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
     """
     for path in inputs:
         if path.is_dir():
-            found = [p for p in visible(path, "*") if p.suffix.lower() in SUFFIXES]
+            found = [
+                p for p in visible(path, "*") if p.suffix.lower() in SUFFIXES and not p.is_dir()
+            ]
             if not found:
                 raise ValueError(f"folder {path} holds no image ({', '.join(SUFFIXES)})")
             yield from found

@@ -49,6 +49,7 @@ def test_hidden_companions_are_left_out_and_brackets_are_text(
     checkpoint: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "._photo1.jpg").write_bytes(b"\0\5\x16\7" + bytes(4000))
+    (photos / "folder.jpg").mkdir()
     output = tmp_path / "out [red]"
     assert main(["--checkpoint", checkpoint, str(photos), "--output", str(output)]) == 0
     assert labelled(output) == [f"photo{i}_label.png" for i in range(5)]
