@@ -118,12 +118,19 @@ def start(device: str) -> World:
     return World(rank, size, local_rank, local_size, place, _watch, job)
 
 
+def meeting_point() -> tuple[dist.Store, int, int]:
+    """(the store that torchrun or rank 0 offers, rank, size); jobs at one address may share it."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    return (dist.PrefixStore(job, store) if job else store), rank, size
+
+
 def second_connection(store: dist.Store, rank: int) -> tuple[dist.Store, str]:
     """A store for the `Watch`, whose calls wait for no other's, and the name of this job.
 
     The name lies in the store that torchrun offers, and so outlives the processes that it starts.
     """
-    looking, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    looking, _, _ = meeting_point()
     job = looking.compare_set("job", "", uuid.uuid4().hex).decode()
     if rank == 0:
         store.set("watch", uuid.uuid4().hex)
@@ -141,7 +148,7 @@ def fresh_store() -> dist.Store:
     Raises:
         WorldError: some ranks did not appear in time.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = meeting_point()
     own = uuid.uuid4().hex
     if rank != 0:
         store.set(f"asks/{rank}", own)
