@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import nn
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.weights import CheckpointError, ModelInfo
 
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate memory")
 _FOR_SEGMENTATION = (
     "multi_scale", "scales", "flip", "whole_image", "batch", "protocol", "workers", "output",
 )  # fmt: skip
@@ -36,13 +39,22 @@ def exit_status(action: Callable[[], int | None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = action() or 0
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
     except (CheckpointError, OSError, ValueError) as error:
         return _failed(str(error))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            return _failed("out of memory; a smaller --batch or smaller --scales need less")
         if not _together():
             raise
         # That of the others which fails first has said why.
         return _failed(f"another process is gone ({str(error).splitlines()[0]})")
+    except BaseException:
+        if _together():
+            traceback.print_exc()
+            _end_at_once(1)
+        raise
     if _together():
         dist.destroy_process_group()
     return status
@@ -52,14 +64,26 @@ def _together() -> bool:
     return bool(dist.is_available() and dist.is_initialized())
 
 
-def _failed(sentence: str) -> int:
+def _failed(sentence: str, status: int = 2) -> int:
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{rank}error: {sentence}", file=sys.stderr)
     if _together():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
-    return 2
+        _end_at_once(status)
+    return status
+
+
+def _end_at_once(status: int) -> None:
+    """To leave the group would wait for the others, and they for this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or this machine has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def make_console(**options: Any) -> Console:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 
-import torch
 import torch.distributed as dist
 
 from encnet_triton.data.loader import worker_failure
+from encnet_triton.options import out_of_memory
 
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate memory")
 _LOST = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe")
 _AMOUNT = re.compile(r"[Tt]ried to allocate ([\d.]+) ([KMG]?i?B|bytes)")
 
@@ -31,10 +30,3 @@ def explained(error: BaseException) -> tuple[str | None, bool]:
     if isinstance(error, dist.DistError) or _LOST.search(text):
         return f"lost the connection to another rank: {text.splitlines()[0][:300]}", True
     return None, False
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or this machine has no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
