@@ -1,14 +1,14 @@
 """Weights that others have trained: ``python -m encnet_triton.convert in.pth out.safetensors``.
 
-Read are checkpoints of PyTorch-Encoding (EncNet and FCN, with any of its backbones), of
-mmsegmentation (EncNet and FCN) and ImageNet weights of torchvision's ResNets.
+Read are EncNet, FCN, PSPNet and DeepLabV3 of PyTorch-Encoding and mmsegmentation, FCN and DeepLabV3
+of torchvision, all on ResNets, and ImageNet weights of ResNets under the names of torchvision, timm
+and MMClassification.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +17,8 @@ from encnet_triton import options
 from encnet_triton.data import DATASETS
 from encnet_triton.weights import convert_backbone, convert_model, export_backbone, load_backbone
 from encnet_triton.weights import load_peer as load_foreign
-from encnet_triton.weights.reading import read_document, tensors_in
+from encnet_triton.weights.backbone import is_trunk
+from encnet_triton.weights.reading import read_document, state_dict_of
 
 __all__ = ["convert_model", "export_backbone", "load_backbone", "load_foreign"]
 
@@ -26,26 +27,44 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m encnet_triton.convert",
-        description="Convert a checkpoint of PyTorch-Encoding, mmsegmentation or torchvision.",
+        description="Convert a checkpoint of PyTorch-Encoding, mmsegmentation or torchvision, or "
+        "ImageNet weights of a ResNet.",
         formatter_class=options.Help,
     )
-    parser.add_argument("input", help="a .pth, .pt or .safetensors file, or the URL of a .pth")
+    parser.add_argument(
+        "input", help="a .pth, .pt, .pth.tar, .ckpt or .safetensors file, or the URL of one"
+    )
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     named = [name for name, maker in DATASETS.items() if hasattr(maker, "labels_for")]
     parser.add_argument(
         "--dataset", choices=named, help="for class names and colours (default: none)"
     )
     parser.add_argument(
-        "--crop", type=options.whole(1), default=480, help="of its training, in pixels"
+        "--crop", type=_size, help="of its training, in pixels: 480 or 512x1024 "
+        "(default: what the file says, else what is usual where it comes from)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base-size", type=options.whole(1), help="of its images' edge (default: as for --crop)"
     )
     parser.add_argument(
-        "--base-size", type=options.whole(1), default=520, help="of its images' long edge"
+        "--ema", action="store_true", help="the moving average of the weights that is beside them"
     )
+    parser.add_argument(
+        "--config", type=Path, help="mmsegmentation's configuration, as its trainer writes it "
+        "(default: the one in the file)",
+    )  # fmt: skip
     parser.add_argument(
         "--export-backbone", action="store_true",
         help="the other way: the backbone of a checkpoint of this project, in torchvision's names",
     )  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def _size(text: str) -> tuple[int, int]:
+    numbers = text.split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 480 or 512x1024")
+    return int(numbers[0]), int(numbers[-1])
 
 
 def run(given: argparse.Namespace, console: Console) -> None:
@@ -57,17 +76,22 @@ def run(given: argparse.Namespace, console: Console) -> None:
         export_backbone(Path(given.input), given.output)
         console.print(f"wrote the backbone of {given.input} to {given.output}")
         return
-    content = read_document(given.input)
-    if isinstance(content, Mapping) and "layer1.0.conv1.weight" in content:
-        name = convert_backbone(tensors_in(content, given.input), given.input, given.output)
+    document = read_document(given.input)
+    tensors = state_dict_of(document, given.input, given.ema)
+    if is_trunk(tensors):
+        name = convert_backbone(tensors, given.input, given.output)
         console.print(f"wrote {name} to {given.output}; use it as --pretrained {given.output}")
         return
     model = convert_model(
         given.input,
         given.output,
+        document=document,
         dataset=given.dataset,
         crop=given.crop,
         base_size=given.base_size,
+        average=given.ema,
+        config=None if given.config is None else given.config.read_text(),
+        note=lambda text: console.print(f"note: {text}; give --config to say it"),
     )
     count = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"wrote {given.output}: {count:,} parameters, {model.options}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class BlockPlan:
         dilation: of any later one.
         project: a 1x1 convolution in the shortcut. Whether there is one does not depend on the
             output stride, so that weights fit at any.
+        average: the shortcut's stride is that of an average pooling before its convolution.
+        dilate_second: the second 3x3 convolution of a `BasicBlock` is dilated.
     """
 
     in_channels: int
@@ -39,11 +42,20 @@ class BlockPlan:
     first_dilation: int
     dilation: int
     project: bool
+    average: bool = False
+    dilate_second: bool = True
 
 
 def _shortcut(plan: BlockPlan, out_channels: int) -> nn.Sequential | None:
     if not plan.project:
         return None
+    if plan.average:
+        pool = nn.AvgPool2d(plan.stride, plan.stride, ceil_mode=True, count_include_pad=False)
+        return nn.Sequential(
+            pool if plan.stride > 1 else nn.Identity(),
+            nn.Conv2d(plan.in_channels, out_channels, 1, bias=False),
+            BatchNormAct2d(out_channels, activation=None),
+        )
     return nn.Sequential(
         nn.Conv2d(plan.in_channels, out_channels, 1, plan.stride, bias=False),
         BatchNormAct2d(out_channels, activation=None),
@@ -59,7 +71,8 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = conv3x3(plan.in_channels, plan.width, plan.stride, plan.first_dilation)
         self.bn1 = BatchNormAct2d(plan.width)
-        self.conv2 = conv3x3(plan.width, plan.width, dilation=plan.dilation)
+        second = plan.dilation if plan.dilate_second else 1
+        self.conv2 = conv3x3(plan.width, plan.width, dilation=second)
         self.bn2 = BatchNormAct2d(plan.width)
         self.downsample = _shortcut(plan, plan.width)
 
@@ -108,6 +121,8 @@ class ResNetConfig:
         stem_kernel: kernel size of a single-convolution stem.
         max_pool: 3x3 max-pooling of stride 2 after the stem.
         output_stride: pixels of the input per pixel of stages 3 and 4.
+        average: see `BlockPlan`; "d" in the names of others.
+        dilate_second: see `BlockPlan`.
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -118,6 +133,8 @@ class ResNetConfig:
     stem_kernel: int = 7
     max_pool: bool = True
     output_stride: int = 8
+    average: bool = False
+    dilate_second: bool = True
 
     @property
     def stem_stride(self) -> int:
@@ -133,7 +150,7 @@ class ResNetConfig:
         return [stride for stride in reached if stride >= 4]
 
 
-def _resnet(depth: int, stem: tuple[int, ...] = (64,)) -> ResNetConfig:
+def _resnet(depth: int, stem: tuple[int, ...] = (64,), **more: Any) -> ResNetConfig:
     table: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
         34: (BasicBlock, (3, 4, 6, 3)),
@@ -142,7 +159,7 @@ def _resnet(depth: int, stem: tuple[int, ...] = (64,)) -> ResNetConfig:
         152: (Bottleneck, (3, 8, 36, 3)),
     }
     block, depths = table[depth]
-    return ResNetConfig(block, depths, stem=stem)
+    return ResNetConfig(block, depths, stem=stem, **more)
 
 
 _V1C_STEM = (32, 32, 64)
@@ -154,8 +171,17 @@ BACKBONES: dict[str, ResNetConfig] = {
     "resnet50": _resnet(50),
     "resnet101": _resnet(101),
     "resnet152": _resnet(152),
+    # As mmsegmentation has these two depths: dilated in the first convolution of a block alone.
+    "resnet18b": _resnet(18, dilate_second=False),
+    "resnet34b": _resnet(34, dilate_second=False),
+    "resnet18c": _resnet(18, _V1C_STEM, dilate_second=False),
+    "resnet34c": _resnet(34, _V1C_STEM, dilate_second=False),
     "resnet50c": _resnet(50, _V1C_STEM),
     "resnet101c": _resnet(101, _V1C_STEM),
+    "resnet152c": _resnet(152, _V1C_STEM),
+    "resnet50d": _resnet(50, _V1C_STEM, average=True),
+    "resnet101d": _resnet(101, _V1C_STEM, average=True),
+    "resnet152d": _resnet(152, _V1C_STEM, average=True),
     "resnet50s": _resnet(50, _DEEP_STEM),
     "resnet101s": _resnet(101, _DEEP_STEM),
     "resnet152s": _resnet(152, _DEEP_STEM),
@@ -235,10 +261,15 @@ class ResNet(nn.Module):
                 dilation *= stride if dilate else 1
                 stride = 1
             reached *= stride
-            plan = BlockPlan(in_channels, width, stride, first_dilation, dilation, project)
+            plan = BlockPlan(
+                in_channels, width, stride, first_dilation, dilation, project,
+                config.average, config.dilate_second,
+            )  # fmt: skip
             blocks: list[nn.Module] = [config.block(plan)]
             in_channels = out_channels
-            later = BlockPlan(in_channels, width, 1, dilation, dilation, project=False)
+            later = replace(
+                plan, in_channels=in_channels, stride=1, first_dilation=dilation, project=False
+            )
             blocks += [config.block(later) for _ in range(depth - 1)]
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages

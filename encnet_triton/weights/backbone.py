@@ -1,4 +1,4 @@
-"""Weights of a network's trunk alone: ImageNet's from torchvision, and those trained here."""
+"""Weights of a network's trunk alone: ImageNet's, from others, and those trained here."""
 
 from __future__ import annotations
 
@@ -8,32 +8,45 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from encnet_triton.files import write_tensors
-from encnet_triton.models import BACKBONES, create_model
+from encnet_triton.models import BACKBONES, create_backbone
 from encnet_triton.models.resnet import Bottleneck
+from encnet_triton.unpickle import printable
 from encnet_triton.weights.checkpoint import load_model
 from encnet_triton.weights.reading import listed, read_tensors
 
-__all__ = ["backbone_name", "convert_backbone", "export_backbone", "load_backbone"]
+__all__ = [
+    "backbone_name",
+    "check_tensors",
+    "convert_backbone",
+    "export_backbone",
+    "is_trunk",
+    "load_backbone",
+    "trunk_key",
+    "trunk_of",
+]
 
 
 def load_backbone(model: nn.Module, path_or_url: str | Path) -> None:
-    """Load ImageNet weights of a torchvision ResNet into a model's backbone.
+    """Load ImageNet weights of a ResNet into a model's backbone.
 
     Every tensor of the file but the classifier ``fc`` must find its place and every tensor of the
     backbone must be filled; otherwise nothing is changed.
 
     Args:
         model: a network of `encnet_triton.models`, or a `ResNet` itself.
-        path_or_url: local .pth, .pt or .safetensors file, or the URL of a .pth file, which torch
-            downloads into its hub cache once.
+        path_or_url: local file, or the URL of one that torch downloads into its hub cache once: a
+            state dict under torchvision's names (timm's and PyTorch-Encoding's are the same) or
+            those of MMClassification, alone or in the checkpoint of a trainer.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read, or does not fit the backbone; names file and key.
     """
-    backbone = getattr(model, "backbone", model)
     source = str(path_or_url)
-    tensors = {k: v for k, v in read_tensors(source).items() if k not in ("fc.weight", "fc.bias")}
+    _fill(getattr(model, "backbone", model), trunk_of(read_tensors(source)), source)
+
+
+def _fill(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     own = backbone.state_dict()
     unknown = [key for key in tensors if key not in own]
     # Files from before PyTorch 0.4.1 do not count batches.
@@ -41,16 +54,45 @@ def load_backbone(model: nn.Module, path_or_url: str | Path) -> None:
     if unknown or missing:
         raise ValueError(
             f"{source} does not fit the backbone: {listed(unknown)} in the file match nothing, "
-            f"{listed(missing)} of the backbone are not in the file "
-            f"(torchvision's weights fit resnet18, 34, 50, 101 and 152)"
+            f"{listed(missing)} of the backbone are not in the file{_looks_like(tensors, source)}"
         )
-    for key, tensor in tensors.items():
-        if tensor.shape != own[key].shape:
-            raise ValueError(
-                f"{source} does not fit the backbone: {key} is {tuple(tensor.shape)} in the file "
-                f"and {tuple(own[key].shape)} in the backbone"
-            )
+    check_tensors(
+        {key: (key, tensor) for key, tensor in tensors.items()}, own, source, "the backbone"
+    )
     backbone.load_state_dict({**own, **tensors})
+
+
+def _looks_like(tensors: Mapping[str, Tensor], source: str) -> str:
+    try:
+        return f"; it has the weights of {backbone_name(tensors, source)}"
+    except ValueError:
+        return ""
+
+
+def check_tensors(
+    given: Mapping[str, tuple[str, Tensor]], own: Mapping[str, Tensor], source: str, what: str
+) -> None:
+    """ValueError unless tensors fit those of a network: shape, kind of number, finite values.
+
+    Args:
+        given: our name -> (name in the file, tensor).
+        own: the state dict of the network.
+        source, what: the file and the network, in words.
+    """
+    for key, (origin, tensor) in given.items():
+        expected = own[key]
+        if tensor.shape != expected.shape:
+            raise ValueError(
+                f"{source} does not fit {what}: {printable(origin)} is {tuple(tensor.shape)} in "
+                f"the file and {tuple(expected.shape)} in {what}"
+            )
+        if tensor.is_floating_point() != expected.is_floating_point():
+            raise ValueError(
+                f"{source}: {printable(origin)} holds numbers of the type {tensor.dtype}, "
+                f"but {key} is {expected.dtype}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {printable(origin)} holds numbers that are not finite")
 
 
 def export_backbone(checkpoint: Path, output: Path) -> None:
@@ -67,35 +109,104 @@ def export_backbone(checkpoint: Path, output: Path) -> None:
 
 def convert_backbone(tensors: Mapping[str, Tensor], source: str, output: Path) -> str:
     """Write ImageNet weights of a ResNet, verified, for ``--pretrained``; returns its name."""
-    plain = {k: t for k, t in tensors.items() if k not in ("fc.weight", "fc.bias")}
+    plain = trunk_of(tensors)
     name = backbone_name(plain, source)
-    model = create_model("fcn", 2, backbone=name)
-    load_backbone(model, source)
+    _fill(create_backbone(name), plain, source)
     write_tensors(plain, output)
     return name
 
 
-def backbone_name(tensors: Mapping[str, Tensor], source: str) -> str:
+def is_trunk(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of an image classifier on a ResNet, or of its trunk."""
+    return "layer1.0.conv1.weight" in trunk_of(tensors)
+
+
+def trunk_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trunk of an image classifier under torchvision's names, without its classifier.
+
+    A state dict of something else is returned as it is.
+    """
+    prefix = "backbone."
+    # MMClassification has the classifier beside the trunk.
+    without = {k: t for k, t in tensors.items() if not k.startswith("head.fc.")}
+    if without and all(key.startswith(prefix) for key in without):
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in without.items()}
+    plain = {trunk_key(key): tensor for key, tensor in tensors.items()}
+    return {key: tensor for key, tensor in plain.items() if not key.startswith("fc.")}
+
+
+def trunk_key(key: str) -> str:
+    """A name of OpenMMLab's trunks, whose deep stem is one list, as torchvision has it."""
+    if key.startswith("stem.7."):
+        return "bn1." + key.removeprefix("stem.7.")
+    return "conv1." + key.removeprefix("stem.") if key.startswith("stem.") else key
+
+
+def backbone_name(tensors: Mapping[str, Tensor], source: str, openmmlab: bool = False) -> str:
     """The entry of `BACKBONES` with the stem and the blocks that a state dict has.
+
+    Args:
+        tensors: under torchvision's names.
+        source: name of the file, for errors.
+        openmmlab: dilated as OpenMMLab does it, where the weights are those of two entries.
 
     Raises:
         ValueError: there is none.
     """
+    stranger = _stranger(tensors)
+    if stranger is not None:
+        raise ValueError(f"{source} has a {stranger} for its backbone, which is not here")
     depths = tuple(
         len({k.split(".")[1] for k in tensors if k.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
     stem = tuple(
-        len(tensors[key])
+        tensors[key].shape[0]
         for key in ("conv1.weight", "conv1.0.weight", "conv1.3.weight", "conv1.6.weight")
-        if key in tensors
+        if key in tensors and tensors[key].dim() == 4
     )
     bottleneck = "layer1.0.conv3.weight" in tensors
-    for name, config in BACKBONES.items():
-        same_block = (config.block is Bottleneck) == bottleneck
-        if config.depths == depths and config.stem == stem and same_block:
+    average = "layer2.0.downsample.2.weight" in tensors
+    fitting = [
+        name
+        for name, config in BACKBONES.items()
+        if (config.depths, config.stem, config.average) == (depths, stem, average)
+        and (config.block is Bottleneck) == bottleneck
+    ]
+    if not fitting:
+        kind = ", an averaging shortcut" if average else ""
+        raise ValueError(
+            f"{source} has a backbone of depths {depths} and stem {stem}{kind}, which is none of "
+            f"{', '.join(BACKBONES)}"
+        )
+    # Those that OpenMMLab dilates in its own way come after torchvision's.
+    return fitting[-1 if openmmlab else 0]
+
+
+def _stranger(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a family of networks that is not one of ours, by what only it has."""
+    for key, name in (
+        ("layer1.0.conv2.conv.weight", "ResNeSt"),
+        ("layer1.0.conv2.fc1.weight", "ResNeSt"),
+        ("layer1.0.se.fc1.weight", "SE-ResNet"),
+        ("layer1.0.se.conv1.weight", "SE-ResNet"),
+        ("layer1.0.se_layer.conv1.conv.weight", "SE-ResNet"),
+        ("layer1.0.conv2_offset.weight", "ResNet with deformable convolutions"),
+        ("layer1.0.conv2.conv_offset.weight", "ResNet with deformable convolutions"),
+        ("layer1.0.convs.0.weight", "Res2Net"),
+        ("mod1.conv1.weight", "WideResNet-38"),
+        ("stage2.0.branches.0.0.conv1.weight", "HRNet"),
+        ("block1.rep.0.conv1.weight", "Xception"),
+        ("patch_embed.projection.weight", "Vision Transformer"),
+        ("patch_embed.proj.weight", "Vision Transformer"),
+        ("features.0.0.weight", "MobileNet"),
+        ("0.0.weight", "MobileNet"),
+    ):
+        if key in tensors:
             return name
-    raise ValueError(
-        f"{source} has a backbone of depths {depths} and stem {stem}, which is none of "
-        f"{', '.join(BACKBONES)}"
-    )
+    middle, last = tensors.get("layer1.0.conv2.weight"), tensors.get("layer1.0.conv3.weight")
+    if middle is None or last is None or middle.dim() != 4 or last.dim() != 4:
+        return None
+    if middle.shape[1] < middle.shape[0]:
+        return "ResNeXt"
+    return "Wide ResNet" if middle.shape[0] * 4 != last.shape[0] else None

@@ -1,11 +1,12 @@
-"""Checkpoints of PyTorch-Encoding and mmsegmentation as networks, and as files, of this project.
+"""Checkpoints of other projects as networks, and as files, of this project.
 
 Every tensor of a file must find its place and every tensor of the network must be filled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,58 @@ from torch import nn
 from encnet_triton.data import DATASETS, default_palette
 from encnet_triton.data.base import IMAGENET_MEAN, IMAGENET_STD
 from encnet_triton.models import create_model
+from encnet_triton.weights.backbone import check_tensors
 from encnet_triton.weights.checkpoint import ModelInfo, save_model
 from encnet_triton.weights.peer_names import PeerCheckpoint, identify, model_options
-from encnet_triton.weights.reading import listed, read_document, tensors_in
+from encnet_triton.weights.reading import as_mapping, listed, read_document, state_dict_of
 
 __all__ = ["convert_model", "load_peer"]
 
+# How images are cut and scaled where neither the file nor the caller says: as each project's
+# recipes do it, and for street scenes, whose images are larger.
+_IMAGES: dict[str, dict[str, Any]] = {
+    "PyTorch-Encoding": {"crop": [480, 480], "base_size": 520, "scale_by": "long"},
+    "mmsegmentation": {"crop": [512, 512], "base_size": 512, "scale_by": "short"},
+    "torchvision": {"crop": [480, 480], "base_size": 520, "scale_by": "short"},
+}
+_STREETS: dict[str, dict[str, Any]] = {
+    "PyTorch-Encoding": {"crop": [768, 768], "base_size": 2048, "scale_by": "long"},
+    "mmsegmentation": {"crop": [512, 1024], "base_size": 1024, "scale_by": "short"},
+}
 
-def load_peer(source: str | Path) -> tuple[nn.Module, PeerCheckpoint]:
-    """The network of a PyTorch-Encoding or mmsegmentation checkpoint, in evaluation mode.
+
+def load_peer(
+    source: str | Path, *, average: bool = False, config: str | None = None
+) -> tuple[nn.Module, PeerCheckpoint]:
+    """The network of a checkpoint of another project, in evaluation mode.
 
     Args:
-        source: a .pth, .pt or .safetensors file or URL: a state dict, or a training checkpoint that
-            has one under ``state_dict``.
+        source: a file or URL, see `reading.read_document`: a state dict, or a training checkpoint
+            with one in it.
+        average: take the moving average of the weights that is stored beside them.
+        config: text of mmsegmentation's configuration, in place of the one in the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, is of another origin, or does not fit; names the keys.
+        ValueError: the file cannot be read, is of another origin or of a network that is not here,
+            or does not fit; names what.
     """
     name = str(source)
-    document = read_document(name)
-    meta: Mapping[str, Any] = {}
-    if isinstance(document, Mapping) and isinstance(document.get("state_dict"), Mapping):
-        found = document.get("meta")
-        meta = found if isinstance(found, Mapping) else {}
-        document = document["state_dict"]
-    tensors = tensors_in(document, name)
-    peer = identify(tensors, meta, name)
-    model = create_model(**model_options(peer, name))
+    return peer_in(read_document(name), name, average=average, config=config)
+
+
+def peer_in(
+    document: Any, name: str, *, average: bool = False, config: str | None = None
+) -> tuple[nn.Module, PeerCheckpoint]:
+    """The same of a document that has been read from the file ``name``."""
+    meta: Mapping[Any, Any] = as_mapping((as_mapping(document) or {}).get("meta")) or {}
+    if config is not None:
+        meta = {**meta, "cfg": config}
+    peer = identify(state_dict_of(document, name, average), meta, name)
+    try:
+        model = create_model(**model_options(peer, name))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} describes a network that cannot be built: {error}") from error
     own = model.state_dict()
     missing = [k for k in own if k not in peer.tensors and not k.endswith("_tracked")]
     extra = [peer.origin_of[k] for k in peer.tensors if k not in own]
@@ -50,12 +75,8 @@ def load_peer(source: str | Path) -> tuple[nn.Module, PeerCheckpoint]:
             f"{name} does not fit the network it looks like ({peer.kind} {model.options}): "
             f"{listed(extra)} in the file match nothing, {listed(missing)} are not in the file"
         )
-    for key, tensor in peer.tensors.items():
-        if tensor.shape != own[key].shape:
-            raise ValueError(
-                f"{name}: {peer.origin_of[key]} is {tuple(tensor.shape)}, but {key} of the "
-                f"network it looks like is {tuple(own[key].shape)}"
-            )
+    named = {key: (peer.origin_of[key], tensor) for key, tensor in peer.tensors.items()}
+    check_tensors(named, own, name, "the network it looks like")
     model.load_state_dict({**own, **peer.tensors})
     return model.eval(), peer
 
@@ -64,22 +85,36 @@ def convert_model(
     source: str | Path,
     output: Path,
     *,
+    document: Any = None,
     dataset: str | None = None,
-    crop: int = 480,
-    base_size: int = 520,
+    crop: tuple[int, int] | None = None,
+    base_size: int | None = None,
+    average: bool = False,
+    config: str | None = None,
+    note: Callable[[str], object] = warnings.warn,
 ) -> nn.Module:
     """Write a peer's checkpoint as one of this project, which evaluate and predict take.
 
     Args:
-        source: see `load_peer`.
+        source, average, config: see `load_peer`.
         output: the .safetensors file to write.
+        document: what `reading.read_document` has read from the source, if it has.
         dataset: name of the data set it was trained on, for class names and colours; without it
             they are what the file says, else numbers.
-        crop, base_size: pixels of its training crops and of its images' long edge.
+        crop: height and width of its training crops, in pixels; None for what the file says, else
+            what is usual where it comes from.
+        base_size: the same of the edge that its images are scaled to.
+        note: called with what neither the file nor the caller says and is taken for granted.
     """
-    model, peer = load_peer(source)
+    if document is None:
+        document = read_document(str(source))
+    model, peer = peer_in(document, str(source), average=average, config=config)
+    if peer.assumed:
+        note(f"{source} has no configuration beside the weights: assumed are {peer.assumed}")
     count = int(model.num_classes)  # type: ignore[arg-type]
-    classes, palette = peer.classes, default_palette(count).tolist()
+    classes, palette = peer.classes, peer.palette
+    if len(palette) != count:
+        palette = default_palette(count).tolist()
     if dataset is not None:
         classes, palette = _names_of(dataset, count)
     if len(classes) != count:
@@ -88,15 +123,27 @@ def convert_model(
         options=dict(model.options),  # type: ignore[arg-type]
         classes=classes,
         palette=palette,
-        mean=list(IMAGENET_MEAN),
-        std=list(IMAGENET_STD),
-        crop=[crop, crop],
-        base_size=base_size,
-        scale_by="long",
         data={"name": dataset or "folder", "root": None, "split": "val", "options": {}},
+        **_image(peer, dataset, crop, base_size),
     )
     save_model(output, model, info, converted_from=peer.kind)
     return model
+
+
+def _image(
+    peer: PeerCheckpoint, dataset: str | None, crop: tuple[int, int] | None, base_size: int | None
+) -> dict[str, Any]:
+    """The fields of `ModelInfo` about images."""
+    image = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), **_IMAGES[peer.kind]}
+    if dataset == "cityscapes":
+        image |= _STREETS.get(peer.kind, {})
+    if peer.described is not None:
+        image |= peer.described.image
+    if crop is not None:
+        image["crop"] = list(crop)
+    if base_size is not None:
+        image["base_size"] = base_size
+    return image
 
 
 def _names_of(dataset: str, count: int) -> tuple[list[str], list[list[int]]]:

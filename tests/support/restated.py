@@ -217,3 +217,188 @@ def settled(model: nn.Module) -> nn.Module:
             ):  # fmt: skip
                 tensor.data.uniform_(low, high, generator=generator)
     return model.eval()
+
+
+# Small networks: a quarter of the channels of a ResNet-18, and heads on the last of them.
+WIDTH = 16
+LAST, PART = 8 * WIDTH, 2 * WIDTH
+# Strides and dilations of the stages by output stride.
+LAYOUTS = {8: ((1, 2, 1, 1), (1, 1, 2, 4)), 16: ((1, 2, 2, 1), (1, 1, 1, 2))}
+
+
+class Basic(nn.Module):
+    """``second``: the dilation of the second convolution, which mmsegmentation leaves at 1."""
+
+    def __init__(self, cin: int, width: int, stride: int, first: int, second: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(cin, width, 3, stride, first), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, 1, second), nn.BatchNorm2d(width)
+        self.downsample = None
+        if cin != width or stride > 1:
+            self.downsample = nn.Sequential(conv(cin, width, 1, stride), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (self.downsample(x) if self.downsample else x))
+
+
+class Trunk18(nn.Module):
+    """ResNet-18, of mmsegmentation where ``openmmlab``, with the stem "plain" or "stem".
+
+    Its stages have WIDTH channels and more, where the published one begins with 64.
+    """
+
+    def __init__(self, openmmlab: bool, stem: str = "plain", stride: int = 8) -> None:
+        super().__init__()
+        if stem == "plain":
+            self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        else:
+            self.stem = nn.Sequential(
+                conv(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU(),
+                conv(32, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),
+                conv(32, 64, 3), nn.BatchNorm2d(64), nn.ReLU(),
+            )  # fmt: skip
+        strides, dilations = LAYOUTS[stride]
+        cin = 64
+        for i, (step, dilation) in enumerate(zip(strides, dilations, strict=True)):
+            width, second = WIDTH * 2**i, 1 if openmmlab else dilation
+            first = Basic(cin, width, step, max(1, dilation // 2), second)
+            blocks = nn.Sequential(first, Basic(width, width, 1, dilation, second))
+            setattr(self, f"layer{i + 1}", blocks)
+            cin = width
+
+    forward = Trunk.forward
+
+
+def grids(x: Tensor, pools: list[nn.Module], corners: bool) -> Tensor:
+    """The features and their averages over 1, 4, 9 and 36 regions, side by side."""
+    parts = [pool(F.adaptive_avg_pool2d(x, n)) for n, pool in zip((1, 2, 3, 6), pools, strict=True)]
+    return torch.cat([x, *(upsampled(part, x, corners) for part in parts)], 1)
+
+
+class PyTorchEncodingPSP(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.pretrained = Trunk18(openmmlab=False)
+        pools = nn.Module()
+        for i in range(4):
+            setattr(pools, f"conv{i + 1}", conv_bn_relu(LAST, PART, 1))
+        last = nn.Conv2d(PART, classes, 1)
+        self.head = nn.Module()
+        self.head.conv5 = nn.Sequential(
+            pools, *conv_bn_relu(2 * LAST, PART, 3), nn.Dropout(0.1), last
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pools, *rest = self.head.conv5
+        c4 = self.pretrained(x)[2]
+        y = grids(c4, [getattr(pools, f"conv{i + 1}") for i in range(4)], True)
+        return upsampled(nn.Sequential(*rest)(y), x, True)
+
+
+class PyTorchEncodingDeepLab(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.pretrained = Trunk18(openmmlab=False)
+        aspp = nn.Module()
+        aspp.b0 = conv_bn_relu(LAST, PART, 1)
+        for i, rate in enumerate((12, 24, 36), start=1):
+            part = nn.Sequential(conv(LAST, PART, 3, 1, rate), nn.BatchNorm2d(PART), nn.ReLU())
+            setattr(aspp, f"b{i}", part)
+        aspp.b4 = nn.Module()
+        aspp.b4.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(LAST, PART, 1))
+        aspp.project = conv_bn_relu(5 * PART, PART, 1)
+        self.head = nn.Module()
+        self.head.aspp = aspp
+        self.head.block = nn.Sequential(
+            *conv_bn_relu(PART, PART, 3), nn.Dropout(0.1), nn.Conv2d(PART, classes, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        c4, aspp = self.pretrained(x)[2], self.head.aspp
+        parts = [aspp.b0(c4), aspp.b1(c4), aspp.b2(c4), aspp.b3(c4)]
+        parts.append(aspp.b4.gap(c4).expand_as(parts[0]))
+        return upsampled(self.head.block(aspp.project(torch.cat(parts, 1))), x, True)
+
+
+class TorchvisionDeepLab(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.backbone = Trunk18(openmmlab=False)
+        aspp = nn.Module()
+        atrous = [
+            nn.Sequential(conv(LAST, PART, 3, 1, rate), nn.BatchNorm2d(PART), nn.ReLU())
+            for rate in (12, 24, 36)
+        ]
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(LAST, PART, 1))
+        aspp.convs = nn.ModuleList([conv_bn_relu(LAST, PART, 1), *atrous, pool])
+        aspp.project = conv_bn_relu(5 * PART, PART, 1)
+        self.classifier = nn.Sequential(
+            aspp, *conv_bn_relu(PART, PART, 3), nn.Conv2d(PART, classes, 1)
+        )
+        self.aux_classifier = nn.Sequential(
+            *conv_bn_relu(LAST // 2, LAST // 8, 3),
+            nn.Dropout(0.1),
+            nn.Conv2d(LAST // 8, classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        c4 = self.backbone(x)[2]
+        aspp, *rest = self.classifier
+        parts = [part(c4) for part in aspp.convs]
+        parts[4] = parts[4].expand_as(parts[0])
+        return upsampled(nn.Sequential(*rest)(aspp.project(torch.cat(parts, 1))), x, False)
+
+
+class TorchvisionFCN(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.backbone = Trunk18(openmmlab=False)
+        self.classifier = nn.Sequential(
+            *conv_bn_relu(LAST, PART, 3), nn.Dropout(0.1), nn.Conv2d(PART, classes, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsampled(self.classifier(self.backbone(x)[2]), x, False)
+
+
+class MMSegPSP(nn.Module):
+    def __init__(self, classes: int, stride: int = 8, corners: bool = False) -> None:
+        super().__init__()
+        self.corners = corners
+        self.backbone = Trunk18(openmmlab=True, stem="stem", stride=stride)
+        head = nn.Module()
+        head.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.Identity(), ConvModule(LAST, PART, 1)) for _ in range(4)
+        )
+        head.bottleneck = ConvModule(2 * LAST, PART, 3)
+        head.conv_seg = nn.Conv2d(PART, classes, 1)
+        self.decode_head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        head = self.decode_head
+        y = grids(self.backbone(x)[2], list(head.psp_modules), self.corners)
+        return upsampled(head.conv_seg(head.bottleneck(y)), x, self.corners)
+
+
+class MMSegDeepLab(nn.Module):
+    def __init__(self, classes: int, stride: int = 8, corners: bool = False) -> None:
+        super().__init__()
+        self.corners = corners
+        self.backbone = Trunk18(openmmlab=True, stride=stride)
+        head = nn.Module()
+        rates = (1, 12, 24, 36) if stride == 8 else (1, 6, 12, 18)
+        head.aspp_modules = nn.ModuleList(ConvModule(LAST, PART, 1 if r == 1 else 3) for r in rates)
+        for part, rate in zip(head.aspp_modules, rates, strict=True):
+            part.conv.dilation = (rate, rate)
+            part.conv.padding = (0, 0) if rate == 1 else (rate, rate)
+        head.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), ConvModule(LAST, PART, 1))
+        head.bottleneck = ConvModule(5 * PART, PART, 3)
+        head.conv_seg = nn.Conv2d(PART, classes, 1)
+        self.decode_head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        c4, head = self.backbone(x)[2], self.decode_head
+        parts = [part(c4) for part in head.aspp_modules]
+        y = torch.cat([head.image_pool(c4).expand_as(parts[0]), *parts], 1)
+        return upsampled(head.conv_seg(head.bottleneck(y)), x, self.corners)

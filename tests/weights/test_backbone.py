@@ -119,6 +119,6 @@ def test_unreadable_files_are_named(file: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             load_backbone(model(), tmp_path / name)
-    torch.save({"epoch": 3, "state_dict": published()}, tmp_path / "run.pth")
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "run.pth")
     with pytest.raises(ValueError, match=r"run.pth holds something else"):
         load_backbone(model(), tmp_path / "run.pth")
