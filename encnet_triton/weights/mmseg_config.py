@@ -61,12 +61,11 @@ def describe(meta: Mapping[Any, Any], source: str) -> Described | None:
     model = as_mapping(config.get("model"))
     if model is None:
         raise ValueError(f"{source}: the configuration of mmsegmentation in it describes no model")
-    refusal = next(_refusals(model), None)
+    norm = _normalisation(config, model)
+    refusal = next(_refusals(model), None) or next(_image_refusals(norm), None)
     if refusal is not None:
         raise ValueError(f"{source} is a network of mmsegmentation that is not here: {refusal}")
     head = _part(model, "decode_head")
-    if not _reads_rgb(config, model):
-        raise ValueError(f"{source} takes images in the order blue, green, red, which is not here")
     stride, dilate = _layout(_part(model, "backbone"))
     options: dict[str, Any] = {
         "output_stride": stride,
@@ -77,7 +76,7 @@ def describe(meta: Mapping[Any, Any], source: str) -> Described | None:
     network = _HEADS[_kind(head)]
     if network == "deeplab":
         options["rates"] = list(_tuple(head, "dilations", (1, 6, 12, 18))[1:])
-    return Described(network, options, _image(config, model))
+    return Described(network, options, _image(config, model, norm))
 
 
 def _part(model: Mapping[Any, Any], name: str) -> Mapping[Any, Any]:
@@ -161,6 +160,15 @@ def _head_refusals(head: Mapping[Any, Any]) -> Iterator[str]:
         yield f"its dropout is {_word(head['dropout_ratio'])}"
 
 
+def _image_refusals(norm: Mapping[Any, Any]) -> Iterator[str]:
+    if not norm.get("bgr_to_rgb", norm.get("to_rgb", True)):
+        yield "it takes images in the order blue, green, red"
+    mean, std = _tuple(norm, "mean", (0,) * 3), _tuple(norm, "std", (1,) * 3)
+    numbers = all(isinstance(value, int | float) for value in (*mean, *std))
+    if not numbers or min(mean) < 0 or not max(*mean, *std) <= 255 or not min(std) >= 1e-3:
+        yield f"images are normalised by {_word(mean)} and {_word(std)}"
+
+
 def _layer_refusals(name: str, part: Mapping[Any, Any]) -> Iterator[str]:
     for key, value in part.items():
         if value is _Unknown:
@@ -185,13 +193,14 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 1 <= value <= 1024
 
 
-def _image(config: Mapping[Any, Any], model: Mapping[Any, Any]) -> dict[str, Any]:
+def _image(
+    config: Mapping[Any, Any], model: Mapping[Any, Any], norm: Mapping[Any, Any]
+) -> dict[str, Any]:
     """How images were normalised, cut and scaled, as far as the configuration says."""
     found: dict[str, Any] = {}
     steps = list(_steps(config))
-    norm = _normalisation(config, model)
     mean, std = _tuple(norm, "mean", ()), _tuple(norm, "std", ())
-    if len(mean) == len(std) == 3 and all(isinstance(v, int | float) for v in mean + std):
+    if len(mean) == len(std) == 3:
         found |= {
             "mean": [round(v / 255, 9) for v in mean],
             "std": [round(v / 255, 9) for v in std],
@@ -215,11 +224,6 @@ def _normalisation(config: Mapping[Any, Any], model: Mapping[Any, Any]) -> Mappi
     if "mean" in norm:
         return norm
     return next((step for step in _steps(config) if step.get("type") == "Normalize"), norm)
-
-
-def _reads_rgb(config: Mapping[Any, Any], model: Mapping[Any, Any]) -> bool:
-    norm = _normalisation(config, model)
-    return bool(norm.get("bgr_to_rgb", norm.get("to_rgb", True)))
 
 
 def _tests(step: Mapping[Any, Any]) -> bool:

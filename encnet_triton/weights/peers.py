@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from encnet_triton.data import DATASETS, default_palette
 from encnet_triton.data.base import IMAGENET_MEAN, IMAGENET_STD
 from encnet_triton.models import create_model
+from encnet_triton.unpickle import printable
 from encnet_triton.weights.backbone import check_tensors
 from encnet_triton.weights.checkpoint import ModelInfo, save_model
 from encnet_triton.weights.peer_names import PeerCheckpoint, identify, model_options
@@ -64,9 +66,11 @@ def peer_in(
         meta = {**meta, "cfg": config}
     peer = identify(state_dict_of(document, name, average), meta, name)
     try:
-        model = create_model(**model_options(peer, name))
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} describes a network that cannot be built: {error}") from error
+        with torch.device("meta"):  # a damaged shape may ask for more than any memory holds
+            model = create_model(**model_options(peer, name))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = printable(str(error).removeprefix(f"{name} "))
+        raise ValueError(f"{name} is a network that cannot be built: {reason}") from error
     own = model.state_dict()
     missing = [k for k in own if k not in peer.tensors and not k.endswith("_tracked")]
     extra = [peer.origin_of[k] for k in peer.tensors if k not in own]
@@ -77,8 +81,17 @@ def peer_in(
         )
     named = {key: (peer.origin_of[key], tensor) for key, tensor in peer.tensors.items()}
     check_tensors(named, own, name, "the network it looks like")
-    model.load_state_dict({**own, **peer.tensors})
+    model.load_state_dict(
+        {key: _taken(peer.tensors.get(key), own[key]) for key in own}, assign=True
+    )
     return model.eval(), peer
+
+
+def _taken(tensor: Tensor | None, own: Tensor) -> Tensor:
+    """A tensor as the network has it; batches are not counted in files before PyTorch 0.4.1."""
+    if tensor is None:
+        return torch.zeros_like(own, device="cpu")
+    return tensor.to(own.dtype, copy=True).contiguous()
 
 
 def convert_model(
