@@ -59,6 +59,9 @@ class Predictor:
         self.autocast = autocast
         self._normalise = Normalise(info.mean, info.std, self.device)
         self._align_corners = bool(model.align_corners)
+        # What lies outside the image is filled as in training: the published code has it black.
+        black = torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=self.device)
+        self._outside = self._normalise(black) if views.released else None
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> Tensor:
@@ -120,8 +123,7 @@ class Predictor:
         """Class scores of 1 x 3 x H x W, averaged over the windows at each pixel: 1 x n x H x W."""
         height, width = x.shape[2:]
         crop = (height, width) if self.whole_image else (self.info.crop[0], self.info.crop[1])
-        # Zero after normalisation is the mean colour, as the augmentation fills with.
-        x = F.pad(x, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
+        x = filled(x, crop, self._outside)
         total: Tensor | None = None
         visits = torch.zeros(x.shape[2:], device=self.device)
         for places, windows in self._windows(x, crop):
@@ -148,7 +150,7 @@ class Predictor:
         for start in range(0, len(places), self.batch):
             part = places[start : start + self.batch]
             windows = [x[:, :, t : t + crop[0], left : left + crop[1]] for t, left in part]
-            yield part, torch.cat([filled(window, crop) for window in windows])
+            yield part, torch.cat([filled(w, crop, self._outside) for w in windows])
 
     def _scores(self, windows: Tensor) -> Tensor:
         """Scores of B x 3 x h x w windows, and of their mirror images: B x n x h x w."""

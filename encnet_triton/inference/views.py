@@ -18,7 +18,8 @@ class Views:
         flip: the mirrored image as well.
         released: as the published evaluation code does it. Logits of an image and of its mirror
             image are added and the exponential of the sum is averaged, without normalising it over
-            the classes; the long edge is scaled; windows at the border are cut off, not moved.
+            the classes; the long edge is scaled; windows at the border are cut off, not moved, and
+            what lies outside the image is black.
     """
 
     scales: tuple[float, ...] = (1.0,)

@@ -37,6 +37,19 @@ def resized(
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def filled(window: Tensor, crop: tuple[int, int]) -> Tensor:
-    """A window that reaches beyond the image, filled up with the mean colour."""
-    return F.pad(window, (0, crop[1] - window.shape[3], 0, crop[0] - window.shape[2]))
+def filled(window: Tensor, crop: tuple[int, int], colour: Tensor | None = None) -> Tensor:
+    """A window that reaches beyond the image, filled up below and on the right.
+
+    Args:
+        window: 1 x 3 x h x w, normalised.
+        crop: height and width to fill up to; where the window has more, it keeps it.
+        colour: 1 x 3 x 1 x 1, normalised; None for 0, which is the mean colour.
+    """
+    height, width = (max(n, size) for n, size in zip(crop, window.shape[2:], strict=True))
+    if (height, width) == window.shape[2:]:
+        return window
+    if colour is None:
+        return F.pad(window, (0, width - window.shape[3], 0, height - window.shape[2]))
+    whole = colour.expand(len(window), -1, height, width).clone()
+    whole[:, :, : window.shape[2], : window.shape[3]] = window
+    return whole

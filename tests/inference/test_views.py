@@ -106,6 +106,13 @@ def test_the_number_of_windows_computed_at_once_changes_nothing(image: np.ndarra
     assert sum(one.batches) == sum(many.batches)
 
 
+def black_below(x: Tensor, height: int, width: int) -> Tensor:
+    black = normalised(np.zeros((1, 1, 3), np.uint8))
+    right = black.expand(-1, -1, x.shape[2], width - x.shape[3])
+    below = black.expand(-1, -1, height - x.shape[2], width)
+    return torch.cat([torch.cat([x, right], 3), below], 2)
+
+
 @torch.no_grad()
 def released(model: nn.Module, image: np.ndarray, base: int, crop: int) -> Tensor:
     """The published evaluation, restated: long edge, grid of windows cut at the border, and
@@ -121,7 +128,7 @@ def released(model: nn.Module, image: np.ndarray, base: int, crop: int) -> Tenso
         )
         x = F.interpolate(normalised(image), (h, w), mode="bilinear", align_corners=True)
         ph, pw = max(h, crop), max(w, crop)
-        x = F.pad(x, (0, pw - w, 0, ph - h))
+        x = black_below(x, ph, pw)
         stride = int(crop * 2 / 3)
         rows = math.ceil((ph - crop) / stride) + 1
         columns = math.ceil((pw - crop) / stride) + 1
@@ -132,7 +139,7 @@ def released(model: nn.Module, image: np.ndarray, base: int, crop: int) -> Tenso
                 top, left = row * stride, column * stride
                 bottom, right = min(top + crop, ph), min(left + crop, pw)
                 window = x[:, :, top:bottom, left:right]
-                window = F.pad(window, (0, crop - (right - left), 0, crop - (bottom - top)))
+                window = black_below(window, crop, crop)
                 up = [
                     F.interpolate(m, (crop, crop), mode="bilinear", align_corners=True)
                     for m in (model(window).logits, model(window.flip(3)).logits)
