@@ -139,7 +139,7 @@ def test_command_errors_are_one_sentence(
     assert main([str(tmp_path / "in.pth"), str(tmp_path / "absent" / "out.safetensors")]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and "no weights at" in said[0] and "must be a .safetensors" in said[1]
-    assert "cannot save" in said[2] and "out.safetensors" in said[2]
+    assert "out.safetensors: the folder" in said[2] and "does not exist" in said[2]
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
