@@ -18,7 +18,7 @@ from tests.support.processes import runs
 
 
 def job(name: str, **options: object) -> Job:
-    function = f"tests.bench.planted_jobs:{name}"
+    function = f"tests.bench.gpu.planted_jobs:{name}"
     return Job(stage="planted", name=name, function=function, **{"seconds": 0, **options})
 
 
