@@ -10,11 +10,12 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # several times the throughput; on an idle one sleeping costs about a tenth.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test test-float32 test-gpu test-versions check verify clean help
+.PHONY: train test fuzz test-float32 test-gpu test-versions check verify clean help
 
 help:
 	@echo "make train    set up, train EncNet on the embedded data set, print where the pictures are"
 	@echo "make test     set up, lint, type-check and run the tests"
+	@echo "make fuzz     the fuzzers of tests/fuzz, for minutes (in make test they take seconds)"
 	@echo "make test-float32 the tests that compare float32 runs, summed as other processors do"
 	@echo "make test-gpu the tests on a machine with a GPU, where they run the kernels on it;"
 	@echo "              with PYTHON=python3 in the environment of that Python, installing nothing"
@@ -34,6 +35,11 @@ endef
 test: export OMP_NUM_THREADS ?= 1
 test: check
 	$(call PYTEST,not verify)
+
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: export ENCNET_FUZZ_SECONDS ?= 120
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PARALLEL) --timeout 3600 tests/fuzz
 
 # Each changes instruction sets or the order of summation, where the processor has a choice.
 SUMMED := DEFAULT=1 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE \

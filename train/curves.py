@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from encnet_triton.train.log import METRICS
+from encnet_triton.train.log import is_number, read_records
 
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 40, 60, 90)
 _KINDS = (("train", "train_error", "--"), ("val", "error", "-"))
@@ -18,10 +17,8 @@ _KINDS = (("train", "train_error", "--"), ("val", "error", "-"))
 
 def errors(folder: Path, kind: str, key: str) -> NDArray[np.float64]:
     """One error an epoch, in percent, from a run's ``metrics.jsonl``."""
-    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    found = [r[key] for r in records if r["kind"] == kind]
-    return np.array([np.nan if value is None else 100 * value for value in found])
+    found = [r.get(key) for r in read_records(folder) if r["kind"] == kind]
+    return np.array([100 * value if is_number(value) else np.nan for value in found])
 
 
 def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
@@ -80,14 +77,13 @@ def draw_curves(folder: Path) -> bool:
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError:
         return False
-    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(folder)
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "val"]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in ("segmentation", "se", "aux"):
-        points = [(r["step"], r[name]) for r in training if r[name]]
+        points = [(r["step"], r[name]) for r in training if is_number(r.get(name)) and r[name] > 0]
         if points:
             left.plot(*zip(*points, strict=True), label=name)
     left.set(xlabel="step", ylabel="training loss", yscale="log")
@@ -95,7 +91,7 @@ def draw_curves(folder: Path) -> bool:
     if left.lines:
         left.legend()
     for key, name in (("miou", "mIoU"), ("pixel_accuracy", "pixAcc")):
-        points = [(r["step"], 100 * r[key]) for r in validation if r[key] is not None]
+        points = [(r["step"], 100 * r[key]) for r in validation if is_number(r.get(key))]
         right.plot(*zip(*points, strict=True) if points else ([], []), marker="o", label=name)
     right.set(xlabel="step", ylabel="validation, %", ylim=(0, 100))
     for axis in (left.xaxis, right.xaxis):

@@ -106,15 +106,10 @@ class Log:
         if not self.enabled or not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a killed process did not finish
-            if isinstance(record, dict):
-                made_again = validated if record.get("kind") == "val" else step
-                if record.get("step", 0) <= made_again:
-                    kept.append(line + "\n")
+        for record in read_records(self.folder):
+            made_again = validated if record["kind"] == "val" else step
+            if record["step"] <= made_again:
+                kept.append(json.dumps(record) + "\n")
         write_text("".join(kept), path)
 
     def end(self) -> None:
@@ -122,6 +117,28 @@ class Log:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, each with its kind and step.
+
+    What else is in the file is left out, such as a line that a killed process did not finish.
+    """
+    text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
+    records = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and is_number(record.get("step")) and "kind" in record:
+            records.append(record)
+    return records
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of a JSON file, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _parts(record: dict[str, Any], eta: float | None) -> list[str]:

@@ -74,8 +74,14 @@ def finished(config: Config) -> bool:
     folder = folder_of(config)
     if not (folder / RESULT).is_file():
         return False
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    then = {key: value for section in SECTIONS for key, value in saved[section].items()}
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        then = {key: value for section in SECTIONS for key, value in saved[section].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"run {folder} has a {RESULT}, but its config.json is damaged or not there; "
+            "give another --name"
+        ) from error
     now = config.fingerprint()
     changed = changed_fields({key: value for key, value in then.items() if key in now}, now)
     if changed:

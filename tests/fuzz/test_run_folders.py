@@ -1,0 +1,82 @@
+"""Damaged files in the folder of a run that is resumed: it goes on, or there is one sentence."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from encnet_triton.train.__main__ import main
+from encnet_triton.train.config import ConfigError
+from encnet_triton.train.recipe import build
+from encnet_triton.train.run_folder import finished
+from encnet_triton.train.run_lock import LOCK
+from tests.fuzz.mutations import damaged, mutated
+
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "last.safetensors",
+    "best.safetensors",
+    "result.json",
+    LOCK,
+)
+LOCKED = {"host": "elsewhere", "process": 1, "start": "1", "machine": "", "job": "", "id": "x"}
+
+
+def damage(folder: Path, rng: random.Random) -> str:
+    """One file, or none of it, or a folder or link in its place; returns what was done."""
+    path = folder / rng.choice(FILES)
+    if path.name == LOCK:
+        path.write_text(json.dumps(LOCKED))
+    if not path.exists():
+        path.touch()
+    what = rng.choice(("bytes", "bytes", "values", "values", "empty", "gone", "folder", "link"))
+    if what == "bytes":
+        path.write_bytes(damaged(path.read_bytes(), rng))
+    elif what == "values" and path.suffix == ".json" and path.stat().st_size:
+        path.write_text(json.dumps(mutated(json.loads(path.read_text()), rng)))
+    elif what == "values" and path.suffix == ".jsonl":
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        place = rng.randrange(len(records))
+        records[place] = mutated(records[place], rng)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        path.unlink()
+        if what == "empty":
+            path.touch()
+        elif what == "folder":
+            path.mkdir()
+        elif what == "link":
+            path.symlink_to("nowhere")
+    return f"{path.name}: {what}"
+
+
+def test_damaged_run_folders(
+    seeds: Iterator[int], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--recipe", str(recipe), "--pictures", "0"]
+    assert main([*options, "--name", "good"]) == 0
+    good = Path("runs/good")
+    for seed in seeds:
+        rng = random.Random(seed)
+        name = f"run{seed}"
+        folder = Path("runs", name)
+        shutil.copytree(good, folder)
+        done = [damage(folder, rng) for _ in range(rng.choice((1, 1, 2)))]
+        capsys.readouterr()
+        more = ["--epochs", "2"] if rng.random() < 0.5 else ["--resume"]
+        status = main([*options, "--name", name, "--resume", *more])
+        said = capsys.readouterr().err
+        assert status in (0, 2), (seed, done)
+        assert len(said.splitlines()) == (status == 2), (seed, done, said)
+        try:
+            finished(build(str(recipe), {"name": name}))
+        except (ConfigError, OSError) as error:
+            assert name in str(error), (seed, done)
+        shutil.rmtree(folder)
