@@ -198,6 +198,15 @@ def join_others(device: torch.device) -> tuple[int, int]:
     return rank, size
 
 
+def gathered(own: list[str]) -> list[str]:
+    """The texts of all processes that `join_others` joined, in the order of the texts."""
+    if not _together():
+        return own
+    parts: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return sorted(text for part in parts for text in part)
+
+
 def refuse_segmentation_options(
     options: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> None:

@@ -11,15 +11,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
+import torch
 from rich.console import Console
+from torch import nn
 
 from encnet_triton import options
 from encnet_triton.data import DataError
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier, find_images, read_image
 from encnet_triton.inference.photos import label_photo, refuse_equal_names
 from encnet_triton.models import CifarNet
-from encnet_triton.weights import load_model
+from encnet_triton.weights import ModelInfo, load_model
 
 __all__ = ["find_images", "main", "read_image"]
 
@@ -42,26 +43,32 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+Label = Callable[[Path], list[tuple[str, float]]]
+
+
+def make_labeller(
+    given: argparse.Namespace, model: nn.Module, info: ModelInfo, device: torch.device
+) -> Label:
+    """What to do with a photo; returns the classes found in it and their shares."""
+    if isinstance(model, CifarNet):
+        classifier = ImageClassifier(model, info, device)
+        return lambda path: classifier.name(read_image(path))
+    given.output.mkdir(parents=True, exist_ok=True)
+    predictor = options.make_predictor(given, model, info, device)
+    return lambda path: label_photo(predictor, path, given.output)
+
+
 def run(given: argparse.Namespace, console: Console) -> int:
     """Load, label every image, and say what was found; 1 if some could not be read."""
     device = options.pick_device(given.device)
     model, info = load_model(given.checkpoint, device)
-    paths = list(find_images(given.inputs))
-    label: Callable[[Path], list[tuple[str, float]]]
-    if isinstance(model, CifarNet):
+    classifying = isinstance(model, CifarNet)
+    if classifying:
         options.refuse_segmentation_options(given, make_parser())
-        classifier = ImageClassifier(model, info, device)
-
-        def label(path: Path) -> list[tuple[str, float]]:
-            return classifier.name(read_image(path))
-    else:
+    paths = list(find_images(given.inputs))
+    if not classifying:
         refuse_equal_names(paths)
-        given.output.mkdir(parents=True, exist_ok=True)
-        predictor = options.make_predictor(given, model, info, device)
-
-        def label(path: Path) -> list[tuple[str, float]]:
-            return label_photo(predictor, path, given.output)
-
+    label = make_labeller(given, model, info, device)
     rank, size = options.join_others(device)
     if given.whole_image and rank == 0:
         console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
@@ -73,18 +80,14 @@ def run(given: argparse.Namespace, console: Console) -> int:
             bad.append(str(error))
             continue
         console.print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in found)}")
-    if size > 1:
-        parts: list[list[str]] = [[]] * size
-        dist.all_gather_object(parts, bad)
-        bad = sorted(sentence for part in parts for sentence in part)
+    bad = options.gathered(bad)
     if rank == 0:
-        if not isinstance(model, CifarNet):
+        if not classifying:
             console.print(f"wrote {2 * (len(paths) - len(bad))} pictures to {given.output}")
         if bad:
             print(f"error: {len(bad)} of {len(paths)} images cannot be read:", file=sys.stderr)
             print(*(f"  {sentence}" for sentence in bad), sep="\n", file=sys.stderr)
-    if size > 1:
-        dist.barrier()  # torchrun ends the others as soon as one has ended with 1
+    options.gathered([])  # torchrun ends the others as soon as one has ended with 1
     return 1 if bad else 0
 
 

@@ -51,7 +51,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
     rank, size = options.join_others(device)
 
     def progress(own: range) -> Iterable[int]:
-        return track(own, "predicting", console=console, transient=True, disable=rank > 0)
+        quiet = rank > 0 or not console.is_terminal
+        return track(own, "predicting", console=console, transient=True, disable=quiet)
 
     count = write_archive(
         options.make_predictor(given, model, info, device),

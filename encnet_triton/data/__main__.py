@@ -104,7 +104,7 @@ def run_check(given: argparse.Namespace, console: Console) -> bool:
             continue
         progress = partial(
             track, description=escape(split), console=console, transient=True,
-            total=len(range(0, len(dataset), given.every)),
+            total=len(range(0, len(dataset), given.every)), disable=not console.is_terminal,
         )  # fmt: skip
         report = check_split(
             dataset,
@@ -137,7 +137,10 @@ def run_prepare(given: argparse.Namespace, console: Console) -> None:
     """Write the labels and print how many images each list has."""
 
     def progress(names: Iterable[str]) -> Iterable[str]:
-        return track(list(names), given.dataset, console=console, transient=True)
+        return track(
+            list(names), given.dataset, console=console, transient=True,
+            disable=not console.is_terminal,
+        )  # fmt: skip
 
     if given.dataset == "voc_aug":
         if given.sbd is None:
