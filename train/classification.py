@@ -28,8 +28,8 @@ from encnet_triton.weights.checkpoint import ModelInfo
 TEST_BATCH = 500
 _READ = {
     "model", "width", "block", "dataset", "data",
-    "lr", "momentum", "weight_decay", "decay_norm_bias", "schedule", "power", "warmup_steps",
-    "epochs", "batch_size", "label_smoothing",
+    "lr", "momentum", "weight_decay", "decay_norm_bias", "schedule", "power", "eta_min",
+    "warmup_steps", "epochs", "batch_size", "label_smoothing",
     "name", "runs", "seed", "device", "amp", "compile", "sync_bn", "resume", "stop_at",
     "save_every", "timeout", "take_over",
 }  # fmt: skip

@@ -148,12 +148,16 @@ class DataConfig:
     """Random rotation, in degrees either way."""
     flip: float = 0.5
     """Probability of mirroring left and right."""
+    outside: str = "mean"
+    """Around an image that is smaller than the crop: the "mean" colour on all sides, or "black"
+    below and on the right, as in the published code."""
     workers: int | None = free(None)
     """Processes that prepare samples for each rank; none picks from the number of cores."""
 
     def __post_init__(self) -> None:
         one_of("scale_by", self.scale_by, ("short", "long", "image"))
         require(min(self.crop) >= 1, "crop", self.crop, "positive")
+        one_of("outside", self.outside, ("mean", "black"))
         low, high = self.scale
         require(0 < low <= high, "scale", self.scale, "two positive numbers, the smaller first")
         require(0 <= self.rotation <= 180, "rotation", self.rotation, "in [0, 180] degrees")
@@ -190,8 +194,10 @@ class OptimConfig:
     """Course of the rate: poly, or cosine (half a period, to zero)."""
     power: float = 0.9
     """Exponent of the poly schedule lr (1 - step / steps)^power."""
+    eta_min: float = 0.0
+    """Rate at the end of the schedule, which runs from lr to it; 1e-4 in mmsegmentation."""
     warmup_steps: int = 0
-    """Steps of linear warm-up before the poly schedule."""
+    """Steps of linear warm-up; the schedule counts from their end."""
     head_lr_scale: float = 1.0
     """Learning rate of everything outside the backbone, relative to lr."""
     epochs: int = 50
@@ -215,6 +221,7 @@ class OptimConfig:
             require(math.isfinite(value) and value > 0, key, value, "positive")
         for key in ("weight_decay", "se_weight", "aux_weight", "warmup_steps"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+        require(0 <= self.eta_min <= self.lr, "eta_min", self.eta_min, "in [0, lr]")
         for key in ("momentum", "label_smoothing"):
             require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
         for key in ("epochs", "batch_size", "accumulation"):

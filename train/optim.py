@@ -40,15 +40,20 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
 
 
 def rate_at(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of a step (counted from 0) after a linear warm-up.
+    """Rate of a step (counted from 0): a linear warm-up to lr, and from its end the schedule.
 
-    poly: lr (1 - step / steps)^power; cosine: lr (1 + cos(pi step / steps)) / 2.
+    With p the share of the schedule that is done, from 0 to 1, the rate is eta_min + (lr - eta_min)
+    times (1 - p)^power (poly) or (1 + cos(pi p)) / 2 (cosine).
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / (steps - warmup)
     if config.schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * step / steps)) / 2
-    return float(config.lr * (1 - step / steps) ** config.power)
+        share = (1 + math.cos(math.pi * done)) / 2
+    else:
+        share = (1 - done) ** config.power
+    return config.eta_min + (config.lr - config.eta_min) * share
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -258,8 +258,9 @@ def make_model(config: Config, num_classes: int) -> nn.Module:
 
 
 def make_augment(config: Config, dataset: Dataset) -> Augment:
-    """The one-warp augmentation of the training set; outside of images is its mean colour."""
+    """The one-warp augmentation of the training set."""
     data = config.data
+    black = data.outside == "black"
     return Augment(
         data.crop,
         base_size=data.base_size,
@@ -268,7 +269,8 @@ def make_augment(config: Config, dataset: Dataset) -> Augment:
         rotation=data.rotation,
         flip=data.flip,
         ignore_index=dataset.ignore_index,
-        fill=tuple(round(255 * m) for m in dataset.mean),
+        fill=(0, 0, 0) if black else tuple(round(255 * m) for m in dataset.mean),
+        top_left=black,
     )
 
 

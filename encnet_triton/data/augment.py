@@ -194,8 +194,9 @@ class Augment:
     Scale s is uniform in `scale`: the scaled image's short (or long) edge is s x `base_size`
     pixels, or, with `scale_by` "image" or without a `base_size`, s times its own. The rotation is
     uniform in +-`rotation` degrees about the centre. The crop lies anywhere in the scaled image;
-    along an axis where that is smaller, the image lies anywhere in the crop. Offsets are whole
-    pixels, so that without scale and rotation the crop is an exact copy.
+    along an axis where that is smaller, the image lies anywhere in the crop, or, with `top_left`,
+    at its beginning. Offsets are whole pixels, so that without scale and rotation the crop is an
+    exact copy.
 
     Args:
         crop: height and width of the output, or one number for both.
@@ -206,6 +207,7 @@ class Augment:
         flip: probability of mirroring left and right.
         ignore_index: label outside the image.
         fill: RGB colour outside the image, 0..255.
+        top_left: where an image lies along an axis on which it is smaller than the crop.
 
     Raises ValueError for a value out of range.
     """
@@ -221,6 +223,7 @@ class Augment:
         flip: float = 0.5,
         ignore_index: int = IGNORE_INDEX,
         fill: Sequence[int] = (124, 116, 104),
+        top_left: bool = False,
     ) -> None:
         sizes = (crop, crop) if isinstance(crop, int) else tuple(crop)
         if len(sizes) != 2 or min(sizes) < 1:
@@ -247,6 +250,7 @@ class Augment:
         self.flip = flip
         self.ignore_index = ignore_index
         self.fill = (fill[0], fill[1], fill[2])
+        self.top_left = top_left
 
     def draw(self, source: tuple[int, int], rng: np.random.Generator) -> Warp:
         """The warp for a source of this height and width; always takes five numbers from `rng`."""
@@ -256,16 +260,15 @@ class Augment:
         if self.base_size is not None and self.scale_by != "image":
             edge = min(source) if self.scale_by == "short" else max(source)
             scale *= self.base_size / edge
-        offset = (
-            _offset(y, scale * height, self.crop[0]),
-            _offset(x, scale * width, self.crop[1]),
-        )
+        offset = [_offset(y, scale * height, self.crop[0]), _offset(x, scale * width, self.crop[1])]
+        if self.top_left:
+            offset = [max(0, first) for first in offset]
         return make_warp(
             source,
             scale=scale,
             degrees=self.rotation * (2 * degrees - 1),
             flip=flip < self.flip,
-            offset=offset,
+            offset=(offset[0], offset[1]),
         )
 
     def __call__(

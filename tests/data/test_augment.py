@@ -180,6 +180,17 @@ def test_outside_is_fill_and_ignored():
     np.testing.assert_array_equal(pixels[classes == 3], np.tile([9, 8, 7], (200, 1)))
 
 
+def test_a_small_image_lies_at_the_top_left_on_request():
+    image, label = Image.new("RGB", (80, 10), (9, 8, 7)), np.full((10, 80), 3, np.uint8)
+    augment = Augment((40, 60), **PLAIN, fill=(0, 0, 0), top_left=True)
+    for seed in range(4):
+        pixels, classes = augment(image, label, rng(seed))
+        assert (classes[:10] == 3).all() and (classes[10:] == 255).all()
+        assert (pixels[10:] == 0).all()
+    columns = {augment.draw((10, 80), rng(seed)).c for seed in range(200)}
+    assert columns == set(range(21))  # the long side is cut anywhere, as ever
+
+
 def test_a_crop_that_misses_the_image_is_all_fill():
     warp = make_warp((8, 8), scale=1, degrees=0, flip=False, offset=(100, -300))
     pixels = warp_image(Image.new("RGB", (8, 8)), warp, (5, 6), (1, 2, 3))

@@ -6,7 +6,7 @@ import pytest
 
 from encnet_triton.models import create_model
 from encnet_triton.train import optim
-from encnet_triton.train.config import OptimConfig
+from encnet_triton.train.config import ConfigError, OptimConfig
 
 
 def test_poly_schedule_is_the_papers() -> None:
@@ -16,10 +16,30 @@ def test_poly_schedule_is_the_papers() -> None:
         assert optim.rate_at(step, steps, config) == pytest.approx(0.01 * (1 - step / steps) ** 0.9)
 
 
-def test_warm_up_rises_to_the_base_rate() -> None:
-    config = OptimConfig(lr=1.0, warmup_steps=3)
-    assert [optim.rate_at(s, 1000, config) for s in range(3)] == [0.25, 0.5, 0.75]
-    assert optim.rate_at(3, 1000, config) > 0.99
+@pytest.mark.parametrize("schedule", ["poly", "cosine"])
+def test_the_schedule_counts_from_the_end_of_the_warm_up(schedule: str) -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=300, schedule=schedule)
+    assert [optim.rate_at(s, 1000, config) for s in (0, 149, 299)] == [
+        1 / 301,
+        150 / 301,
+        300 / 301,
+    ]
+    alone = OptimConfig(lr=1.0, schedule=schedule)
+    for step in (0, 1, 350, 699):
+        assert optim.rate_at(300 + step, 1000, config) == optim.rate_at(step, 700, alone)
+    assert optim.rate_at(300, 1000, config) == 1
+
+
+def test_the_rate_ends_at_eta_min() -> None:
+    # mmsegmentation: (base_lr - eta_min) (1 - progress)^power + eta_min
+    config = OptimConfig(lr=0.01, eta_min=1e-4)
+    for step in (0, 500, 999):
+        expected = (0.01 - 1e-4) * (1 - step / 1000) ** 0.9 + 1e-4
+        assert optim.rate_at(step, 1000, config) == pytest.approx(expected, rel=1e-12)
+    cosine = OptimConfig(lr=0.01, eta_min=0.002, schedule="cosine")
+    assert optim.rate_at(500, 1000, cosine) == pytest.approx(0.006)
+    with pytest.raises(ConfigError, match="eta_min"):
+        OptimConfig(lr=0.01, eta_min=0.02)
 
 
 @pytest.mark.parametrize("decay", [True, False], ids=["decay-all", "no-decay-on-bn-and-bias"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.recipe import build, build_stages
+from encnet_triton.train.segmentation import make_augment
 from encnet_triton.train.sweeps import plan
 from encnet_triton.weights.checkpoint import read
 
@@ -49,7 +52,12 @@ def test_recipes_of_the_paper_have_its_numbers() -> None:
     released = build("ade20k_encnet_r101_released", {})
     assert (released.data.base_size, released.data.crop) == (640, (576, 576))
     assert released.optim.head_lr_scale == 10 and released.data.scale_by == "long"
-    assert released.data.rotation == 0
+    assert released.data.rotation == 0 and released.data.outside == "black"
+    dataset: Any = SimpleNamespace(ignore_index=255, mean=(0.5, 0.5, 0.5))
+    augment = make_augment(released, dataset)
+    assert augment.fill == (0, 0, 0) and augment.top_left
+    augment = make_augment(build("ade20k_encnet_r101", {}), dataset)
+    assert augment.fill == (128, 128, 128) and not augment.top_left
 
 
 def test_voc_with_coco_is_three_runs_each_from_the_one_before() -> None:
