@@ -10,6 +10,8 @@ from encnet_triton.train import cli, distributed
 from encnet_triton.train.distributed import WorldError
 from encnet_triton.train.failures import explained
 from encnet_triton.train.recipe import as_toml
+from encnet_triton.train.run_folder import folder_of
+from encnet_triton.train.run_state import LAST
 from encnet_triton.train.sweeps import plan
 from encnet_triton.train.sweeps.run import run as run_sweep
 from encnet_triton.train.trainer import TrainingError, dry_run, train_all
@@ -39,8 +41,9 @@ def start(options: cli.Options) -> None:
         return
     world = distributed.start(configs[0].run.device)
     if options.dry_run:
+        before = {folder_of(config) / LAST for config in configs}
         for config in configs:
-            dry_run(config, world)
+            dry_run(config, world, before)
     elif options.sweep:
         run_sweep(options.sweep, rows, world)
     else:

@@ -17,7 +17,7 @@ _KINDS = (("train", "train_error", "--"), ("val", "error", "-"))
 
 def errors(folder: Path, kind: str, key: str) -> NDArray[np.float64]:
     """One error an epoch, in percent, from a run's ``metrics.jsonl``."""
-    found = [r.get(key) for r in read_records(folder) if r["kind"] == kind]
+    found: list[Any] = [r.get(key) for r in read_records(folder) if r["kind"] == kind]
     return np.array([100 * value if is_number(value) else np.nan for value in found])
 
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,7 @@ from encnet_triton.nn import SegmentationLoss, set_norm_impl
 from encnet_triton.train.config import Config
 from encnet_triton.train.optim import make_optimizer
 
+WINDOWS = 8  # that `Predictor` computes at once
 _ROUNDED = 512  # bytes; torch's allocator gives out no less
 
 
@@ -55,7 +57,8 @@ def peak_memory(config: Config, num_classes: int, processes: int) -> int:
     """Bytes that one process needs on a GPU at most, weights and momentum included; predicted.
 
     Two steps run on fake tensors, which have shapes and lifetimes but no values; the second one has
-    momentum and is counted. Workspaces of cuDNN and cuBLAS and what is fragmented are not.
+    momentum and is counted. So is a validation of a batch of windows. Workspaces of cuDNN and
+    cuBLAS, what is fragmented, and the scores of a whole image are not.
     """
     micro = max(1, config.optim.batch_size // (processes * config.optim.accumulation))
     mixed = config.run.amp != "off"
@@ -78,5 +81,13 @@ def peak_memory(config: Config, num_classes: int, processes: int) -> int:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             del output, x, images, target
+        model.eval()
+        with torch.no_grad():
+            windows = torch.empty(WINDOWS, 3, *config.data.crop).contiguous(
+                memory_format=torch.channels_last
+            )
+            with torch.autocast("cpu", dtype=torch.bfloat16) if mixed else nullcontext():
+                logits = model(windows).logits
+            F.interpolate(logits.float(), size=config.data.crop, mode="bilinear").softmax(1)
     peak: int = live.peak
     return peak

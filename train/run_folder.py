@@ -22,12 +22,18 @@ def folder_of(config: Config) -> Path:
 
 def open_folder(config: Config, world: World) -> Path:
     """The run's folder; refused if a run is there already and --resume was not given."""
+    folder = free_folder(config)
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def free_folder(config: Config) -> Path:
+    """As `open_folder`, but does not make it."""
     folder = folder_of(config)
     taken = (folder / "config.json").exists() and not config.run.resume
     if any(gather(taken)):
         raise ConfigError(f"run {folder} exists; add --resume to go on, or another --name")
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

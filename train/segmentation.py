@@ -137,8 +137,9 @@ class Segmentation(Task[Scores]):
             size = peak_memory(config, classes, world.size) / 2**30
             place = "the GPU" if world.size == 1 else f"each of {world.size} GPUs"
             yield (
-                f"  predicted, not measured: at most {size:.1f} GiB on {place}, without the "
-                "workspaces of cuDNN"
+                f"  predicted, not measured: at most {size:.1f} GiB on {place}, in training steps "
+                "and in validation on windows; without the workspaces of cuDNN, what is fragmented "
+                "and the scores of a whole image"
             )
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:

@@ -83,6 +83,20 @@ class Task(ABC, Generic[Score]):
     def outlook(cls, config: Config, world: World) -> Iterator[str]:
         """Lines about a run that is not started, for ``--dry-run``."""
 
+    @classmethod
+    def refuse_batch(cls, config: Config, world: World) -> None:
+        """Refuse a batch that the processes cannot share.
+
+        Raises:
+            ConfigError: says how many there are.
+        """
+        size, shares = config.optim.batch_size, world.size * config.optim.accumulation
+        if size % shares:
+            raise ConfigError(
+                f"batch_size = {size} cannot be divided evenly over {world.size} processes x "
+                f"{config.optim.accumulation} accumulation steps = {shares}"
+            )
+
     @abstractmethod
     def steps(self, epoch: int, start: int) -> Iterator[Any]:
         """What each step of an epoch takes, from step ``start`` on."""
