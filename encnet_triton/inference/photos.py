@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from encnet_triton.data.base import DataError
 from encnet_triton.data.files import visible
 from encnet_triton.data.images import read_image
 from encnet_triton.inference.predictor import Predictor
@@ -40,7 +41,10 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
 def label_photo(predictor: Predictor, path: Path, output: Path) -> list[tuple[str, float]]:
     """Write ``<stem>_label.png`` and ``<stem>_overlay.png``; returns (class, share of pixels)."""
     image = read_image(path)
-    label = predictor(np.asarray(image)).cpu().numpy()
+    try:
+        label = predictor(np.asarray(image)).cpu().numpy()
+    except DataError as error:
+        raise DataError(f"image {path}: {error}") from None
     info = predictor.info
     picture = palette_image(label, info.palette)
     save_png(picture, output / f"{path.stem}_label.png")

@@ -18,11 +18,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from encnet_triton.data.base import DataError
 from encnet_triton.data.normalisation import Normalise
 from encnet_triton.inference.views import SINGLE_VIEW, Views
 from encnet_triton.inference.windows import filled, resized, window_starts
 from encnet_triton.kernels import upsample_argmax
 from encnet_triton.weights.checkpoint import ModelInfo
+
+
+# What a line of a few pixels by thousands would exceed, where its short edge has to fit.
+MOST_PIXELS = 178_956_970
 
 
 class Predictor:
@@ -115,6 +120,11 @@ class Predictor:
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if size == x.shape[2:]:
             return x
+        if size[0] * size[1] > MOST_PIXELS:
+            raise DataError(
+                f"an image of {x.shape[2]} x {x.shape[3]} pixels would be scaled to {size[0]:,} x "
+                f"{size[1]:,} by the network's base_size ({self.info.base_size})"
+            )
         if self.views.released:
             return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
         return F.interpolate(x, size=size, mode="bilinear", antialias=True)

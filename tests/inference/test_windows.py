@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from encnet_triton.data import DataError
 from encnet_triton.inference import Predictor, resized, window_starts
 from encnet_triton.weights.checkpoint import ModelInfo
 
@@ -102,6 +103,12 @@ def test_base_size_is_undone_in_the_label_map() -> None:
 def test_scale_by_names_the_edge(scale_by: str, expected: tuple[int, int]) -> None:
     assert resized(30, 60, 50, scale_by) == expected
     assert resized(30, 60, None, scale_by) == (30, 60)
+
+
+def test_a_line_that_would_become_a_giant_is_refused() -> None:
+    predictor = Predictor(Brightness(), info((520, 520), base_size=520))
+    with pytest.raises(DataError, match="1 x 2000 pixels would be scaled to 520 x 1,040,000 by"):
+        predictor(np.zeros((1, 2000, 3), np.uint8))
 
 
 def test_wrong_images_are_refused() -> None:
