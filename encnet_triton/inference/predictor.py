@@ -25,7 +25,6 @@ from encnet_triton.inference.windows import filled, resized, window_starts
 from encnet_triton.kernels import upsample_argmax
 from encnet_triton.weights.checkpoint import ModelInfo
 
-
 # What a line of a few pixels by thousands would exceed, where its short edge has to fit.
 MOST_PIXELS = 178_956_970
 
