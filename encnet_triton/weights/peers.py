@@ -65,11 +65,12 @@ def peer_in(
     if config is not None:
         meta = {**meta, "cfg": config}
     peer = identify(state_dict_of(document, name, average), meta, name)
+    options = model_options(peer, name)
     try:
         with torch.device("meta"):  # a damaged shape may ask for more than any memory holds
-            model = create_model(**model_options(peer, name))
+            model = create_model(**options)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        reason = printable(str(error).removeprefix(f"{name} "))
+        reason = printable(str(error))
         raise ValueError(f"{name} is a network that cannot be built: {reason}") from error
     own = model.state_dict()
     missing = [k for k in own if k not in peer.tensors and not k.endswith("_tracked")]
