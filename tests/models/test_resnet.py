@@ -109,6 +109,18 @@ def test_features_round_sizes_up(size: tuple[int, int]) -> None:
     assert {tuple(f.shape[2:]) for f in features} == {expected}
 
 
+def test_an_averaging_shortcut_pools_where_the_plain_one_strides() -> None:
+    torch.manual_seed(0)
+    shortcut = ResNet(replace(TINY, average=True)).eval().layer2[0].downsample
+    x = torch.randn(1, 4, 7, 9)  # odd: the pooling rounds up and leaves out what is beyond
+    pooled = nn.functional.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+    weight = shortcut[1].weight
+    expected = shortcut[2](nn.functional.conv2d(pooled, weight))
+    assert torch.equal(shortcut(x), expected)
+    # Where the stride is taken away there is nothing to average.
+    assert isinstance(ResNet(replace(TINY, average=True)).layer3[0].downsample[0], nn.Identity)
+
+
 def test_demo_sees_at_most_a_third_of_the_embedded_pictures() -> None:
     torch.manual_seed(0)
     model = create_backbone("demo").double().eval()

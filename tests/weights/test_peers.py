@@ -94,6 +94,15 @@ def test_every_key_is_used_or_named(small: dict[str, torch.Tensor], tmp_path: Pa
     assert "is no checkpoint of" in refused({"weight": torch.zeros(2)}, path)
 
 
+def test_the_classifier_that_early_files_keep_is_left_out(
+    small: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    fc = {"pretrained.fc.weight": torch.zeros(1000, 2048), "pretrained.fc.bias": torch.zeros(1000)}
+    torch.save({**small, **fc}, tmp_path / "in.pth")
+    model, _ = load_peer(tmp_path / "in.pth")
+    assert not any(".fc." in name for name in model.state_dict())
+
+
 def test_the_layer_that_normalised_over_pixels_is_refused(tmp_path: Path) -> None:
     early = {
         "pretrained.conv1.weight": torch.zeros(64, 3, 7, 7),
