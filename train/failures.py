@@ -18,7 +18,7 @@ def explained(error: BaseException) -> tuple[str | None, bool]:
     text = str(error)
     if out_of_memory(error):
         amount = _AMOUNT.search(text)
-        what = f" ({amount[1]} {amount[2]} more were asked for)" if amount else ""
+        what = f" ({_size(amount[1], amount[2])} more were asked for)" if amount else ""
         return (
             f"out of memory{what}; a smaller --batch-size (or the same with --accumulation), a "
             "smaller --crop or --activation-checkpointing need less"
@@ -30,3 +30,7 @@ def explained(error: BaseException) -> tuple[str | None, bool]:
     if isinstance(error, dist.DistError) or _LOST.search(text):
         return f"lost the connection to another rank: {text.splitlines()[0][:300]}", True
     return None, False
+
+
+def _size(number: str, unit: str) -> str:
+    return f"{float(number) / 2**30:.2f} GiB" if unit == "bytes" else f"{number} {unit}"
