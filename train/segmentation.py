@@ -239,8 +239,11 @@ class Segmentation(Task[Scores]):
 def names_digest(dataset: Dataset, root: str | None) -> str:
     """A hash of the images' names in their order, wherever the data set lies."""
     found = hashlib.blake2b(digest_size=16)
+    roots = [] if root is None else [str(Path(root)), str(Path(root).resolve())]
     for index in range(len(dataset)):
-        name = dataset.name_of(index).removeprefix(root or "")
+        name = dataset.name_of(index)
+        for prefix in roots:
+            name = name.removeprefix(prefix)
         found.update(name.encode(errors="surrogateescape") + b"\0")
     return found.hexdigest()
 

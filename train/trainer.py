@@ -375,9 +375,13 @@ def _train(
         if warning := task.warning():
             log.say(warning)
         score = trainer.run()
-    finally:
+    except BaseException:
         log.end()
-        task.close()
+        if world.size == 1:
+            task.close()
+        # Of several, none waits for its loader where others wait for it; workers notice its end.
+        raise
+    task.close()
     if score is None:
         return False
     if world.main:

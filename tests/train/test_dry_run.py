@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,8 @@ def test_what_does_not_fit_a_run_that_is_there(recipe: Path, folder_data: Path, 
     said = capsys.readouterr().err
     assert "its class names differ, class 0 was 'sky' and is now 'ground'" in said
     (folder_data / "classes.txt").write_text("sky\nground\nthing\n")
-    assert main([*start, "--resume"]) == 0
+    for place in (folder_data, os.path.relpath(folder_data), shutil.copytree(folder_data, "moved")):
+        assert main([*start, "--resume", "--data", f"{place}/"]) == 0
     lines = (folder_data / "train.txt").read_text().splitlines()
     for changed, sentence in (
         (lines[1:], "it had 8 training images and has now 7"),
