@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def prepare_voc_aug(root: Path, sbd: Path, progress: Progress = iter) -> dict[st
         if name in own["train"] | own["val"]:
             label = read_label(base / "SegmentationClass" / f"{name}.png")
         else:
-            struct = _read_mat(marked / "cls" / f"{name}.mat", "GTcls")
-            label = struct["Segmentation"][0, 0].astype(np.uint8)
+            source = marked / "cls" / f"{name}.mat"
+            with _as_published(source):
+                label = _read_mat(source, "GTcls")["Segmentation"][0, 0].astype(np.uint8)
         if label.ndim != 2 or not np.isin(label, (*range(21), 255)).all():
             raise DataError(f"the label of {name} has values other than 0..20 and 255")
         _write_png(label, target)
@@ -99,7 +101,9 @@ def prepare_pascal_context(
     for name in progress([name for names in splits.values() for name in names]):
         target = labels / f"{name}.png"
         if not target.is_file():
-            _write_png(table[read(name)], target)
+            with _as_published(f"the official label of {name}"):
+                label = table[read(name)]
+            _write_png(label, target)
     _write_lines([json.dumps({"label_order": "alphabetical"})], labels / pascal_context.MARK)
     for split, names in splits.items():
         _write_lines(names, base / pascal_context.LISTS / f"{split}.txt")
@@ -115,7 +119,10 @@ def _context_mat(base: Path, folder: Path) -> tuple[dict[str, list[str]], ReadLa
     splits = {split: read_ids(main / f"{split}.txt", source) for split in ("train", "val")}
 
     def read(name: str) -> NDArray[np.integer[Any]]:
-        label: NDArray[np.integer[Any]] = _read_mat(folder / f"{name}.mat", "LabelMap")
+        path = folder / f"{name}.mat"
+        label: NDArray[np.integer[Any]] = _read_mat(path, "LabelMap")
+        if label.ndim != 2 or label.dtype.kind not in "iu" or label.min() < 0:
+            raise DataError(f"the LabelMap of {path} is {label.dtype} {label.shape}, no label")
         return label
 
     return splits, read
@@ -126,14 +133,15 @@ def _context_detail(path: Path) -> tuple[dict[str, list[str]], ReadLabel]:
     document = _read_json(path, ("images", "annos_segmentation"))
     splits: dict[str, list[str]] = {"train": [], "val": []}
     images: dict[str, dict[str, Any]] = {}
-    for image in document["images"]:
-        name = Path(image["file_name"]).stem
-        if image["phase"] in splits:
-            splits[image["phase"]].append(name)
-            images[name] = image
     segments = defaultdict(list)
-    for segment in document["annos_segmentation"]:
-        segments[segment["image_id"]].append(segment)
+    with _as_published(path):
+        for image in document["images"]:
+            name = Path(image["file_name"]).stem
+            if image["phase"] in splits:
+                splits[image["phase"]].append(name)
+                images[name] = image
+        for segment in document["annos_segmentation"]:
+            segments[segment["image_id"]].append(segment)
 
     def read(name: str) -> NDArray[np.integer[Any]]:
         image = images[name]
@@ -167,18 +175,21 @@ def prepare_coco_voc(root: Path, split: str, progress: Progress = iter) -> dict[
     document = _read_json(path, ("images", "annotations"))
     classes = {number: c for c, number in enumerate(coco.CATEGORIES, start=1)}
     instances = defaultdict(list)
-    for instance in document["annotations"]:
-        if instance["category_id"] in classes:
-            instances[instance["image_id"]].append(instance)
-    images = {Path(i["file_name"]).stem: i for i in document["images"] if i["id"] in instances}
+    with _as_published(path):
+        for instance in document["annotations"]:
+            if instance["category_id"] in classes:
+                instances[instance["image_id"]].append(instance)
+        images = {Path(i["file_name"]).stem: i for i in document["images"] if i["id"] in instances}
     kept = []
     for name in progress(sorted(images)):
         image = images[name]
-        label = np.zeros((image["height"], image["width"]), np.uint8)
-        for instance in instances[image["id"]]:
-            value = IGNORE_INDEX if instance.get("iscrowd") else classes[instance["category_id"]]
-            inside = _instance_mask(masks, instance["segmentation"], label.shape)
-            label[inside & (label == 0)] = value
+        with _as_published(path):
+            label = np.zeros((image["height"], image["width"]), np.uint8)
+            for instance in instances[image["id"]]:
+                crowd = instance.get("iscrowd")
+                inside = _instance_mask(masks, instance["segmentation"], label.shape)
+                value = IGNORE_INDEX if crowd else classes[instance["category_id"]]
+                label[inside & (label == 0)] = value
         if np.count_nonzero((label > 0) & (label != IGNORE_INDEX)) > coco.LEAST_PIXELS:
             _write_png(label, coco.labels_folder(base, split) / f"{name}.png")
             kept.append(name)
@@ -196,6 +207,17 @@ def _instance_mask(masks: Any, segmentation: Any, shape: tuple[int, ...]) -> NDA
         runs = segmentation
     inside: NDArray[np.bool_] = masks.decode(runs) > 0
     return inside
+
+
+@contextmanager
+def _as_published(source: object) -> Iterator[None]:
+    """What a file has not, or has in another form, is a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{source} is not of the published form ({error!r})") from error
 
 
 def _library(name: str) -> Any:
@@ -221,8 +243,10 @@ def _read_mat(path: Path, key: str) -> Any:
 def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error})") from error
+    if not isinstance(document, dict):
+        document = {}
     missing = [key for key in keys if key not in document]
     if missing:
         raise DataError(f"{path} has no {missing[0]!r}; is it the right file?")

@@ -250,6 +250,40 @@ def test_coco_keeps_images_with_more_than_1000_pixels_and_the_first_instance_on_
     assert label[39, 0] == 0 and len(train) == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[]", "has no 'images'"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"images": 3, "annotations": []}', "is not of the published form"),
+        ('{"images": [{"id": 1}], "annotations": [{"category_id": 1}]}', "'image_id'"),
+        (
+            '{"images": [{"id": 1, "file_name": "a", "height": -1, "width": 2}], '
+            '"annotations": [{"category_id": 1, "image_id": 1, "segmentation": 3}]}',
+            "is not of the published form",
+        ),
+    ],
+    ids=["list", "deep", "number", "no image", "size"],
+)
+def test_annotations_of_another_form(tmp_path, content, sentence):
+    pytest.importorskip("pycocotools.mask")
+    (tmp_path / "annotations").mkdir()
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"instances_val2017\.json .*{sentence}"):
+        prepare.prepare_coco_voc(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "content", [{"LabelMap": np.zeros((2, 2))}, {"LabelMap": "a"}, {"other": 1}]
+)
+def test_mat_files_of_another_form(voc2010, tmp_path, content):
+    savemat = pytest.importorskip("scipy.io").savemat
+    savemat(tmp_path / "2008_000001.mat", content)
+    with pytest.raises(DataError, match=r"2008_000001\.mat|of 2008_000001"):
+        prepare.prepare_pascal_context(voc2010, mat=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["voc", "voc_aug", "ade20k", "cityscapes", "pascal_context"])
 def test_missing_data_says_where_people_get_it(tmp_path, name):
     with pytest.raises(DataError, match="https?://"):
