@@ -86,6 +86,8 @@ def dataset_options(given: argparse.Namespace) -> dict[str, Any]:
         name, separator, value = text.partition("=")
         if not separator:
             raise DataError(f"--option {text!r} must be NAME=VALUE")
+        if name in ("name", "root", "split"):
+            raise DataError(f"--option {text!r} is no option of the data set; see --help")
         found[name] = value
     return {name: int(v) if re.fullmatch("-?[0-9]{1,9}", v) else v for name, v in found.items()}
 

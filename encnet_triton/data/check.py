@@ -163,11 +163,15 @@ def _lone_class(dataset: Dataset, pixels: NDArray[np.int64], ignored: int) -> st
     (only,) = present.tolist()
     note = f"{dataset.classes[only]!r} is the only class, no pixel has another"
     values = _left_out(dataset)
-    if ignored and values:
+    if ignored:
         other = next(c for c in range(len(dataset.classes)) if c != only)
         note += (
             f"; {ignored / (ignored + int(pixels.sum())):.1%} of the pixels are ignored (label "
-            f"value {', '.join(map(str, values))}): if that stands for {dataset.classes[other]!r}, "
-            f"say --label-map {values[-1]}={other}"
+            f"value {', '.join(map(str, values))})"
         )
+        if values == (dataset.ignore_index,):  # which is so by default
+            note += (
+                f": if that stands for {dataset.classes[other]!r}, say --label-map "
+                f"{values[0]}={other}"
+            )
     return note

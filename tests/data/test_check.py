@@ -82,6 +82,7 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     for options, sentence in (
         (["--num-classes", "59"], "data set 'folder' has no option 'num_classes'"),
         (["--option", "classes_file"], "'classes_file' must be NAME=VALUE"),
+        (["--option", "root=/"], "'root=/' is no option of the data set"),
         (["--label-offset", "x"], "label_offset is 'x', but must be a whole number"),
         (["--label-map", "255"], "label_map is 255, but must be pairs VALUE=CLASS"),
     ):
