@@ -253,19 +253,20 @@ def _is_size(value: Any) -> bool:
 
 
 def _config_in(meta: Mapping[Any, Any], source: str) -> Mapping[Any, Any] | None:
-    for name in ("cfg", "config"):
-        found = meta.get(name)
-        if isinstance(found, str):
-            return parse_config(found, source)
-        if isinstance(found, Placeholder) and not found.items:
-            # An object of the class Config: its dictionary is the first thing that it stores.
-            state = found.state
-            first = state[0] if isinstance(state, tuple) and state else state
-            inner = as_mapping(first) or {}
-            found = inner.get("_cfg_dict", first)
-        if as_mapping(found) is not None:
-            return as_mapping(_plain(found))
-    return None
+    found = meta.get("cfg", meta.get("config"))
+    if found is None:
+        return None
+    if isinstance(found, str):
+        return parse_config(found, source)
+    if isinstance(found, Placeholder) and as_mapping(found) is None:
+        # An object of the class Config: its dictionary is the first thing that it stores.
+        state = found.state
+        first = state[0] if isinstance(state, tuple) and state else state
+        found = (as_mapping(first) or {}).get("_cfg_dict", first)
+    config = as_mapping(_plain(found))
+    if config is None:
+        raise ValueError(f"{source}: the configuration of mmsegmentation in it cannot be read")
+    return config
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

@@ -70,6 +70,8 @@ def as_mapping(value: Any) -> Mapping[Any, Any] | None:
     """A dictionary, also of a class of its own that was not made; None for anything else."""
     if isinstance(value, Placeholder) and value.items:
         return value.items
+    if isinstance(value, Placeholder) and value.arguments and len(value.arguments) == 1:
+        value = value.arguments[0]  # as MMEngine's ConfigDict stores itself
     return value if isinstance(value, Mapping) else None
 
 

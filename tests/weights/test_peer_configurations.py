@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,45 @@ def test_without_a_configuration_what_is_assumed_is_said_and_another_can_be_give
     assert "assumed" not in capsys.readouterr().out
     model, _ = load_model(tmp_path / "out.safetensors")
     assert model.output_stride == 16 and model.align_corners
+
+
+class ConfigDict(dict[str, Any]):
+    """Stores itself as the one of MMEngine."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return ConfigDict, (dict(self),)
+
+
+class Config:
+    """The same."""
+
+    def __init__(self, content: ConfigDict) -> None:
+        self.content = content
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copyreg.__newobj__, (Config,), (self.content, None, "", {}, True)  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: Any) -> None:
+        raise AssertionError("this is not to run")
+
+
+@pytest.mark.parametrize("wrap", [ConfigDict, lambda content: Config(ConfigDict(content))])
+def test_a_configuration_may_be_an_object(
+    wrap: Callable[[Any], Any], weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    content = parse_config(config(PSP, 16, corners=True), "in.pth")
+    content["model"] = ConfigDict(content["model"])
+    model, peer = load_peer(save(tmp_path / "in.pth", weights, wrap(content)))
+    assert model.output_stride == 16 and model.align_corners
+    assert peer.described is not None and peer.described.image["crop"] == [512, 1024]
+
+
+@pytest.mark.parametrize("value", [3, Path("config.py"), ["model"]], ids=["3", "path", "list"])
+def test_a_configuration_that_cannot_be_read_is_refused(
+    value: Any, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="configuration of mmsegmentation in it cannot be read"):
+        load_peer(save(tmp_path / "in.pth", weights, value))
 
 
 def test_files_that_go_on_from_one_another_are_merged() -> None:
