@@ -143,7 +143,9 @@ def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = T
         "--scales", type=_scales, help="for example 0.75,1,1.25 (default: 1, the trained scale)"
     )
     parser.add_argument("--flip", action="store_true", help="mirror images as well")
-    parser.add_argument("--batch", type=whole(1), default=8, help="windows computed at once")
+    parser.add_argument(
+        "--batch", type=whole(1), help="windows computed at once (default: 8, on a CPU 1)"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto takes a GPU if there is one",

@@ -8,8 +8,8 @@ several scales and of the mirrored image, where they are asked for (paper, secti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 from math import ceil
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from encnet_triton.data.base import DataError
 from encnet_triton.data.normalisation import Normalise
+from encnet_triton.inference.merging import View, merged_labels
 from encnet_triton.inference.views import SINGLE_VIEW, Views
 from encnet_triton.inference.windows import filled, resized, window_starts
 from encnet_triton.kernels import upsample_argmax
@@ -33,13 +34,14 @@ class Predictor:
     """Predict the label map of one image at a time.
 
     Args:
-        model: network in evaluation mode, on ``device``.
+        model: network in evaluation mode, on ``device``; its weights are put into channels_last.
         info: normalisation, crop and scale it was trained with.
         device: where images are processed.
         whole_image: one pass over the whole image in place of windows (see
             `windows.WHOLE_IMAGE_WARNING`).
         views: scales and mirror images whose predictions are averaged.
-        batch: windows that go through the network at once.
+        batch: windows that go through the network at once; None for 8, and for 1 on a CPU, where
+            more take memory and are no faster.
         autocast: compute type on the device (None: float32).
     """
 
@@ -51,15 +53,15 @@ class Predictor:
         device: torch.device | str = "cpu",
         whole_image: bool = False,
         views: Views = SINGLE_VIEW,
-        batch: int = 8,
+        batch: int | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.model = model
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.info = info
         self.device = torch.device(device)
         self.whole_image = whole_image
         self.views = views
-        self.batch = batch
+        self.batch = batch or (1 if self.device.type == "cpu" else 8)
         self.autocast = autocast
         self._normalise = Normalise(info.mean, info.std, self.device)
         self._align_corners = bool(model.align_corners)
@@ -81,21 +83,18 @@ class Predictor:
             size = self._size(height, width, 1.0)
             if self.whole_image or size == tuple(self.info.crop):
                 logits = self._logits(self._resize(x, size))
-                return upsample_argmax(logits, (height, width), align_corners=self._align_corners)[
-                    0
-                ]
-        total: Tensor | None = None
-        for scale in self.views.scales:
-            view = self._resize(x, self._size(height, width, scale))
-            scores = self._averaged(view)
-            if scores.shape[2:] != (height, width):
-                corners = self.views.released
-                scores = F.interpolate(
-                    scores, size=(height, width), mode="bilinear", align_corners=corners
-                )
-            total = scores if total is None else total.add_(scores)
-        assert total is not None  # there is at least one scale
-        return total.argmax(1)[0]
+                found = upsample_argmax(logits, image.shape[:2], align_corners=self._align_corners)
+                return found[0]
+        views = [
+            self._view(self._resize(x, self._size(height, width, scale)))
+            for scale in self.views.scales
+        ]
+        return merged_labels(
+            views,
+            (height, width),
+            align_corners=self._align_corners,
+            released=self.views.released,
+        )
 
     def describe(self) -> str:
         """How it looks at an image, in words."""
@@ -128,59 +127,31 @@ class Predictor:
             return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
         return F.interpolate(x, size=size, mode="bilinear", antialias=True)
 
-    def _averaged(self, x: Tensor) -> Tensor:
-        """Class scores of 1 x 3 x H x W, averaged over the windows at each pixel: 1 x n x H x W."""
+    def _view(self, x: Tensor) -> View:
+        """The logits of all windows of 1 x 3 x H x W."""
         height, width = x.shape[2:]
         crop = (height, width) if self.whole_image else (self.info.crop[0], self.info.crop[1])
-        x = filled(x, crop, self._outside)
-        total: Tensor | None = None
-        visits = torch.zeros(x.shape[2:], device=self.device)
-        for places, windows in self._windows(x, crop):
-            scores = self._scores(windows)
-            if total is None:
-                total = scores.new_zeros(1, scores.shape[1], *x.shape[2:])
-            for (top, left), window in zip(places, scores, strict=True):
-                place = (slice(top, top + crop[0]), slice(left, left + crop[1]))
-                inside = total[0][:, *place]
-                inside += window[:, : inside.shape[1], : inside.shape[2]]
-                visits[place] += 1
-        assert total is not None  # there is at least one window
-        return total.div_(visits)[:, :, :height, :width]
-
-    def _windows(
-        self, x: Tensor, crop: tuple[int, int]
-    ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
         flush = not self.views.released
-        places = [
-            (top, left)
-            for top in window_starts(x.shape[2], crop[0], flush)
-            for left in window_starts(x.shape[3], crop[1], flush)
-        ]
+        tops, lefts = (window_starts(x.shape[2 + i], crop[i], flush) for i in range(2))
+        places = list(product(tops, lefts))
+        windows: dict[tuple[int, int], list[Tensor]] = {}
         for start in range(0, len(places), self.batch):
             part = places[start : start + self.batch]
-            windows = [x[:, :, t : t + crop[0], left : left + crop[1]] for t, left in part]
-            yield part, torch.cat([filled(w, crop, self._outside) for w in windows])
+            cut = [x[:, :, t : t + crop[0], left : left + crop[1]] for t, left in part]
+            maps = self._maps(torch.cat([filled(w, crop, self._outside) for w in cut]))
+            windows |= zip(part, map(list, zip(*maps, strict=True)), strict=True)
+        return View((height, width), crop, tops, lefts, windows)
 
-    def _scores(self, windows: Tensor) -> Tensor:
-        """Scores of B x 3 x h x w windows, and of their mirror images: B x n x h x w."""
-        upsampled = [self._upsampled(windows)]
+    def _maps(self, windows: Tensor) -> list[Tensor]:
+        """What each of B x 3 x h x w windows is made of, B x h x w x n each; see `View`."""
+        maps = [_classes_last(self._logits(windows))]
         if self.views.flip:
-            upsampled.append(self._upsampled(windows.flip(3)).flip(3))
+            maps.append(_classes_last(self._logits(windows.flip(3)).flip(3)))
         if self.views.released:
-            # In float64, because the published code's float32 overflows for large logits.
-            return torch.stack(upsampled).double().sum(0).exp()
-        scores = upsampled[0].softmax(1)
-        for other in upsampled[1:]:
-            scores = scores + other.softmax(1)
-        return scores
-
-    def _upsampled(self, windows: Tensor) -> Tensor:
-        return F.interpolate(
-            self._logits(windows).float(),
-            size=windows.shape[2:],
-            mode="bilinear",
-            align_corners=self._align_corners,
-        )
+            # In float64, because the published code's float32 overflows for large logits. The sum
+            # of the upsampled logits is the upsampled sum.
+            return [torch.stack(maps).double().sum(0)]
+        return maps
 
     def _logits(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -193,3 +164,8 @@ class Predictor:
             output = self.model(x)
         logits: Tensor = output.logits
         return logits
+
+
+def _classes_last(logits: Tensor) -> Tensor:
+    """B x n x h x w -> B x h x w x n in float32."""
+    return logits.permute(0, 2, 3, 1).float().contiguous()

@@ -60,24 +60,31 @@ class Tile(NamedTuple):
     narrow_flat: Tensor  # [R, m C]
 
 
-def spans(low: int, full: int, longest: int, align_corners: bool, like: Tensor) -> list[Span]:
-    """Cut `full` outputs interpolated from `low` inputs into runs of at most `longest`."""
+def span(low: int, full: int, start: int, stop: int, align_corners: bool, like: Tensor) -> Span:
+    """The run `start` to `stop` of `full` outputs that are interpolated from `low` inputs."""
     if align_corners:
         slope, offset = (low - 1) / max(full - 1, 1), 0.0
     else:
         slope, offset = low / full, 0.5 * low / full - 0.5
+    first, last = (int(min(max(slope * i + offset, 0), low - 1)) for i in (start, stop - 1))
+    last = min(last + 1, low - 1)
+    source = torch.arange(start, stop, dtype=torch.float64).mul_(slope).add_(offset)
+    source = source.clamp_(0, low - 1)
+    distance = source[:, None] - torch.arange(first, last + 1, dtype=torch.float64)
+    weight = (1 - distance.abs_()).clamp_(min=0).to(like)
+    return Span(slice(start, stop), slice(first, last + 1), weight)
+
+
+def runs(full: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Cut `full` outputs into equal runs of at most `longest`: where each starts and stops."""
     count = -(-full // longest)
     edges = [full * i // count for i in range(count + 1)]
-    result = []
-    for start, stop in zip(edges, edges[1:]):
-        first, last = (int(min(max(slope * i + offset, 0), low - 1)) for i in (start, stop - 1))
-        last = min(last + 1, low - 1)
-        source = torch.arange(start, stop, dtype=torch.float64).mul_(slope).add_(offset)
-        source = source.clamp_(0, low - 1)
-        distance = source[:, None] - torch.arange(first, last + 1, dtype=torch.float64)
-        weight = (1 - distance.abs_()).clamp_(min=0).to(like)
-        result.append(Span(slice(start, stop), slice(first, last + 1), weight))
-    return result
+    return zip(edges, edges[1:])
+
+
+def spans(low: int, full: int, longest: int, align_corners: bool, like: Tensor) -> list[Span]:
+    """Cut `full` outputs interpolated from `low` inputs into runs of at most `longest`."""
+    return [span(low, full, *run, align_corners, like) for run in runs(full, longest)]
 
 
 def tile_shape(height: int, width: int, classes: int, device: torch.device) -> tuple[int, int]:
@@ -109,7 +116,7 @@ class TiledUpsampling:
             (batch, low_height, low_width, classes), dtype=_sum_dtype(logits.dtype)
         )
         self._floor = self.low.new_empty((batch, low_height, low_width))
-        for _ in _in_threads(partial(self._prepare, logits.detach()), range(batch), logits.device):
+        for _ in in_threads(partial(self._prepare, logits.detach()), range(batch), logits.device):
             pass
         rows, columns = tile_shape(height, width, classes, logits.device)
         self.rows = spans(low_height, height, rows, align_corners, self.low)
@@ -157,7 +164,7 @@ class TiledUpsampling:
             finally:
                 unused.put(memory)
 
-        return _in_threads(start, places, self.low.device)
+        return in_threads(start, places, self.low.device)
 
     def in_range(self, image: int, rows: slice, columns: slice) -> bool:
         """Whether no value made of these can be below -RANGE, so that exp needs no further care."""
@@ -249,7 +256,7 @@ def _workers(device: torch.device, items: int) -> int:
     return max(min(torch.get_num_threads(), WORKERS, items), 1) if device.type == "cpu" else 1
 
 
-def _in_threads(
+def in_threads(
     work: Callable[[_Item], _Result], items: Sequence[_Item], device: torch.device
 ) -> Iterator[_Result]:
     """`map`, on a CPU in threads, each of which computes with its share of PyTorch's threads.
