@@ -47,6 +47,9 @@ COMMANDS = {
         "a training step of the network, phase by phase, against stock code", "bench.step"
     ),
     "loader": Command("training batches a second from JPEGs, two workers", "bench.loader"),
+    "evaluate": Command(
+        "scoring a data set in windows, against a window at a time", "bench.evaluate"
+    ),
     "context": Command(
         "FCN, EncNet, EncNet+SE on the embedded data set, several seeds each",
         "bench.context",

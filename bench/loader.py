@@ -103,17 +103,17 @@ def rate(batches: Iterator[object]) -> float:
     return statistics.median(rates)
 
 
-def write_folder(root: Path) -> None:
-    """A folder data set of made images."""
+def write_folder(root: Path, images: int, classes: int = 11) -> None:
+    """A folder data set of made images, whose labels are the first 11 of the classes."""
     lines = []
-    for number in range(IMAGES):
+    for number in range(images):
         image, label = made_files(number)
         (root / f"{number}.jpg").write_bytes(image)
         (root / f"{number}.png").write_bytes(label)
         lines.append(f"{number}.jpg {number}.png")
     for split in ("train", "val"):
         (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
-    (root / "classes.txt").write_text("\n".join(f"class {k}" for k in range(11)) + "\n")
+    (root / "classes.txt").write_text("\n".join(f"class {k}" for k in range(classes)) + "\n")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure every variant and print the table; returns the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
-            write_folder(Path(folder))
+            write_folder(Path(folder), IMAGES)
         dataset = create_dataset("folder", "train", options.data or folder, ignore_label=11)
         found = {}
         for name, (make, workers) in VARIANTS.items():

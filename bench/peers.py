@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+
+from encnet_triton.inference import window_starts
 
 
 def encode_materialised(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
@@ -37,6 +42,17 @@ def upsample_then_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     size = (target.shape[1], target.shape[2])
     full = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
     return F.cross_entropy(full, target, ignore_index=255)
+
+
+def window_scores(model: nn.Module, x: Tensor, crop: int, classes: int) -> Tensor:
+    """Sums of the class probabilities of an image's windows, a window at a time: 1 x n x H x W."""
+    total = x.new_zeros(1, classes, *x.shape[2:])
+    for top, left in product(*(window_starts(size, crop) for size in x.shape[2:])):
+        place = (..., slice(top, top + crop), slice(left, left + crop))
+        logits = model(x[place].contiguous(memory_format=torch.channels_last)).logits
+        full = F.interpolate(logits.float(), (crop, crop), mode="bilinear", align_corners=True)
+        total[place] += full.softmax(1)
+    return total
 
 
 def batch_norm_add_relu(

@@ -31,6 +31,7 @@ OPTIONS = {
     "cifar": {"--device", "--json"},
     "step": {*SIZES, "--precision", "--device", "--json"},
     "loader": {"--data"},
+    "evaluate": {"--device", "--rounds", "--json"},
     "context": {"--seeds", "--runs", "--json"},
     "versions": {"--folder", "--triton", "--torch", "--redo", "--table", "--document"},
     "gpu": {"--out", "--minutes", "--stage", "--resume", "--rehearse", "--cifar", "--publish"},

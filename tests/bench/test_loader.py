@@ -20,7 +20,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_sequential_side_gives_what_frameworks_train_on(tmp_path: Path) -> None:
-    loader.write_folder(tmp_path)
+    loader.write_folder(tmp_path, loader.IMAGES)
     dataset = create_dataset("folder", "train", tmp_path, ignore_label=11)
     image, label = loader.Sequential(dataset)[3]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
