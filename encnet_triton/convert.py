@@ -90,7 +90,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         crop=given.crop,
         base_size=given.base_size,
         average=given.ema,
-        config=None if given.config is None else given.config.read_text(),
+        config=None if given.config is None else given.config.read_text("utf-8"),
         note=lambda text: console.print(f"note: {text}; give --config to say it"),
     )
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -333,15 +333,17 @@ class Config:
 def changed_fields(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the fields of two fingerprints that differ.
 
-    A field that did not exist when one was made had its default then.
+    A field that did not exist when one was made had its default then, and one that takes several
+    values may have taken a single one.
     """
     known = all_fields()
     defaults = {name: _plain(f.default) for name, (_, f) in known.items()}
-    return [
-        key
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key, defaults.get(key)) != now.get(key, defaults.get(key))
-    ]
+    found = []
+    for key in sorted(saved.keys() | now.keys()):
+        before, after = (of.get(key, defaults.get(key)) for of in (saved, now))
+        if after not in (before, [before]):
+            found.append(key)
+    return found
 
 
 def _plain(value: Any) -> Any:

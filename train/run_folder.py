@@ -13,6 +13,7 @@ from encnet_triton.train.distributed import World, gather
 from encnet_triton.train.run_lock import RunLock
 
 RESULT = "result.json"
+_REFUSED = "refused"  # its only key where the run did not begin
 
 
 def folder_of(config: Config) -> Path:
@@ -71,6 +72,14 @@ def write_config(config: Config, folder: Path) -> None:
     write_json(config.as_dict(), folder / "config.json")
 
 
+def note_refusal(config: Config, world: World, reason: str) -> None:
+    """Write why a run did not begin where its result would be, unless there is one of another."""
+    folder = folder_of(config)
+    if world.main and not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json({_REFUSED: reason}, folder / RESULT)
+
+
 def finished(config: Config) -> bool:
     """Whether this very run is complete.
 
@@ -81,12 +90,14 @@ def finished(config: Config) -> bool:
     if not (folder / RESULT).is_file():
         return False
     try:
+        if _REFUSED in json.loads((folder / RESULT).read_text(encoding="utf-8")):
+            return False
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         then = {key: value for section in SECTIONS for key, value in saved[section].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"run {folder} has a {RESULT}, but its config.json is damaged or not there; "
-            "give another --name"
+            f"run {folder} has a {RESULT}, but it or its config.json is damaged or not "
+            "there; give another --name"
         ) from error
     now = config.fingerprint()
     changed = changed_fields({key: value for key, value in then.items() if key in now}, now)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from encnet_triton.data import DataError
 from encnet_triton.files import write_json
 from encnet_triton.nn import BatchNormAct1d, BatchNormAct2d
 from encnet_triton.report import report
@@ -28,6 +29,7 @@ from encnet_triton.train.run_folder import (
     finished,
     free_folder,
     locked,
+    note_refusal,
     open_folder,
     write_config,
 )
@@ -350,7 +352,11 @@ class Trainer:
 
 def train(config: Config, world: World) -> bool:
     """Build, restore, run, and tell what came out; returns whether the run is complete."""
-    task = task_of(config)(config, world)
+    try:
+        task = task_of(config)(config, world)
+    except DataError as error:
+        note_refusal(config, world, str(error))
+        raise
     folder = open_folder(config, world)
     world.watch.mark("starting", FIRST)
     try:

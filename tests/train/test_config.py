@@ -96,6 +96,8 @@ def test_a_field_that_is_newer_than_a_run_had_its_default() -> None:
     assert changed_fields(older, now) == []
     assert changed_fields(older, {**now, "schedule": "cosine"}) == ["schedule"]
     assert changed_fields(now, {**now, "lr": 1.0}) == ["lr"]
+    assert changed_fields({**now, "ignore_label": 11}, {**now, "ignore_label": [11]}) == []
+    assert changed_fields({**now, "ignore_label": 11}, {**now, "ignore_label": [0, 11]}) != []
 
 
 @pytest.mark.parametrize("name", recipe_names())

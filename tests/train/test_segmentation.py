@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from encnet_triton.train.class_weights import LIMITS, balanced_weights
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.distributed import World
 from encnet_triton.train.recipe import build
+from encnet_triton.train.run_folder import finished
 from encnet_triton.train.segmentation import Segmentation, make_model
 from encnet_triton.train.task import initial
 
@@ -70,7 +72,9 @@ def test_a_split_without_a_labelled_pixel_ends_before_the_run(
     assert main(["--recipe", str(recipe)]) == 2
     said = capsys.readouterr().err
     assert f"{split}_split '{split}': no pixel of" in said and len(said.splitlines()) == 1
-    assert not Path("runs").exists()
+    assert [str(path) for path in Path("runs").rglob("*.*")] == ["runs/tiny/result.json"]
+    assert split in json.loads(Path("runs/tiny/result.json").read_text())["refused"]
+    assert not finished(build(str(recipe), {}))
 
 
 def test_masks_of_0_and_255_are_noticed_at_the_start(recipe: Path, folder_data: Path) -> None:
