@@ -12,10 +12,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -28,6 +28,8 @@ _SILENT = 10.0  # seconds after which a rank that says nothing is called silent
 _NO_STORE = 8.0  # seconds of refused connections after which the store is called gone
 _ORPHAN = 7.0  # seconds that a process without torchrun has for its last save
 FAILED = "failed"
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -103,6 +105,12 @@ class Watch:
         self._doing = doing
         if limit is not None:
             self._limit = limit
+
+    def each(self, items: Iterable[Item], count: int) -> Iterator[Item]:
+        """The items of an evaluation, each of which is progress."""
+        for item in items:
+            self.mark("evaluation")
+            yield item
 
     def somebody_is(self, doing: str) -> bool:
         """Whether another rank has said that it is at this, a second ago or two."""

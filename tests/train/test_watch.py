@@ -35,6 +35,12 @@ def test_as_long_as_any_rank_comes_further_none_ends() -> None:
     assert watching({}, {"moved": NOW - 1})._verdict(NOW) is None
 
 
+def test_each_image_of_an_evaluation_is_progress() -> None:
+    made = watching({})
+    before = made._marks
+    assert list(made.each("abc", 3)) == ["a", "b", "c"] and made._marks == before + 3
+
+
 def test_a_rank_that_saves_is_waited_for_as_long_as_for_the_first_step() -> None:
     made = watching({"limit": FIRST, "doing": "saving step 8"}, {})
     assert made._verdict(NOW) is None

@@ -43,7 +43,9 @@ def _measure(one: Planned, world: distributed.World) -> dict[str, float]:
         views = Views(PAPER_SCALES, flip=True) if one.row.multi_scale else Views()
         predictor = Predictor(model, info, device=world.device, views=views)
         data = _validation_set(one.configs[-1])
-        matrix = confusion(predictor, data, rank=world.rank, world_size=world.size)
+        matrix = confusion(
+            predictor, data, rank=world.rank, world_size=world.size, watch=world.watch.each
+        )
         found = protocol_scores(matrix, one.configs[-1].data.dataset)
         document = {p.name: [100 * p.pixel_accuracy, 100 * p.miou] for p in found}
         if world.main:
