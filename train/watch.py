@@ -26,6 +26,7 @@ saves: a graph may be compiled, or a large file written, by one rank while the o
 _EVERY = 1.0  # seconds between two looks
 _SILENT = 10.0  # seconds after which a rank that says nothing is called silent
 _NO_STORE = 8.0  # seconds of refused connections after which the store is called gone
+_PAUSED = 5.0  # seconds between two looks after which this process was suspended
 _ORPHAN = 7.0  # seconds that a process without torchrun has for its last save
 FAILED = "failed"
 
@@ -73,6 +74,7 @@ class Watch:
         self._looks = self._marks = 0
         self._limit, self._doing = FIRST, "starting"
         self._heard = time.monotonic()  # of the store
+        self._own_marks, self._own_moved = 0, time.monotonic()
         self._refused: float | None = None  # since when the store refuses
         self._orphaned: float | None = None
         self._judging = True
@@ -176,10 +178,24 @@ class Watch:
 
     def _judge(self) -> None:
         """Look at what was heard; waits for nothing."""
+        last = time.monotonic()
         while not self._over.wait(_EVERY / 2):
-            sentence = self._verdict(time.monotonic())
+            now = time.monotonic()
+            if now - last > _PAUSED:
+                self._forget(now - last)
+            last = now
+            sentence = self._verdict(now)
             if sentence is not None and self._judging:
                 self.end(sentence)
+
+    def _forget(self, pause: float) -> None:
+        """Leave out a time in which this process stood still; schedulers suspend whole jobs."""
+        for peer in self._peers:
+            peer.heard += pause
+            peer.moved += pause
+        self._heard += pause
+        self._own_moved += pause
+        self._refused = None
 
     def _verdict(self, now: float) -> str | None:
         """Why this process must end, if it must."""
@@ -193,18 +209,22 @@ class Watch:
                 return f"ended because its torchrun (process {self._agent}) has gone"
         if self._store is None:
             return None
-        if self._refused is not None and now - self._refused > _NO_STORE:
+        if self._marks != self._own_marks:
+            self._own_marks, self._own_moved = self._marks, now
+        still = now - self._own_moved
+        if self._refused is not None and min(still, now - self._refused) > _NO_STORE:
             return "ended because the torchrun or rank 0 that keeps the addresses of all has gone"
         # What a silent rank said last may be from before its first step.
         talking = (peer.limit for peer in self._peers if now - peer.heard <= _SILENT)
         limit = max([self._limit, *talking])
-        if now - max(peer.moved for peer in self._peers) < limit:
+        if min(still, now - max(peer.moved for peer in self._peers)) < limit:
             return None
         return self._silence(now, limit)
 
     def _silence(self, now: float, limit: float) -> str:
         """What is known when no rank has come further for too long."""
-        waited = f"no rank has come further for {limit:g} s (--timeout)"
+        field = "" if limit == FIRST else " (--timeout)"
+        waited = f"no rank has come further for {limit:g} s{field}"
         if now - self._heard > _SILENT:
             host = self._peers[0].host or os.environ.get("MASTER_ADDR", "of rank 0")
             return (

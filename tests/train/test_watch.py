@@ -26,7 +26,7 @@ def watching(*peers: dict[str, object], rank: int = 0) -> Watch:
         known.host, known.doing = f"host{number}", "step 8"
         for name, value in changes.items():
             setattr(known, name, value)
-    made._limit = 180.0
+    made._limit, made._own_moved = 180.0, NOW - 200
     return made
 
 
@@ -45,6 +45,22 @@ def test_a_rank_that_saves_is_waited_for_as_long_as_for_the_first_step() -> None
     made = watching({"limit": FIRST, "doing": "saving step 8"}, {})
     assert made._verdict(NOW) is None
     assert "for 1800 s" in str(made._verdict(NOW + FIRST))
+
+
+def test_a_rank_that_comes_further_ends_for_no_store() -> None:
+    """Collectives may work where the connection to the store does not."""
+    made = watching({}, {})
+    made._refused = NOW - 100
+    made.mark("step 9")
+    assert made._verdict(NOW) is None and made._verdict(NOW + 5) is None
+    assert "has gone" in str(made._verdict(NOW + 9))
+
+
+def test_a_job_that_was_suspended_goes_on() -> None:
+    made = watching({"moved": NOW - 1}, {"moved": NOW - 1})
+    made._forget(3600.0)
+    assert made._verdict(NOW + 3600.0) is None
+    assert made._verdict(NOW + 3600.0 + 180.0) is not None
 
 
 @pytest.mark.parametrize(
