@@ -8,13 +8,14 @@ import sys
 
 from encnet_triton.train import cli, distributed
 from encnet_triton.train.distributed import WorldError
+from encnet_triton.train.dry_run import dry_run
 from encnet_triton.train.failures import explained
 from encnet_triton.train.recipe import as_toml
 from encnet_triton.train.run_folder import folder_of
 from encnet_triton.train.run_state import LAST
 from encnet_triton.train.sweeps import plan
 from encnet_triton.train.sweeps.run import run as run_sweep
-from encnet_triton.train.trainer import TrainingError, dry_run, train_all
+from encnet_triton.train.trainer import TrainingError, train_all
 from encnet_triton.weights.checkpoint import CheckpointError
 
 _ONE_SENTENCE = (CheckpointError, TrainingError, WorldError, OSError, ValueError)

@@ -63,8 +63,12 @@ class RunLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self._own, file)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self._own, file)
+        except OSError:
+            self.path.unlink(missing_ok=True)  # of a full disk: a lock that names nobody
+            raise
         return True
 
     def _remove(self, take_over: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from encnet_triton.train.recipe import task_of
 from encnet_triton.train.run_folder import (
     RESULT,
     finished,
-    free_folder,
     locked,
     note_refusal,
     open_folder,
@@ -38,7 +37,7 @@ from encnet_triton.train.run_state import Progress
 from encnet_triton.train.signals import StopRequest, agree
 from encnet_triton.train.task import Task
 from encnet_triton.train.watch import FIRST
-from encnet_triton.weights.checkpoint import load_model, save_model
+from encnet_triton.weights.checkpoint import save_model
 
 MAX_SKIPPED = 10
 _STOPPING = "leaving the validation out"
@@ -424,45 +423,3 @@ def train_all(configs: list[Config], world: World) -> bool:
         if not train(config, world):
             return False
     return True
-
-
-def dry_run(config: Config, world: World, before: Collection[Path] = ()) -> None:
-    """Refuse what a run would refuse, else print what it would be.
-
-    Data sets that are published need not be there; if they are, the run is built as it would be.
-
-    Args:
-        config: of the run.
-        world: of this process.
-        before: checkpoints that the stages before it would write.
-    """
-    _rehearse(config, world, before)
-    log = Log(Path(), world.main)
-    for line in task_of(config).outlook(config, world):
-        log.say(line)
-
-
-def _rehearse(config: Config, world: World, before: Collection[Path]) -> None:
-    path = free_folder(config) / run_state.LAST
-    start = config.run.init_from
-    if start is not None and Path(start) in before:
-        start = None
-    if config.data.data is None and config.data.dataset != "scenes":
-        task_of(config).refuse_batch(config, world)
-        if start is not None:
-            load_model(start)
-        return
-    pretrained = config.model.pretrained
-    task = task_of(config)(
-        replace(
-            config,
-            model=replace(config.model, pretrained="" if "://" in pretrained else pretrained),
-            run=replace(config.run, init_from=start, new_head=config.run.new_head and bool(start)),
-        ),
-        world,
-    )
-    task.close()
-    if config.run.resume and run_state.on_all_ranks(path):
-        run_state.load(
-            path, world, task.model, task.optimizer, config, task.info, task.training_set
-        )

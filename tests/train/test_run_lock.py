@@ -85,6 +85,16 @@ def test_a_damaged_lock_is_a_sentence(tmp_path: Path, text: str) -> None:
     take(tmp_path, take_over=True).release()
 
 
+def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="No space left"):
+        take(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_who_is_taken_over_learns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_EVERY", 0.01)
     told, heard = [], threading.Event()
