@@ -33,4 +33,4 @@ def explained(error: BaseException) -> tuple[str | None, bool]:
 
 
 def _size(number: str, unit: str) -> str:
-    return f"{float(number) / 2**30:.2f} GiB" if unit == "bytes" else f"{number} {unit}"
+    return f"{float(number) / 2**20:,.0f} MiB" if unit == "bytes" else f"{number} {unit}"
