@@ -107,9 +107,10 @@ def state_dict_of(document: Any, source: str, average: bool = False) -> dict[str
         raise ValueError(f"{source} holds something else than a state dict of tensors")
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = value.name if isinstance(value, Placeholder) else type(value).__name__
             raise ValueError(
                 f"{source} holds something else than a state dict of tensors: "
-                f"{printable(str(key))} is a {type(value).__name__}"
+                f"{printable(str(key))} is a {kind}"
             )
     return _plain_names(_without_averages(tensors, average), source)
 

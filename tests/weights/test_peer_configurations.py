@@ -156,6 +156,25 @@ def test_the_configuration_tells_how_images_are_cut_scaled_and_normalised(
     assert (info.crop, info.base_size) == ([64, 96], 80)
 
 
+@pytest.mark.parametrize(
+    ("build", "crop", "base_size", "scale_by"),
+    [
+        (lambda: restated.MMSegPSP(19), [512, 1024], 1024, "short"),
+        (lambda: restated.PyTorchEncodingPSP(19), [768, 768], 2048, "long"),
+    ],
+    ids=["mmsegmentation", "PyTorch-Encoding"],
+)
+def test_street_scenes_have_crops_and_scales_of_their_own(
+    build: Callable[[], nn.Module], crop: list[int], base_size: int, scale_by: str, tmp_path: Path
+) -> None:
+    torch.save(build().state_dict(), tmp_path / "in.pth")
+    output = tmp_path / "out.safetensors"
+    assert main([str(tmp_path / "in.pth"), str(output), "--dataset", "cityscapes"]) == 0
+    info = load_model(output)[1]
+    assert (info.crop, info.base_size, info.scale_by) == (crop, base_size, scale_by)
+    assert info.classes[0] == "road"
+
+
 def test_classes_and_colours_are_those_in_the_file(
     weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
