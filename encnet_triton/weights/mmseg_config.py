@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,7 +297,10 @@ def parse_config(text: str, source: str) -> dict[str, Any]:
     text = re.sub(r"(?m)^[^\s=#'\"(]+\.py$", "", text)
     try:
         found: dict[str, Any] = {}
-        for statement in ast.parse(text).body:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the style of what others have written
+            statements = ast.parse(text).body
+        for statement in statements:
             if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 name = statement.targets[0].id
                 found[name] = _merged(found.get(name), _value(statement.value, found))

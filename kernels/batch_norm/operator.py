@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 
 from .._namespace import add_op_namespace_prefix
-from ..runtime.arguments import check_derivatives, check_flag, check_no_vmap, check_number
+from ..runtime.arguments import (
+    check_dense,
+    check_derivatives,
+    check_flag,
+    check_no_vmap,
+    check_number,
+)
 from ..runtime.dispatch import plan_of
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
@@ -418,13 +424,14 @@ def _check_inputs(
             "batch_norm_act: x needs a batch and a channel dimension with at least one channel, "
             f"got shape {tuple(x.shape)}."
         )
-    if activation not in ("relu", None):
+    if activation is not None and not (isinstance(activation, str) and activation == "relu"):
         raise ValueError(f'batch_norm_act: activation must be "relu" or None, got {activation!r}.')
     for name, tensor in {**per_channel, "residual": residual}.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(
                 f"batch_norm_act: {name} must be a tensor or None, got {type(tensor).__name__}."
             )
+    check_dense("batch_norm_act", x=x, residual=residual, **per_channel)
     _check_op(x, {**per_channel, "residual": residual})
     for name, tensor in per_channel.items():
         if tensor is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._namespace import add_op_namespace_prefix
-from ..runtime.arguments import check_derivatives, check_flag
+from ..runtime.arguments import check_dense, check_derivatives, check_flag
 from ..runtime.dispatch import plan_of
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
@@ -52,6 +52,7 @@ def _check_inputs(
             raise ValueError(
                 f"encode: {name} must be on x's device {x.device}, got {tensor.device}."
             )
+    check_dense("encode", x=x, **parameters)
     if codewords.dim() != 2 or codewords.shape[1] != channels:
         raise ValueError(
             f"encode: codewords must be K x C with C = {channels} as in x of shape "

@@ -20,9 +20,11 @@ def check_flag(name: str, argument: str, value: object) -> None:
 
 
 def check_integer(name: str, argument: str, value: object) -> None:
-    """Raise TypeError unless `value` is an integer."""
+    """Raise TypeError unless `value` is an integer, ValueError unless it has at most 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise TypeError(f"{name}: {argument} must be an integer, got {_shown(value)}.")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: {argument} must fit into 64 bits, got {value}.")
 
 
 def check_number(name: str, argument: str, value: object) -> None:
@@ -30,6 +32,13 @@ def check_number(name: str, argument: str, value: object) -> None:
     numbers = (int, float, torch.SymInt, torch.SymFloat, Real)
     if isinstance(value, bool) or not isinstance(value, numbers):
         raise TypeError(f"{name}: {argument} must be a number, got {_shown(value)}.")
+
+
+def check_dense(name: str, **tensors: Optional[Tensor]) -> None:
+    """Raise TypeError for a sparse tensor."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.layout != torch.strided:
+            raise TypeError(f"{name}: {argument} must be a dense tensor, got {tensor.layout}.")
 
 
 def _shown(value: object) -> str:

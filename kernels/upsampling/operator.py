@@ -39,7 +39,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._namespace import add_op_namespace_prefix
-from ..runtime.arguments import check_derivatives, check_flag, check_integer, check_number
+from ..runtime.arguments import (
+    check_dense,
+    check_derivatives,
+    check_flag,
+    check_integer,
+    check_number,
+)
 from ..runtime.dispatch import plan_of, takes_triton
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
@@ -60,6 +66,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
         raise TypeError(
             f"{name}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}."
         )
+    check_dense(name, logits=logits)
 
 
 def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> None:
@@ -80,6 +87,7 @@ def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> N
             f"{name}: weight must hold {logits.shape[1]} floating-point numbers, one a class, "
             f"got {weight.dtype} of shape {tuple(weight.shape)}."
         )
+    check_dense(name, target=target, weight=weight)
     for other, what in ((target, "target"), (weight, "weight")):
         if other is not None and other.device != logits.device:
             raise ValueError(f"{name}: {what} is on {other.device}, but logits on {logits.device}.")
@@ -396,7 +404,7 @@ def upsample_cross_entropy(
     check_integer(name, "ignore_index", ignore_index)
     check_flag(name, "align_corners", align_corners)
     check_number(name, "label_smoothing", label_smoothing)
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be 0 to 1, got {label_smoothing}.")
