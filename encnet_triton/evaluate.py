@@ -37,8 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="released: as the published code, see docs/evaluation.md",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=options.whole(0, 1024), default=0, help="processes that read images"
-    )
+        "--workers", type=options.whole(0, 1024),
+        help="processes that read images (default: by the cores, on a CPU 1)",
+    )  # fmt: skip
     parser.add_argument(
         "--json", type=Path, help="also write the scores to this file (default: none)"
     )
@@ -65,7 +66,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
             console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
         released = given.protocol == "released"
         predictor = options.make_predictor(given, model, info, device, released)
-        found = measure_scores(predictor, *where, rank=rank, world_size=size, workers=given.workers)
+        workers = options.reader_count(given.workers, device)
+        found = measure_scores(predictor, *where, rank=rank, world_size=size, workers=workers)
     if rank == 0:
         found.show(console)
         if given.json:

@@ -18,11 +18,13 @@ from rich.console import Console
 from torch import nn
 
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
+from encnet_triton.inference.precision import PRECISIONS, compute_dtype
 from encnet_triton.weights import CheckpointError, ModelInfo
 
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate memory")
 _FOR_SEGMENTATION = (
-    "multi_scale", "scales", "flip", "whole_image", "batch", "protocol", "workers", "output",
+    "multi_scale", "scales", "flip", "whole_image", "batch", "precision", "protocol", "workers",
+    "output",
 )  # fmt: skip
 
 
@@ -147,6 +149,10 @@ def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = T
         "--batch", type=whole(1), help="windows computed at once (default: 8, on a CPU 1)"
     )
     parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="auto takes bfloat16 where the device gains; float32 is without TF32",
+    )  # fmt: skip
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto takes a GPU if there is one",
     )  # fmt: skip
@@ -168,7 +174,22 @@ def make_predictor(
         whole_image=options.whole_image,
         views=Views(scales, options.flip or options.multi_scale, released),
         batch=options.batch,
+        autocast=compute_dtype(options.precision, device),
     )
+
+
+def reader_count(given: int | None, device: torch.device) -> int:
+    """Processes that read images for this one: as given, else by the cores that it may use.
+
+    On a CPU the network needs the cores, so one process reads ahead.
+    """
+    if given is not None:
+        return given
+    if device.type == "cpu":
+        return 1
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def pick_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from encnet_triton.inference.precision import fast_dtype
 from encnet_triton.nn import set_sync_group
 from encnet_triton.scoring.segmentation import Watch
 from encnet_triton.train.config import Config, ConfigError, require
@@ -176,11 +177,7 @@ def initial(config: Config, world: World, make: Callable[[], nn.Module]) -> nn.M
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """bfloat16 where it is asked for or gains: GPUs that compute in it, CPUs with matrix tiles."""
-    if config.run.amp == "off":
-        return None
-    if config.run.amp == "on":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
+    """What autocast computes in; None: float32, as torch does it."""
+    if config.run.amp == "auto":
+        return fast_dtype(device)
+    return torch.bfloat16 if config.run.amp == "on" else None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["fast_dtype"]
+__all__ = ["PRECISIONS", "compute_dtype", "fast_dtype"]
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
@@ -12,3 +14,18 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in for one of `PRECISIONS`; None: float32.
+
+    float32 is meant so: it turns TF32 off in this process, in which torch computes convolutions of
+    float32 on a GPU else.
+    """
+    if precision == "auto":
+        return fast_dtype(device)
+    if precision == "bfloat16":
+        return torch.bfloat16
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return None

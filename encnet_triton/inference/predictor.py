@@ -104,6 +104,8 @@ class Predictor:
             text += ", scales " + " ".join(f"{scale:g}" for scale in views.scales)
         if views.flip:
             text += ", mirrored too"
+        if self.autocast is not None:
+            text += f", {str(self.autocast).removeprefix('torch.')}"
         return text + (", released protocol" if views.released else "")
 
     def _size(self, height: int, width: int, scale: float) -> tuple[int, int]:
