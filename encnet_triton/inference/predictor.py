@@ -77,8 +77,7 @@ class Predictor:
                 f"image must be H x W x 3 uint8 RGB, got {image.dtype} of shape {image.shape}"
             )
         height, width = image.shape[:2]
-        pixels = torch.tensor(image, device=self.device).permute(2, 0, 1)[None]
-        x = self._normalise(pixels)
+        x = self._normalise(moved(image, self.device).permute(2, 0, 1)[None])
         if self.views == SINGLE_VIEW:
             size = self._size(height, width, 1.0)
             if self.whole_image or size == tuple(self.info.crop):
@@ -166,6 +165,14 @@ class Predictor:
             output = self.model(x)
         logits: Tensor = output.logits
         return logits
+
+
+def moved(array: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """A copy of an array on a device, which is not waited for."""
+    copy = torch.tensor(array)
+    if device.type == "cuda":
+        return copy.pin_memory().to(device, non_blocking=True)
+    return copy.to(device)
 
 
 def _classes_last(logits: Tensor) -> Tensor:

@@ -55,12 +55,16 @@ class ConfusionMatrix:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self._wrong = torch.zeros((), dtype=torch.int64, device=device)
+        # Asking an accelerator would stall it, so that it would wait for the next image.
+        self._asks = self.counts.device.type == "cpu"
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Add one or more label maps: integer tensors of one shape, on this matrix's device.
 
         Raises:
-            ValueError: shapes differ, or a value is neither a class nor ``ignore_index``.
+            ValueError: shapes differ, or a value is neither a class nor ``ignore_index``. (The
+                latter on an accelerator in `all_reduce`, which is not asked here.)
         """
         if prediction.shape != label.shape:
             raise ValueError(
@@ -69,6 +73,9 @@ class ConfusionMatrix:
             )
         n = self.num_classes
         keep = label != self.ignore_index
+        if not self._asks:
+            self._count(prediction.long(), label.long(), keep)
+            return
         rows, columns = label[keep].long(), prediction[keep].long()
         for name, values in (("label", rows), ("prediction", columns)):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < n:
@@ -80,8 +87,26 @@ class ConfusionMatrix:
                 )
         self.counts += torch.bincount(rows * n + columns, minlength=n * n).view(n, n)
 
+    def _count(self, prediction: Tensor, label: Tensor, keep: Tensor) -> None:
+        """`update` without reading anything back."""
+        n = self.num_classes
+        allowed = (prediction >= 0) & (prediction < n) & (label >= 0) & (label < n)
+        right = keep & allowed
+        place = (label * n + prediction).where(right, 0)
+        self.counts.view(-1).scatter_add_(0, place.flatten(), right.long().flatten())
+        self._wrong += (keep & ~allowed).sum()
+
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Sum the counts over all processes (one all-reduce); nothing to do without a group."""
+        """Sum the counts over all processes (one all-reduce); without a group they are complete.
+
+        Raises:
+            ValueError: values of pixels counted by this process were not allowed.
+        """
+        if not self._asks and (wrong := int(self._wrong)):
+            raise ValueError(
+                f"{wrong} pixels hold a label or a prediction that is not allowed; allowed are 0 "
+                f"to {self.num_classes - 1} and, in a label, {self.ignore_index} (ignore)"
+            )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts, group=group)
 

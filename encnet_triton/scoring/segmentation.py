@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,7 @@ from encnet_triton.data import Dataset, create_dataset, eval_samples
 from encnet_triton.data.base import class_difference
 from encnet_triton.data.check import refuse_unlabelled
 from encnet_triton.inference import Predictor
+from encnet_triton.inference.predictor import moved
 from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
 from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores
 from encnet_triton.weights import ModelInfo
@@ -138,8 +138,7 @@ def confusion(
         samples = watch(samples, len(range(rank, len(dataset), world_size)))
     for _, sample in samples:
         prediction = predictor(np.asarray(sample.image))
-        label = torch.as_tensor(sample.label, device=predictor.device)
-        matrix.update(prediction, label)
+        matrix.update(prediction, moved(sample.label, predictor.device))
     matrix.all_reduce()
     return matrix
 

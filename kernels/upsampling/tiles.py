@@ -68,9 +68,11 @@ def span(low: int, full: int, start: int, stop: int, align_corners: bool, like: 
         slope, offset = low / full, 0.5 * low / full - 0.5
     first, last = (int(min(max(slope * i + offset, 0), low - 1)) for i in (start, stop - 1))
     last = min(last + 1, low - 1)
-    source = torch.arange(start, stop, dtype=torch.float64).mul_(slope).add_(offset)
+    # Made on a GPU, for a copy there would wait for all that it has to do.
+    device = like.device if like.is_cuda else None
+    source = torch.arange(start, stop, dtype=torch.float64, device=device).mul_(slope).add_(offset)
     source = source.clamp_(0, low - 1)
-    distance = source[:, None] - torch.arange(first, last + 1, dtype=torch.float64)
+    distance = source[:, None] - torch.arange(first, last + 1, dtype=torch.float64, device=device)
     weight = (1 - distance.abs_()).clamp_(min=0).to(like)
     return Span(slice(start, stop), slice(first, last + 1), weight)
 

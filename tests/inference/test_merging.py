@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encnet_triton.data import default_palette
-from encnet_triton.inference import Predictor, merging, window_starts
+from encnet_triton.inference import Predictor, Views, merging, window_starts
 from encnet_triton.models import create_model
 from encnet_triton.train.forecast import Lifetimes, peak_memory
 from encnet_triton.train.recipe import build
 from encnet_triton.weights.checkpoint import ModelInfo
+from tests.support.reading_back import ReadsNothingBack
 
 
 def full_scores(view: merging.View, align_corners: bool, released: bool) -> Tensor:
@@ -103,6 +105,26 @@ def small_info(classes: int, crop: int) -> ModelInfo:
     )  # fmt: skip
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Dispatch modes do not see other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_prediction_reads_nothing_back() -> None:
+    model = create_model("fcn", 7, backbone="demo", head_channels=8).eval()
+    image = np.zeros((70, 90, 3), np.uint8)
+    views = Views((0.75, 1.0), flip=True)
+    with ReadsNothingBack():
+        assert Predictor(model, small_info(7, 64))(image).shape == (70, 90)
+        assert Predictor(model, small_info(7, 64), views=views)(image).shape == (70, 90)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_validation_needs_less_memory_than_a_step_was_forecast_to() -> None:
     given = {"backbone": "demo", "crop": [64, 64], "batch_size": 4, "amp": "off"}
     config = build("scenes_encnet", given)
@@ -110,13 +132,8 @@ def test_a_validation_needs_less_memory_than_a_step_was_forecast_to() -> None:
     model = create_model(num_classes=150, **config.model.options()).eval()
     weights = sum(p.nbytes for p in model.parameters())
     image = np.zeros((150, 200, 3), np.uint8)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # other threads are not counted
-    try:
-        with Lifetimes() as live:
-            Predictor(model, small_info(150, 64))(image)
-    finally:
-        torch.set_num_threads(threads)
+    with Lifetimes() as live:
+        Predictor(model, small_info(150, 64))(image)
     scores = 4 * 150 * 150 * 200
     assert weights + live.peak < forecast
     assert live.peak < scores / 2

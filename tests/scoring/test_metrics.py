@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from encnet_triton.scoring.metrics import ConfusionMatrix
+from tests.support.reading_back import ReadsNothingBack
 
 
 def by_hand(prediction: np.ndarray, label: np.ndarray, n: int) -> tuple[float, float]:
@@ -37,6 +38,25 @@ def test_scores_equal_a_count_by_hand() -> None:
     assert scores.absent == (7, 8)
     assert scores.iou[7] is None
     assert scores.labelled_pixels == int((label != 255).sum())
+
+
+def test_an_accelerator_counts_the_same_and_is_asked_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    label, prediction = torch.randint(0, 5, (2, 20, 30), dtype=torch.uint8)
+    label[:3] = 255
+    asked, waiting = ConfusionMatrix(5), ConfusionMatrix(5)
+    monkeypatch.setattr(waiting, "_asks", False)
+    asked.update(prediction, label)
+    with ReadsNothingBack():
+        waiting.update(prediction, label)
+    waiting.all_reduce()
+    assert torch.equal(asked.counts, waiting.counts)
+    with ReadsNothingBack():
+        waiting.update(torch.tensor([0, 7, 7]), torch.tensor([6, 1, 255]))
+    with pytest.raises(ValueError, match="2 pixels hold a label or a prediction that is not"):
+        waiting.all_reduce()
 
 
 def test_a_class_that_is_only_predicted_counts_as_zero() -> None:
