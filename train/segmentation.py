@@ -186,8 +186,15 @@ class Segmentation(Task[Scores]):
 
     def validate(self, watch: Watch) -> Scores:
         """As the command evaluate counts them."""
-        rank, size = self.world.rank, self.world.size
-        return evaluate(self.predictor(), self.val_set, rank=rank, world_size=size, watch=watch)
+        on_gpu = self.world.device.type == "cuda"  # a CPU has no core to spare
+        return evaluate(
+            self.predictor(),
+            self.val_set,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            workers=worker_count(self.config, self.world) if on_gpu else 0,
+            watch=watch,
+        )
 
     def note_best(self, score: Scores, progress: Progress) -> dict[str, float] | None:
         """The highest mean IoU."""

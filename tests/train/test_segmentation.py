@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from encnet_triton.train import segmentation
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.class_weights import LIMITS, balanced_weights
 from encnet_triton.train.config import ConfigError
@@ -48,6 +49,19 @@ def test_balanced_weights_leave_ignored_pixels_out() -> None:
     np.testing.assert_array_equal(with_ignored, without)
     with pytest.raises(ConfigError, match="no pixel has a class"):
         balanced_weights(labels({255: 9}), 3)
+
+
+@pytest.mark.parametrize(("device", "workers"), [("cuda", 3), ("cpu", 0)])
+def test_validation_reads_ahead_where_cores_are_free(
+    monkeypatch: pytest.MonkeyPatch, device: str, workers: int
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(segmentation, "evaluate", lambda *_, **options: given.update(options))
+    world = World(1, 2, 1, 2, torch.device(device))
+    config = build("scenes", {"workers": 3})
+    task = SimpleNamespace(world=world, config=config, val_set=[], predictor=lambda: None)
+    Segmentation.validate(task, iter)
+    assert (given["workers"], given["rank"], given["world_size"]) == (workers, 1, 2)
 
 
 def test_ranks_have_the_same_weights_and_drop_out_other_channels() -> None:
