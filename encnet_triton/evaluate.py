@@ -36,10 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--protocol", choices=("softmax", "released"), default="softmax",
         help="released: as the published code, see docs/evaluation.md",
     )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=options.whole(0, 1024),
-        help="processes that read images (default: by the cores, on a CPU 1)",
-    )  # fmt: skip
+    options.add_readers(parser)
     parser.add_argument(
         "--json", type=Path, help="also write the scores to this file (default: none)"
     )

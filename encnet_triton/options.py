@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
+from encnet_triton.data.loader import MAX_WORKERS
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.inference.precision import PRECISIONS, compute_dtype
 from encnet_triton.weights import CheckpointError, ModelInfo
@@ -155,6 +156,14 @@ def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = T
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto takes a GPU if there is one",
+    )  # fmt: skip
+
+
+def add_readers(parser: argparse.ArgumentParser) -> None:
+    """`--workers`, which `reader_count` reads."""
+    parser.add_argument(
+        "--workers", type=whole(0, MAX_WORKERS),
+        help="processes that read images (default: by the cores, on a CPU 1)",
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="VOC's: comp5 for a network that has seen VOC alone",
     )  # fmt: skip
     options.add_predictor_options(parser, whole_image=False)
+    options.add_readers(parser)
     return parser
 
 
@@ -63,6 +64,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         progress=progress,
         rank=rank,
         world_size=size,
+        workers=options.reader_count(given.workers, device),
     )
     if rank == 0:
         console.print(f"wrote {count} predictions to {given.output}, read back and verified")

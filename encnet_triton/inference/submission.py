@@ -13,7 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 
-from encnet_triton.data import Dataset, create_dataset
+from encnet_triton.data import Dataset, create_dataset, eval_samples
 from encnet_triton.data.base import class_difference
 from encnet_triton.data.voc import voc_palette
 from encnet_triton.files import replacing
@@ -62,6 +62,7 @@ def write_archive(
     progress: Callable[[range], Iterable[int]] = iter,
     rank: int = 0,
     world_size: int = 1,
+    workers: int = 0,
 ) -> int:
     """Predict all images and write the archive; returns how many files it has.
 
@@ -74,11 +75,13 @@ def write_archive(
         path: of the archive; nothing is there until it is complete and verified.
         competition: VOC's "comp5" (trained on VOC alone) or "comp6" (other data too).
         progress: wraps this process's images, to show how far it is.
+        workers: processes that read images ahead.
     """
     own = iter(progress(range(rank, len(dataset), world_size)))
+    samples = eval_samples(dataset, rank=rank, world_size=world_size, workers=workers)
 
     def predict(index: int) -> _Member:
-        image = np.asarray(dataset[index].image)
+        image = np.asarray(next(samples)[1].image)
         label = predictor(image).cpu().numpy().astype(np.uint8)
         inside = _file_name(name, Path(dataset.name_of(index)).stem, competition)
         return inside, _encode_png(label, name), image.shape[:2]
