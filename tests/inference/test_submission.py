@@ -78,6 +78,7 @@ def test_a_process_that_fails_ends_with_its_sentence(
     (tmp_path / "release_test" / "testing" / "ADE_test_00000001.jpg").write_bytes(b"no image")
     save_checkpoint(tmp_path / "m.safetensors", ade20k.CLASSES, "ade20k")
     arguments = ["--checkpoint", str(tmp_path / "m.safetensors"), "--data", str(tmp_path)]
+    arguments += ["--workers", "0"]  # a reader outlives its process by seconds, and is waited for
     statuses = exit_statuses(main, [*arguments, "--output", str(tmp_path / "two.zip")], 2)
     assert statuses == [2, 2]
     said = capfd.readouterr().err
