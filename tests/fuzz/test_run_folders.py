@@ -28,9 +28,8 @@ FILES = (
 LOCKED = {"host": "elsewhere", "process": 1, "start": "1", "machine": "", "job": "", "id": "x"}
 
 
-def damage(folder: Path, rng: random.Random) -> str:
-    """One file, or none of it, or a folder or link in its place; returns what was done."""
-    path = folder / rng.choice(FILES)
+def damage(path: Path, rng: random.Random) -> str:
+    """A file that is another, or gone, or a folder or link in its place; returns what was done."""
     if path.name == LOCK:
         path.write_text(json.dumps(LOCKED))
     if not path.exists():
@@ -65,18 +64,19 @@ def test_damaged_run_folders(
     good = Path("runs/good")
     for seed in seeds:
         rng = random.Random(seed)
-        name = f"run{seed}"
-        folder = Path("runs", name)
+        run = f"run{seed}"
+        folder = Path("runs", run)
         shutil.copytree(good, folder)
-        done = [damage(folder, rng) for _ in range(rng.choice((1, 1, 2)))]
+        files = rng.sample(FILES, rng.choice((1, 1, 2)))
+        done = [damage(folder / name, rng) for name in files]
         capsys.readouterr()
         more = ["--epochs", "2"] if rng.random() < 0.5 else ["--resume"]
-        status = main([*options, "--name", name, "--resume", *more])
+        status = main([*options, "--name", run, "--resume", *more])
         said = capsys.readouterr().err
         assert status in (0, 2), (seed, done)
         assert len(said.splitlines()) == (status == 2), (seed, done, said)
         try:
-            finished(build(str(recipe), {"name": name}))
+            finished(build(str(recipe), {"name": run}))
         except (ConfigError, OSError) as error:
-            assert name in str(error), (seed, done)
+            assert run in str(error), (seed, done)
         shutil.rmtree(folder)
