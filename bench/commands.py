@@ -46,6 +46,7 @@ COMMANDS = {
     "step": Command(
         "a training step of the network, phase by phase, against stock code", "bench.step"
     ),
+    "host": Command("the host's time of a call and of a step, ours against torch's", "bench.host"),
     "loader": Command("training batches a second from JPEGs, two workers", "bench.loader"),
     "evaluate": Command(
         "scoring a data set in windows, against a window at a time", "bench.evaluate"

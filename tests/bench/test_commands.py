@@ -30,6 +30,7 @@ OPTIONS = {
     "crop": {"--data", "--json"},
     "cifar": {"--device", "--json"},
     "step": {*SIZES, "--precision", "--device", "--json"},
+    "host": {"--device", "--rounds", "--backbone", "--eager", "--json"},
     "loader": {"--data"},
     "evaluate": {"--device", "--rounds", "--json"},
     "context": {"--seeds", "--runs", "--json"},

@@ -1,0 +1,319 @@
+"""Microseconds of the host for each call, forward and backward: ours over torch's layers.
+
+Everything is small, so that what is measured is Python and dispatch and not work. On a GPU calls
+are whole; without one the kernels are compiled for sm_90, the call of the driver that would launch
+them is left out, and all else counts: checks, plan, choice, buffers, packing of the arguments.
+Torch's layers run on the same device. Each line is the least of several rounds, ours and the peer's
+in turn. Where nothing runs, values mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench import peers, report
+from bench.options import add_device, add_json, chosen_device
+from bench.static.driver import no_gpu
+from encnet_triton.files import write_json
+from encnet_triton.kernels import encode, upsample_cross_entropy
+from encnet_triton.kernels.batch_norm import plan as batch_norm_plan
+from encnet_triton.kernels.runtime import launch
+from encnet_triton.models import create_model
+from encnet_triton.nn import BatchNormAct2d
+from encnet_triton.nn.norm import _BatchNormAct
+from encnet_triton.train.compiling import compile_obstacle
+
+Call = Callable[[], object]
+# Calls of a round: as many as take this long, in seconds.
+ROUND, WARM_UP = 2e-3, 5
+IMAGES, CHANNELS, EDGE, CODEWORDS, CLASSES = 2, 16, 2, 8, 8
+# Layers of the compiled step: blocks of a layer without and one with a residual.
+BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line: what, microseconds of ours and of the peer, and which peer."""
+
+    name: str
+    ours: float
+    peer: float
+    against: str
+
+
+def best(ours: Call, peer: Call, rounds: int, device: torch.device) -> tuple[float, float]:
+    """Microseconds of a call of either until it returns, the least over rounds that take turns."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    # On a machine that others use, the time this process had; on a GPU, autograd has a thread more.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    least = [float("inf"), float("inf")]
+    for call in (ours, peer):
+        for _ in range(WARM_UP):
+            call()
+    for _ in range(rounds):
+        for place, call in enumerate((ours, peer)):
+            wait()
+            calls = max(1, int(ROUND / least[place]))
+            start = clock()
+            for _ in range(calls):
+                call()
+            least[place] = min(least[place], (clock() - start) / calls)
+    wait()
+    return 1e6 * least[0], 1e6 * least[1]
+
+
+def _map(device: torch.device, channels: int = CHANNELS) -> Tensor:
+    x = torch.randn(IMAGES, channels, EDGE, EDGE, device=device)
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+class NormStep:
+    """Forward and backward of one layer of batch normalisation, fused or torch's."""
+
+    def __init__(self, impl: Any, residual: bool, device: torch.device, relu: bool = True) -> None:
+        activation: Any = "relu" if relu else None
+        self.layer = BatchNormAct2d(CHANNELS, activation=activation, impl=impl).to(device).train()
+        self.x = _map(device)
+        self.residual = _map(device) if residual else None
+        self.grad = torch.randn_like(self.x)
+
+    def __call__(self) -> None:
+        self.layer(self.x, self.residual).backward(self.grad)
+
+
+class EncodeStep:
+    """`encode` with statistics, or a peer of the same arguments."""
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function = function
+        self.x = _map(device)
+        self.codewords = torch.randn(CODEWORDS, CHANNELS, device=device, requires_grad=True)
+        self.scale = torch.randn(CODEWORDS, device=device, requires_grad=True)
+        self.grad = torch.randn(IMAGES, CODEWORDS, CHANNELS, device=device)
+
+    def __call__(self) -> None:
+        self.function(self.x, self.codewords, self.scale).backward(self.grad)
+
+
+class LossStep:
+    """`upsample_cross_entropy`, or a peer of the same arguments."""
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function = function
+        self.logits = _map(device, CLASSES)
+        shape = (IMAGES, 2 * EDGE, 2 * EDGE)
+        self.target = torch.randint(0, CLASSES, shape, dtype=torch.int64, device=device)
+
+    def __call__(self) -> None:
+        self.function(self.logits, self.target).backward()
+
+
+def _encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    return encode(x, codewords, scale, return_stats=True)[0]
+
+
+class BareEncode(torch.autograd.Function):
+    """Allocates what `encode` returns and keeps, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codewords: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        code = x.new_empty((len(x), *codewords.shape))
+        sums, m2 = (x.new_empty(code.shape[:2]) for _ in range(2))
+        counters = torch.empty(len(x) + 1, dtype=torch.int32, device=x.device)
+        ctx.save_for_backward(x, codewords, scale, counters)
+        ctx.mark_non_differentiable(sums, m2)
+        return code, sums, m2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, codewords, scale, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(codewords), torch.empty_like(scale)
+
+
+class BareLoss(torch.autograd.Function):
+    """Allocates the loss, what is kept for backward, and the gradient of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        lse = logits.new_empty(target.shape)
+        ctx.save_for_backward(logits, target, lse)
+        return logits.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        logits, _, _ = ctx.saved_tensors
+        return torch.empty_like(logits), None
+
+
+def _bare_encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    return BareEncode.apply(x, codewords, scale)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+
+def one_launch(device: torch.device) -> tuple[Call, Call]:
+    """The launch that normalises, by our launcher and by Triton's own."""
+    x = torch.zeros(IMAGES, EDGE * EDGE, CHANNELS, device=device).transpose(1, 2)
+    mean = torch.zeros(CHANNELS, device=device)
+    affine = batch_norm_plan.Affine(mean, mean, mean, mean, 1e-5)
+    call = batch_norm_plan.Normalise(x, affine, None, True, False, False)
+    here = launch.machine(device)
+    made = call.launches(here, call.configs(here)[0])[0]
+    one, given = made[0], {**made[0].arguments, **made[0].constants, **made[0].options()}
+    return lambda: launch.run_all(made), lambda: one.kernel[one.grid](**given)
+
+
+def layers_of_step(backbone: str) -> Counter[tuple[bool, bool]]:
+    """Batch normalisations of a training step of EncNet: how many with a residual, with a ReLU."""
+    with torch.device("meta"):
+        model = create_model("encnet", 150, backbone=backbone, dropout=0.0).train()
+    found: Counter[tuple[bool, bool]] = Counter()
+
+    def count(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        residual = given[1] if len(given) > 1 else named.get("residual")
+        found[residual is not None, layer.activation is not None] += 1
+
+    for layer in model.modules():
+        if isinstance(layer, _BatchNormAct):
+            layer.register_forward_pre_hook(count, with_kwargs=True)
+    model(torch.zeros(2, 3, 64, 64, device="meta"))
+    return found
+
+
+class OperatorsOfStep:
+    """All operators of a training step, once each, ours or torch's in their place."""
+
+    def __init__(self, ours: bool, layers: Counter[tuple[bool, bool]], device: torch.device):
+        impl = "fused" if ours else "torch"
+        self.calls: list[Call] = [
+            NormStep(impl, residual, device, relu)
+            for (residual, relu), many in layers.items()
+            for _ in range(many)
+        ]
+        self.calls.append(EncodeStep(_encode if ours else peers.encode_matmul, device))
+        loss = upsample_cross_entropy if ours else peers.upsample_then_cross_entropy
+        self.calls.append(LossStep(loss, device))
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+
+class Blocks(nn.Module):
+    """Residual blocks without their convolutions, a scaling in the place of each."""
+
+    def __init__(self, impl: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(BatchNormAct2d(CHANNELS, impl=impl) for _ in range(2 * BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = second(2 * first(x), x)
+        return x
+
+
+class CompiledStep:
+    """Forward and backward of `Blocks`, compiled in one graph."""
+
+    def __init__(self, impl: Any, device: torch.device) -> None:
+        self.model = torch.compile(Blocks(impl).to(device).train(), fullgraph=True)
+        self.x = _map(device)
+        self.grad = torch.randn_like(self.x)
+
+    def __call__(self) -> None:
+        self.model(self.x).backward(self.grad)
+
+
+def _pairs(device: torch.device, backbone: str) -> Iterator[tuple[str, Call, Call, str]]:
+    """Name, ours, peer, who the peer is."""
+
+    def norms(residual: bool) -> tuple[Call, Call]:
+        return NormStep("fused", residual, device), NormStep("torch", residual, device)
+
+    norm, bare = "batch norm layer, fused", "bare autograd.Function, same outputs"
+    yield norm, *norms(False), "torch's BN + ReLU"
+    yield f"{norm}, residual", *norms(True), "torch's BN + add + ReLU"
+    yield "encode, statistics", EncodeStep(_encode, device), EncodeStep(_bare_encode, device), bare
+    ours, peer = (LossStep(f, device) for f in (upsample_cross_entropy, BareLoss.apply))
+    yield "upsample_cross_entropy", ours, peer, bare
+    yield "one launch", *one_launch(device), "Triton's own launcher"
+    layers = layers_of_step(backbone)
+    step, of_torch = (OperatorsOfStep(ours, layers, device) for ours in (True, False))
+    yield f"operators of a step, {backbone}", step, of_torch, "torch's layers"
+
+
+def _compiled(device: torch.device) -> Iterator[tuple[str, Call, Call, str]]:
+    ours, peer = (CompiledStep(impl, device) for impl in ("fused", "torch"))
+    yield f"compiled, {2 * BLOCKS} batch norms", ours, peer, "torch's layers, compiled"
+
+
+def rows(device: torch.device, rounds: int, backbone: str, compiled: bool) -> list[Row]:
+    """All lines; the compiled ones where asked for."""
+    found = []
+    for name, ours, peer, against in _pairs(device, backbone):
+        found.append(Row(name, *best(ours, peer, rounds, device), against))
+    for name, ours, peer, against in _compiled(device) if compiled else ():
+        found.append(Row(name, *best(ours, peer, rounds, device), against))
+    return found
+
+
+def table(found: list[Row], title: str) -> Table:
+    """One line a row."""
+    made = Table(title=title, title_justify="left")
+    made.add_column("forward + backward", no_wrap=True)
+    for column in ("ours us", "peer us", "ours / peer"):
+        made.add_column(column, justify="right")
+    made.add_column("peer")
+    for row in found:
+        ratio = f"{row.ours / row.peer:.2f}x"
+        made.add_row(row.name, f"{row.ours:.1f}", f"{row.peer:.1f}", ratio, row.against)
+    return made
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    add_device(parser)
+    parser.add_argument("--rounds", type=int, default=60, help="default 60")
+    parser.add_argument("--backbone", default="resnet50", help="of the step, default resnet50")
+    parser.add_argument("--eager", action="store_true", help="leave the compiled step out")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print the table; returns the exit status."""
+    device = chosen_device(options.device)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    obstacle = None if options.eager else compile_obstacle(device)
+    whole = device.type == "cuda"
+    driver: AbstractContextManager[None] = nullcontext() if whole else no_gpu()
+    try:
+        with driver:
+            found = rows(device, options.rounds, options.backbone, not (options.eager or obstacle))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console.print(report.machine(device), highlight=False)
+    how = "whole calls" if whole else "without the driver's launch call"
+    console.print(table(found, f"host time of a call, {how}"))
+    if obstacle:
+        console.print(f"no compiled step: {obstacle}")
+    if options.json is not None:
+        document = {"machine": report.machine(device), "rows": [asdict(row) for row in found]}
+        write_json(document, options.json)
+    return 0
