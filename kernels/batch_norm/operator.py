@@ -39,6 +39,7 @@ from ..runtime.arguments import (
     check_number,
 )
 from ..runtime.dispatch import plan_of
+from ..runtime.eager import Direct, below_autograd, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
 from ..runtime.tiling import accumulation_dtype
@@ -352,10 +353,20 @@ def _all_reduce(packed: Tensor, group_name: str) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(reduced)
 
 
+# As eager code calls the operators.
+_moments, _unpack = Direct(moments, changes=(1, 2)), Direct(unpack, changes=(2, 3))
+_statistics_of, _normalise = Direct(statistics_of), Direct(normalise)
+_backward_sums, _backward_input = Direct(backward_sums), Direct(backward_input)
+_backward_frozen = Direct(backward_frozen)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _keep(ctx, inputs, *output)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mask: Tensor) -> None:
     x, mean, var, count, weight, bias, _, ctx.relu, ctx.eps, pack, ctx.group_name = inputs
-    y, mask = output
-    ctx.mark_non_differentiable(mask)
     kept = None
     if ctx.relu and not plan_of(__package__, x):
         kept = y
@@ -365,28 +376,42 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional[Tensor], ...]:
-    x, mean, var, count, weight, bias, kept = ctx.saved_tensors
+    return _gradients(ctx, grad, *ctx.saved_tensors)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    kept: Optional[Tensor],
+) -> tuple[Optional[Tensor], ...]:
+    """Of the arguments of `normalise`; x, grad and kept (if it is y) are B x C x N."""
     need_x, need_weight, need_bias, need_residual = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
     # Without a ReLU the residual's gradient is dy itself.
     write_residual = need_residual and ctx.relu
     call = (x, kept, mean, var, weight, bias)
     grad_x = grad_residual = None
     if count is None:
-        grad_x, grad_weight, grad_bias, grad_residual = backward_frozen(
+        grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
             grad, *call, ctx.relu, ctx.eps, write_residual
         )
     else:
-        sums, grad_weight, grad_bias, masked = backward_sums(grad, *call, ctx.relu, ctx.eps)
+        sums, grad_weight, grad_bias, masked = _backward_sums(grad, *call, ctx.relu, ctx.eps)
         if need_x or write_residual:
             if ctx.group_name:
                 sums = _all_reduce(sums, ctx.group_name)
             if kept is not None and not plan_of(__package__, x):  # the PyTorch code has made g
-                grad_x, _ = backward_input(
+                grad_x, _ = _backward_input(
                     masked, x, None, *call[2:], sums, count, False, ctx.eps, False
                 )
                 grad_residual = masked
             else:
-                grad_x, grad_residual = backward_input(
+                grad_x, grad_residual = _backward_input(
                     grad, *call, sums, count, ctx.relu, ctx.eps, write_residual
                 )
     return (
@@ -405,6 +430,36 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional[Tensor]
 
 
 normalise.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+class _Normalise(torch.autograd.Function):
+    """`normalise` and its backward pass round the dispatcher; x, residual and y in x's own shape.
+
+    What is kept is what the operator keeps, and no view stands between these and the network.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        residual = rest[5]
+        with below_autograd():
+            added = None if residual is None else _as_planes(residual)
+            y, mask = _normalise.body(_as_planes(x), *rest[:5], added, *rest[6:])
+            y = y.view(x.shape)
+        _keep(ctx, (x, *rest), y, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, mean, var, count, weight, bias, kept = ctx.saved_tensors
+        shape = x.shape
+        if kept is not None and kept.dim() > 1:  # y, and not a mask
+            kept = _as_planes(kept)
+        given = _as_planes(grad), _as_planes(x), mean, var, count, weight, bias, kept
+        grads = list(_gradients(ctx, *given))
+        for place in (0, 6):
+            if (of_map := grads[place]) is not None:
+                grads[place] = of_map.reshape(shape)
+        return tuple(grads)
 
 
 def _check_inputs(
@@ -504,11 +559,11 @@ def _batch_moments(
         check_number("batch_norm_act", "momentum", momentum)
     momentum = float(momentum)
     if group is None and statistics is None:
-        return moments(x, running_mean, running_var, momentum)
-    packed = statistics_of(x) if statistics is None else _pack_images(x, statistics)
+        return _moments(x, running_mean, running_var, momentum)
+    packed = _statistics_of(x) if statistics is None else _pack_images(x, statistics)
     if group is not None:
         packed = _all_reduce(packed, group.group_name)
-    return unpack(packed, x, running_mean, running_var, momentum)
+    return _unpack(packed, x, running_mean, running_var, momentum)
 
 
 def _check_batch(x: Tensor, group: Optional[ProcessGroup]) -> None:
@@ -585,7 +640,7 @@ def batch_norm_act(
     _check_options(training, eps, group)
     _check_statistics(x, statistics)
     check_derivatives("batch_norm_act", x, weight, bias, residual)
-    features, added = _as_planes(x), None if residual is None else _as_planes(residual)
+    features = _as_planes(x)
     if training:
         check_no_vmap("batch_norm_act in training", x, weight, bias, residual)
         _check_batch(x, group)
@@ -597,19 +652,14 @@ def batch_norm_act(
         mean, var = _running_moments(x, running_mean, running_var)
         count = None
     relu = activation == "relu"
-    y, _ = normalise(
-        features,
-        mean,
-        var,
-        count,
-        weight,
-        bias,
-        added,
-        relu,
-        float(eps),
-        relu and residual is not None and _needs_gradient(x, weight, bias, residual),
-        "" if group is None else group.group_name,
-    )
+    derived = _needs_gradient(x, weight, bias, residual)
+    pack = relu and residual is not None and derived
+    options = relu, float(eps), pack, "" if group is None else group.group_name
+    affine = mean, var, count, weight, bias
+    if derived and undisturbed(x, *affine, residual):
+        return _Normalise.apply(x, *affine, residual, *options)  # type: ignore[no-any-return, no-untyped-call]
+    added = None if residual is None else _as_planes(residual)
+    y, _ = _normalise(features, *affine, added, *options)
     return y.view(x.shape)
 
 

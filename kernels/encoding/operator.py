@@ -25,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .._namespace import add_op_namespace_prefix
 from ..runtime.arguments import check_dense, check_derivatives, check_flag
 from ..runtime.dispatch import plan_of
+from ..runtime.eager import Direct, below_autograd, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
 from ..runtime.tiling import accumulation_dtype
@@ -168,6 +169,10 @@ def _encode_backward_fake(
     return grad_x, codewords.new_empty(codewords.shape), scale.new_empty(scale.shape)
 
 
+# As eager code calls the operators.
+_forward, _backward = Direct(_encode_forward), Direct(_encode_backward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, codewords, scale, backward_scale, _ = inputs
     ctx.save_for_backward(x, codewords, scale, backward_scale, output[3])
@@ -175,9 +180,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Optional[Tensor], ...]:
-    x, codewords, scale, backward_scale, counters = ctx.saved_tensors
+    return _gradients(ctx, grad, *ctx.saved_tensors)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    backward_scale: Optional[Tensor],
+    counters: Tensor,
+) -> tuple[Optional[Tensor], ...]:
+    """Of the arguments of `_encode_forward`; x is B x C x N."""
     need_x, need_codewords, need_scale = ctx.needs_input_grad[:3]
-    grad_x, grad_codewords, grad_scale = _encode_backward(
+    grad_x, grad_codewords, grad_scale = _backward(
         grad, x, codewords, scale, backward_scale, need_x, need_codewords, counters
     )
     need_scale = need_scale and backward_scale is None
@@ -191,6 +208,31 @@ def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Optional[Ten
 
 
 _encode_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+class _Encode(torch.autograd.Function):
+    """`_encode_forward` and its backward pass round the dispatcher; x in its own shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        with below_autograd():
+            code, total, m2, counters = _forward.body(_as_planes(x), *rest)
+        ctx.save_for_backward(x, *rest[:3], counters)
+        ctx.mark_non_differentiable(total, m2)
+        return code, total, m2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+        x, *rest = ctx.saved_tensors
+        grad_x, *others = _gradients(ctx, grad, _as_planes(x), *rest)
+        if grad_x is not None:
+            grad_x = grad_x.reshape(x.shape) if x.dim() == 4 else grad_x.transpose(1, 2)
+        return (grad_x, *others)
+
+
+def _as_planes(x: Tensor) -> Tensor:
+    """B x C x N of B x C x H x W or B x N x C."""
+    return x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
 
 
 @register_flop_formula(_encode_forward._opoverload.overloadpacket)
@@ -284,6 +326,12 @@ def encode(
     check_flag("encode", "return_stats", return_stats)
     _check_inputs(x, channels, codewords, scale, backward_scale)
     check_derivatives("encode", x, codewords, scale, backward_scale)
-    features = x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
-    code, total, m2, _ = _encode_forward(features, codewords, scale, backward_scale, return_stats)
+    given = codewords, scale, backward_scale
+    derived = torch.is_grad_enabled() and (
+        x.requires_grad or codewords.requires_grad or scale.requires_grad
+    )
+    if derived and undisturbed(x, *given):
+        code, total, m2 = _Encode.apply(x, *given, return_stats)  # type: ignore[no-untyped-call]
+    else:
+        code, total, m2, _ = _forward(_as_planes(x), *given, return_stats)
     return (code, total, m2) if return_stats else code

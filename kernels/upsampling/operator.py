@@ -47,6 +47,7 @@ from ..runtime.arguments import (
     check_number,
 )
 from ..runtime.dispatch import plan_of, takes_triton
+from ..runtime.eager import Direct, below_autograd, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
 from . import pytorch
@@ -207,11 +208,24 @@ def _map_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _map_autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
     logits, target, lse, weight = ctx.saved_tensors
-    grad = _backward_op(grad_loss, logits, target, lse, weight, *ctx.options)
+    grad = _backward(grad_loss, logits, target, lse, weight, *ctx.options)
     return grad, None, None, None, None, None
 
 
 _map_op.register_autograd(_map_autograd, setup_context=_map_setup_context)
+
+
+class _Losses(torch.autograd.Function):
+    """`_map_op` and its backward pass round the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with below_autograd():
+            output: tuple[Tensor, ...] = _map.body(*inputs)
+        _map_setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_map_autograd)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_total"), mutates_args=())
@@ -296,15 +310,53 @@ def _sum_autograd(
     saved, *rest = ctx.saved_tensors
     if not ctx.made:
         saved = _sum_op(rest[0].detach(), *rest[1:], *ctx.options, True)[2]
+    return _sum_gradient(ctx, grad_total, saved, *rest), None, None, None, None, None, None
+
+
+def _sum_gradient(ctx: Any, grad_total: Tensor, saved: Tensor, *rest: Any) -> Tensor:
+    gradient: Tensor
     if saved.dim() == 3:
         logits, target, weight = rest
-        grad = _backward_op(grad_total, logits, target, saved, weight, *ctx.options)
+        gradient = _backward(grad_total, logits, target, saved, weight, *ctx.options)
     else:
-        grad = _scale_op(grad_total, saved, ctx.dtype)
-    return grad, None, None, None, None, None, None
+        gradient = _scale(grad_total, saved, ctx.dtype)
+    return gradient
 
 
 _sum_op.register_autograd(_sum_autograd, setup_context=_sum_setup_context)
+
+
+class _Reduced(torch.autograd.Function):
+    """`_sum_op`, or the mean, and the backward pass round the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: bool, logits: Tensor, target: Tensor, *options: Any) -> Tensor:
+        with below_autograd():
+            total, rates, saved = _sum.body(logits, target, *options, True)
+            rates = _divisor(rates) if mean else None
+            loss = _result(total, rates, logits)
+        weight, *ctx.options = options
+        ctx.dtype = logits.dtype
+        needed = (logits, target, weight) if saved.dim() == 3 else ()
+        ctx.save_for_backward(rates, saved, *needed)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        rates, saved, *rest = ctx.saved_tensors
+        grad_total = grad.to(torch.float64)
+        if rates is not None:
+            grad_total = grad_total / rates
+        gradient = _sum_gradient(ctx, grad_total, saved, *rest)
+        return None, gradient, None, None, None, None, None
+
+
+def _divisor(rates: Tensor) -> Tensor:
+    return rates.where(rates > 0, 1.0)
+
+
+def _result(total: Tensor, divisor: Optional[Tensor], logits: Tensor) -> Tensor:
+    return (total if divisor is None else total / divisor).to(pytorch.result_dtype(logits))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("upsample_argmax"), mutates_args=())
@@ -328,6 +380,11 @@ def _argmax_fake(
     shape = (logits.shape[0], height, width)
     label = logits.new_empty(shape, dtype=pytorch.label_dtype(logits.shape[1]))
     return label, logits.new_empty(shape if with_prob else (0,), dtype=pytorch.result_dtype(logits))
+
+
+# As eager code calls the operators.
+_backward, _scale = Direct(_backward_op), Direct(_scale_op)
+_map, _sum, _argmax = Direct(_map_op), Direct(_sum_op), Direct(_argmax_op)
 
 
 # Counted: the multiplications and additions of the interpolation, of its two taps a direction.
@@ -411,13 +468,17 @@ def upsample_cross_entropy(
     _check_inputs(logits, target, weight)
     check_derivatives(name, logits, weight)
     options = (weight, ignore_index, align_corners, float(label_smoothing))
+    with_grad, mean = torch.is_grad_enabled() and logits.requires_grad, reduction == "mean"
+    direct = with_grad and undisturbed(logits, target, *options)
     if reduction == "none":
-        return _map_op(logits, target, *options)[0]
-    with_grad = torch.is_grad_enabled() and logits.requires_grad
-    total, rates, _ = _sum_op(logits, target, *options, with_grad)
-    if reduction == "mean":
-        total = total / rates.where(rates > 0, 1.0)
-    return total.to(pytorch.result_dtype(logits))
+        losses = _Losses.apply if direct else _map
+        of_pixels: Tensor = losses(logits, target, *options)[0]  # type: ignore[no-untyped-call]
+        return of_pixels
+    if direct:
+        reduced: Tensor = _Reduced.apply(mean, logits, target, *options)  # type: ignore[no-untyped-call]
+        return reduced
+    total, rates, _ = _sum(logits, target, *options, with_grad)
+    return _result(total, _divisor(rates) if mean else None, logits)
 
 
 def _total_weight(target: Tensor, weight: Optional[Tensor], ignore_index: int) -> Tensor:
@@ -468,5 +529,5 @@ def upsample_argmax(
         raise ValueError(f"{name}: size must be at least 1 x 1, got {height} x {width}.")
     if return_prob:
         check_derivatives(name, logits)
-    label, prob = _argmax_op(logits.detach(), height, width, align_corners, return_prob)
+    label, prob = _argmax(logits.detach(), height, width, align_corners, return_prob)
     return (label, prob) if return_prob else label
