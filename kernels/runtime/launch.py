@@ -16,13 +16,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional, Protocol, TypeVar
+from typing import Any, Callable, NamedTuple, Optional, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from . import tuned
 from .dispatch import interpreting
+from .replay import Replay, run_and_record
 from .tuned import Entry, Problem
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,9 @@ class Launch:
     def _call(self) -> dict[str, Any]:
         return {**self.arguments, **self.constants, **self.options()}
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self._call())
+    def run(self) -> Any:
+        """The program that ran, where Triton says so."""
+        return self.kernel[self.grid](**self._call())
 
     def obstacle(self) -> Optional[str]:
         """Compile for the current device; why the result is not to be used, or None."""
@@ -161,7 +163,7 @@ def next_power_of_2(number: int) -> int:
 # Why a program, on a device, is not to be used, or None.
 _obstacles: dict[Any, Optional[str]] = {}
 # What a pass over arguments like these ran with on a device.
-_chosen: dict[Any, tuple[Machine, Config]] = {}
+_chosen: dict[Any, Chosen] = {}
 
 Outputs = TypeVar("Outputs")
 Made = TypeVar("Made", covariant=True)
@@ -172,6 +174,22 @@ class Machine(NamedTuple):
 
     arch: int
     processors: int
+
+
+@dataclass
+class Chosen:
+    """What passes over arguments that are alike run with.
+
+    Attributes:
+        machine, config: what their launches are made with.
+        replay: how to run them without asking the plan, or None.
+        recorded: whether that was looked into.
+    """
+
+    machine: Machine
+    config: Config
+    replay: Optional[Replay] = None
+    recorded: bool = False
 
 
 class Call(Protocol[Made]):
@@ -209,27 +227,43 @@ def run(call: Call[Outputs]) -> Outputs:
 
     It is looked for once for arguments that are alike.
     """
-    key = call.device, type(call), _kinds(call)
+    pointers: list[int] = []
+    numbers: list[float] = []
+    key = call.device, type(call), _kinds(call, pointers, numbers)
+    outputs: Outputs
     made: Sequence[Launch]
     with on(call.device):
-        if key in _chosen:
-            made, outputs = call.launches(*_chosen[key])
-        else:
+        chosen = _chosen.get(key)
+        if chosen is None:
             here = machine(call.device)
             config, made, outputs = choose(
                 _preferred_first(call, here), partial(call.launches, here), call.device
             )
-            _chosen[key] = here, config
+            _chosen[key] = Chosen(here, config)
             if _seen is not None:
                 _seen.append((call, config))
-        run_all(made)
+            run_all(made)
+            return outputs
+        if chosen.replay is not None:
+            replayed = chosen.replay.run(pointers, numbers)
+            if replayed is not None:
+                return cast(Outputs, replayed)
+        if chosen.recorded or interpreting():
+            made, outputs = call.launches(chosen.machine, chosen.config)
+            run_all(made)
+            return outputs
+        chosen.recorded = True
+        outputs, chosen.replay = run_and_record(
+            call, lambda marked: marked.launches(chosen.machine, chosen.config), run_all
+        )
     return outputs
 
 
-def _kinds(arguments: Any) -> tuple[Any, ...]:
+def _kinds(arguments: Any, pointers: list[int], numbers: list[float]) -> tuple[Any, ...]:
     """All of a pass's arguments that decides what it launches, and how that is compiled.
 
-    Of a number that is no size a plan only asks whether it is above 0.
+    Of a number that is no size a plan only asks whether it is above 0. The rest is added to the
+    lists: addresses of tensors and numbers, in the order of the fields.
     """
     found: list[Any] = []
     for value in vars(arguments).values():
@@ -238,10 +272,13 @@ def _kinds(arguments: Any) -> tuple[Any, ...]:
             found.append(value)
         elif kind is float:
             found.append(value > 0)
+            numbers.append(value)
         elif isinstance(value, Tensor):
-            found += value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0
+            pointer = value.data_ptr()
+            pointers.append(pointer)
+            found += value.shape, value.stride(), value.dtype, pointer % 16 == 0
         else:
-            found.append(_kinds(value))
+            found.append(_kinds(value, pointers, numbers))
     return tuple(found)
 
 
@@ -282,11 +319,12 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def run_all(launches: Sequence[Launch]) -> None:
-    """Run them in order, but those without programs: a GPU refuses an empty grid."""
-    for launch in launches:
-        if all(launch.grid):
-            launch.run()
+def run_all(launches: Sequence[Launch]) -> list[Any]:
+    """Run them in order, but those without programs: a GPU refuses an empty grid.
+
+    Returns what Triton says that it ran.
+    """
+    return [launch.run() for launch in launches if all(launch.grid)]
 
 
 def choose(

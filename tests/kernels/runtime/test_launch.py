@@ -311,7 +311,8 @@ UNLIKE = {
 @pytest.mark.parametrize("changed", [*LIKE, *UNLIKE])
 def test_what_is_chosen_holds_for_arguments_that_are_alike(changed: str) -> None:
     def kinds(**given: Any) -> Any:
-        return launch._kinds(encoding_plan.Forward(**{**NORMAL, "return_stats": False, **given}))
+        call = encoding_plan.Forward(**{**NORMAL, "return_stats": False, **given})
+        return launch._kinds(call, [], [])
 
     assert (kinds() == kinds(**(LIKE | UNLIKE)[changed])) == (changed in LIKE)
 
@@ -322,7 +323,7 @@ def test_a_number_counts_by_whether_it_is_above_0() -> None:
 
     def kinds(momentum: float, mean: Tensor | None = None) -> Any:
         running = batch_norm_plan.Running(mean, mean, momentum)
-        return launch._kinds(batch_norm_plan.Moments(sums, running))
+        return launch._kinds(batch_norm_plan.Moments(sums, running), [], [])
 
     assert kinds(0.1) == kinds(0.05) != kinds(0.0)
     assert kinds(0.1) != kinds(0.1, torch.zeros(4))
