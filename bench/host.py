@@ -166,15 +166,15 @@ def _bare_encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
 
 
 def one_launch(device: torch.device) -> tuple[Call, Call]:
-    """The launch that normalises, by our launcher and by Triton's own."""
+    """The pass that normalises, its output included, and the launch it makes by Triton's own."""
     x = torch.zeros(IMAGES, EDGE * EDGE, CHANNELS, device=device).transpose(1, 2)
     mean = torch.zeros(CHANNELS, device=device)
     affine = batch_norm_plan.Affine(mean, mean, mean, mean, 1e-5)
     call = batch_norm_plan.Normalise(x, affine, None, True, False, False)
     here = launch.machine(device)
-    made = call.launches(here, call.configs(here)[0])[0]
-    one, given = made[0], {**made[0].arguments, **made[0].constants, **made[0].options()}
-    return lambda: launch.run_all(made), lambda: one.kernel[one.grid](**given)
+    one = call.launches(here, call.configs(here)[0])[0][0]
+    given = {**one.arguments, **one.constants, **one.options()}
+    return lambda: launch.run(call), lambda: one.kernel[one.grid](**given)
 
 
 def layers_of_step(backbone: str) -> Counter[tuple[bool, bool]]:

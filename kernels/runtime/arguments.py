@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 # Not public. Without them torch refuses by itself, in its own words.
 _functorch: Any = getattr(torch._C, "_functorch", None)
+_transforms: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 
 
 def check_flag(name: str, argument: str, value: object) -> None:
@@ -49,6 +50,8 @@ def _shown(value: object) -> str:
 
 def check_derivatives(name: str, *tensors: Optional[Tensor]) -> None:
     """Raise NotImplementedError for a derivative that is not there and would be taken for zero."""
+    if _nothing_derives():
+        return
     for tensor in tensors:
         if tensor is None:
             continue
@@ -62,6 +65,13 @@ def check_derivatives(name: str, *tensors: Optional[Tensor]) -> None:
                 f"{name} cannot be differentiated by torch.func (grad, vjp, jacrev): "
                 "use backward() or torch.autograd.grad, also of what vmap returns."
             )
+
+
+def _nothing_derives() -> bool:
+    """Whether this is plain code, as far as torch can be asked: no dual numbers, no torch.func."""
+    if _transforms is None or torch.compiler.is_compiling():
+        return False
+    return getattr(forward_ad, "_current_level", 0) < 0 and not _transforms()
 
 
 def check_no_vmap(name: str, *tensors: Optional[Tensor]) -> None:

@@ -15,6 +15,9 @@ except ImportError:  # no wheel for this platform
     triton = None
 
 
+_new_enough: dict[int, bool] = {}
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 at import)."""
     return triton is not None and bool(triton.knobs.runtime.interpret)
@@ -22,7 +25,12 @@ def interpreting() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_sm_80_or_newer(index: Optional[int]) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+    # Of no index it is the current device's, and that changes.
+    if index is None:
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if index not in _new_enough:
+        _new_enough[index] = torch.cuda.get_device_capability(index) >= (8, 0)
+    return _new_enough[index]
 
 
 def takes_triton(x: Tensor) -> bool:

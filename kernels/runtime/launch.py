@@ -160,6 +160,7 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+_ANYWHERE = contextlib.nullcontext()
 # Why a program, on a device, is not to be used, or None.
 _obstacles: dict[Any, Optional[str]] = {}
 # What a pass over arguments like these ran with on a device.
@@ -268,7 +269,11 @@ def _kinds(arguments: Any, pointers: list[int], numbers: list[float]) -> tuple[A
     found: list[Any] = []
     for value in vars(arguments).values():
         kind = type(value)
-        if value is None or kind is bool or kind is int:
+        if kind is Tensor:  # asked first: most of them are, and isinstance takes long
+            pointer = value.data_ptr()
+            pointers.append(pointer)
+            found += value.shape, value.stride(), value.dtype, pointer % 16 == 0
+        elif value is None or kind is bool or kind is int:
             found.append(value)
         elif kind is float:
             found.append(value > 0)
@@ -316,7 +321,7 @@ def trial(entries: Sequence[Entry] = ()) -> Iterator[list[tuple[Call[Any], Confi
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton compiles for the current device, loads onto it and launches on its stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else _ANYWHERE
 
 
 def run_all(launches: Sequence[Launch]) -> list[Any]:

@@ -73,22 +73,6 @@ def marked(call: Any, tensors: list[Tensor], numbers: list[float]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Empty:
-    """A tensor to allocate: an output, or part of the buffer that lives as long as the call."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def like(cls, tensor: Tensor) -> _Empty:
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-    def new(self, device: torch.device) -> Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device)
-
-
-@dataclass(frozen=True)
 class _Launch:
     """A compiled program and its arguments, as places in the list of all values."""
 
@@ -163,10 +147,8 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return _same_storage(a, b) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-def _settings() -> tuple[Any, ...]:
+def _settings(knobs: Any) -> tuple[Any, ...]:
     """What Triton reads at every launch to choose or change the program."""
-    from triton import knobs
-
     return (
         knobs.runtime.debug,
         knobs.runtime.add_stages_inspection_hook,
@@ -175,14 +157,8 @@ def _settings() -> tuple[Any, ...]:
     )
 
 
-def _hooked() -> bool:
-    """Whether somebody wants to know of launches."""
-    from triton import knobs
-
-    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):
-            return True
-    return False
+def _listens(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 class Replay:
@@ -201,12 +177,16 @@ class Replay:
 
         Raises NotReplayable.
         """
-        self.device, self.settings = device, _settings()
+        from triton import knobs
+        from triton.runtime import driver
+
+        self.device, self.knobs, self.driver = device, knobs, driver
+        self.settings = _settings(knobs)
         self.single = isinstance(outputs, Tensor)
         made = (outputs,) if self.single else tuple(outputs)
         values = _Values(tensors, numbers, made)
         given = [one.places(values) for one in map(_Bound, launches, compiled)]
-        self.outputs = [_Empty.like(t) for t in made]
+        self.outputs = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
         self.offsets, self.bytes = [], 0
         for tensor in values.scratch:
             self.offsets.append(self.bytes)
@@ -230,23 +210,29 @@ class Replay:
 
     def run(self, pointers: list[int], numbers: list[float]) -> Any:
         """The outputs, or None where something has changed and Triton is to launch."""
-        from triton.runtime import driver
-
-        if _hooked() or _settings() != self.settings:
+        runtime = self.knobs.runtime
+        if _listens(runtime.launch_enter_hook) or _listens(runtime.launch_exit_hook):
             return None
-        if any(launch.kernel.pre_run_hooks for launch in self.launches):
+        if _settings(self.knobs) != self.settings:
             return None
         device = self.device
-        outputs = [one.new(device) for one in self.outputs]
-        written = [tensor.data_ptr() for tensor in outputs]
+        outputs, written = [], []
+        for size, stride, dtype in self.outputs:
+            made = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            outputs.append(made)
+            written.append(made.data_ptr())
         if self.bytes:
             buffer = torch.empty(self.bytes, dtype=torch.uint8, device=device)
             base = buffer.data_ptr()
             written += [base + offset for offset in self.offsets]
-        if any(pointer & 15 for pointer in written):
-            return None
+        for pointer in written:
+            if pointer & 15:
+                return None
+        for launch in self.launches:
+            if launch.kernel.pre_run_hooks:
+                return None
         values = [*pointers, *numbers, *written, *self.constants]
-        active = driver.active
+        active = self.driver.active
         stream = active.get_current_stream(active.get_current_device())
         for launch in self.launches:
             program = launch.compiled
