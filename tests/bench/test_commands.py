@@ -37,7 +37,7 @@ OPTIONS = {
     "versions": {"--folder", "--triton", "--torch", "--redo", "--table", "--document"},
     "gpu": {"--out", "--minutes", "--stage", "--resume", "--rehearse", "--cifar", "--publish"},
     "tune": {"--out", "--minutes", "--resume", "--rehearse", "--publish"},
-    "static compile": {"--all", "--arch", "--dtype", "--shape", "--op", "--json"},
+    "static compile": {"--all", "--quick", "--arch", "--dtype", "--shape", "--op", "--json"},
     "static traffic": {"--quick", "--json"},
     "static memory": {*SIZES, "--json"},
     "static cost": {"--json"},
