@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from encnet_triton.data import DataError
+from encnet_triton.data.check import UnlabelledError
 from encnet_triton.files import write_json
 from encnet_triton.nn import BatchNormAct1d, BatchNormAct2d
 from encnet_triton.report import report
@@ -353,7 +353,7 @@ def train(config: Config, world: World) -> bool:
     """Build, restore, run, and tell what came out; returns whether the run is complete."""
     try:
         task = task_of(config)(config, world)
-    except DataError as error:
+    except UnlabelledError as error:
         note_refusal(config, world, str(error))
         raise
     folder = open_folder(config, world)

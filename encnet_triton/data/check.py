@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 
 from encnet_triton.data.base import DataError, Dataset
 
-__all__ = ["SplitReport", "check_split", "first_look", "label_of", "refuse_unlabelled"]
+__all__ = [
+    "SplitReport",
+    "UnlabelledError",
+    "check_split",
+    "first_look",
+    "label_of",
+    "refuse_unlabelled",
+]
 
 MOST_PROBLEMS = 20
 FIRST_LOOK = 20
+
+
+class UnlabelledError(DataError):
+    """A split has no pixel that can be learned from or scored."""
 
 
 @dataclass
@@ -122,12 +133,12 @@ def refuse_unlabelled(dataset: Dataset, what: str) -> None:
     """Look for a labelled pixel, in the order of the images.
 
     Raises:
-        DataError: there is none; begins with ``what``.
+        UnlabelledError: there is none; begins with ``what``.
     """
     for index in range(len(dataset)):
         if (label_of(dataset, index) != dataset.ignore_index).any():
             return
-    raise DataError(f"{what}: {_nothing_labelled(dataset, len(dataset))}")
+    raise UnlabelledError(f"{what}: {_nothing_labelled(dataset, len(dataset))}")
 
 
 def first_look(dataset: Dataset) -> str | None:

@@ -444,7 +444,8 @@ class _Normalise(torch.autograd.Function):
         with below_autograd():
             added = None if residual is None else _as_planes(residual)
             y, mask = _normalise.body(_as_planes(x), *rest[:5], added, *rest[6:])
-            y = y.view(x.shape)
+            # A view that autograd takes for none: else nobody could change it in place.
+            y = torch.ops.aten._unsafe_view(y, x.shape)
         _keep(ctx, (x, *rest), y, mask)
         return y
 

@@ -1,4 +1,4 @@
-"""Fuzzers: each makes cases from seeds for ENCNET_FUZZ_SECONDS seconds (2 if it is not set).
+"""Fuzzers: each makes cases from seeds for ENCNET_FUZZ_SECONDS seconds (1 if it is not set).
 
 ``ENCNET_FUZZ_SEED=123`` is the seed to begin with: that of a case that failed.
 """
@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture
 def fuzz_seconds() -> float:
-    return float(os.environ.get("ENCNET_FUZZ_SECONDS", "2"))
+    return float(os.environ.get("ENCNET_FUZZ_SECONDS", "1"))
 
 
 @pytest.fixture

@@ -137,11 +137,12 @@ def test_training_step_of_the_paper_is_one_graph_without_full_resolution_logits(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     reason="Inductor needs a C++ compiler on a CPU",
 )
-def test_small_preset_through_inductor() -> None:
+@pytest.mark.parametrize("backbone", ["demo", pytest.param("small", marks=pytest.mark.verify)])
+def test_a_small_network_through_inductor(backbone: str) -> None:
     """In float32, as people train: Inductor has other convolutions in that than in float64."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = create_model("encnet", 11, backbone="small", head_channels=64, dropout=0.0)
+    model = create_model("encnet", 11, backbone=backbone, head_channels=64, dropout=0.0)
     step = TrainingStep(model, SegmentationLoss(11))
     x, target = torch.randn(2, 3, 64, 64), torch.randint(0, 11, (2, 64, 64), dtype=torch.uint8)
     wide = copy.deepcopy(step).double()

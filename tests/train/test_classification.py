@@ -173,6 +173,7 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(data: Path) -> None:
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.verify
 def test_two_processes_train_as_one(data: Path) -> None:
     options = ["--recipe", "cifar10_seresnet_64d", "--data", str(data), *SMALL, "--epochs", "1"]
     assert main([*options, "--name", "one"]) == 0

@@ -17,7 +17,9 @@ SIGNALLED = "tests.train.signalled"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["segmentation", "classification"])
+@pytest.mark.parametrize(
+    "task", ["segmentation", pytest.param("classification", marks=pytest.mark.verify)]
+)
 def test_a_signal_to_one_rank_between_epochs_stops_all(
     task: str, recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

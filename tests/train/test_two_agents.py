@@ -18,6 +18,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.verify
 def test_two_agents_equal_one(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
