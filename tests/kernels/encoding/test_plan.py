@@ -44,7 +44,13 @@ CASES = {
 WIDE, AHEAD = "two programs share the channels", "several tiles read ahead"
 
 
-@pytest.fixture(params=[None, "reverse", 3], ids=["in order", "reverse", "shuffled"])
+@pytest.fixture(
+    params=[
+        pytest.param(None, marks=pytest.mark.verify, id="in order"),
+        pytest.param("reverse", marks=pytest.mark.verify, id="reverse"),
+        pytest.param(3, id="shuffled"),
+    ]
+)
 def watched(request: pytest.FixtureRequest) -> Iterator[None]:
     """Programs in some order, every address checked, no two programs at one address."""
     watch = Watch(order=request.param, races=True) if launch.interpreting() else None

@@ -54,7 +54,13 @@ def watching(order: Any = None) -> contextlib.AbstractContextManager[Any]:
     return Watch(order=order, races=True) if launch.interpreting() else contextlib.nullcontext()
 
 
-@pytest.fixture(params=[None, "reverse", 3], ids=["in order", "reverse", "shuffled"])
+@pytest.fixture(
+    params=[
+        pytest.param(None, marks=pytest.mark.verify, id="in order"),
+        pytest.param("reverse", marks=pytest.mark.verify, id="reverse"),
+        pytest.param(3, id="shuffled"),
+    ]
+)
 def watched(request: pytest.FixtureRequest) -> Iterator[None]:
     if not launch.interpreting() and request.param is not None:
         pytest.skip("a GPU orders its programs itself")
@@ -136,7 +142,13 @@ def check(
 
 
 @cases
-@CORNERS
+@pytest.mark.parametrize(
+    "align_corners",
+    [
+        pytest.param(True, id="corners"),
+        pytest.param(False, marks=pytest.mark.verify, id="centres"),
+    ],
+)
 def test_error_is_at_most_twice_that_of_torch(
     shape: tuple[int, ...],
     dtype: torch.dtype,
