@@ -147,7 +147,12 @@ def forward_configs(logits: Tensor, arch: int, smoothing: float = 0.0) -> list[C
     columns = 2 * _COLUMNS if many or arch >= 120 else _COLUMNS
     free = Config(columns, lanes * _OWN_CLASSES, lanes * columns // 32)
     less = replace(free, block_c=lanes * _OWN_CLASSES // 2)
-    return [replace(free, max_registers=_REGISTERS), free, less] if many else [free, less]
+    limited = replace(free, max_registers=_REGISTERS)
+    if many:
+        return [limited, free, less]
+    # For Triton 3.8, where the first one spills as well.
+    wide = replace(limited, block_n=2 * _COLUMNS, num_warps=lanes * 2 * _COLUMNS // 32)
+    return [free, wide, less]
 
 
 def argmax_configs(logits: Tensor, arch: int) -> list[Config]:
