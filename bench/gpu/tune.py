@@ -17,6 +17,7 @@ from bench.gpu.job import LeftOut, Wrong, so_far
 from bench.passes import PASSES
 from encnet_triton.kernels import upsample_argmax
 from encnet_triton.kernels.runtime import launch
+from encnet_triton.kernels.runtime.dispatch import interpreting
 from encnet_triton.kernels.runtime.tuned import Entry
 
 if TYPE_CHECKING:
@@ -145,6 +146,10 @@ class _ArgMax:
 
 
 def _subject(arguments: dict[str, Any], rehearse: bool) -> _Operator | _ArgMax:
+    if interpreting():
+        from bench.static.interpreter import quicken  # not at the top: it needs Triton
+
+        quicken()
     shape = SMALL if rehearse else SHAPES[arguments["shape"]]
     made = _ArgMax if shape.operator == "argmax" else _Operator
     dtype = torch.float32 if rehearse else torch.bfloat16
