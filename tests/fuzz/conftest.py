@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 from collections.abc import Iterator
 
 import pytest
+
+from tests.support import mutations
 
 
 @pytest.fixture
@@ -21,13 +21,4 @@ def fuzz_seconds() -> float:
 @pytest.fixture
 def seeds(fuzz_seconds: float) -> Iterator[int]:
     """Seeds while there is time; at least one."""
-    return _seeds(int(os.environ.get("ENCNET_FUZZ_SEED", "0")), fuzz_seconds)
-
-
-def _seeds(first: int, seconds: float) -> Iterator[int]:
-    end = time.monotonic() + seconds
-    for seed in itertools.count(first):
-        yield seed
-        if time.monotonic() > end:
-            print(f"seeds {first} to {seed}")
-            return
+    return mutations.seeds(fuzz_seconds, least=1)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from encnet_triton.train.distributed import World
 from encnet_triton.train.recipe import build
 from encnet_triton.train.run_state import Progress
 from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo, load_model, read
-from tests.fuzz.mutations import damaged, mutated
+from tests.support.mutations import altered, mutated
 
 OPTIONS = {"name": "fcn", "num_classes": 2, "backbone": "demo", "head_channels": 8}
 INFO = ModelInfo(
@@ -75,7 +76,7 @@ def test_damaged_bytes(seeds: Iterator[int], state: Path, tmp_path: Path, config
     content, (right, metadata) = state.read_bytes(), read(state)
     path = tmp_path / "x.safetensors"
     for seed in seeds:
-        path.write_bytes(damaged(content, random.Random(seed)))
+        path.write_bytes(mutated(content, np.random.default_rng(seed)))
         if open_all(path, config):
             found, text = read(path)
             assert text == metadata and found.keys() == right.keys(), seed
@@ -89,7 +90,7 @@ def test_changed_metadata(
     tensors, metadata = read(state)
     path = tmp_path / "x.safetensors"
     for seed in seeds:
-        changed = mutated(metadata, random.Random(seed))
+        changed = altered(metadata, random.Random(seed))
         write(path, tensors, changed)
         open_all(path, config)
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from encnet_triton.train.__main__ import main
@@ -15,7 +16,7 @@ from encnet_triton.train.config import ConfigError
 from encnet_triton.train.recipe import build
 from encnet_triton.train.run_folder import finished
 from encnet_triton.train.run_lock import LOCK
-from tests.fuzz.mutations import damaged, mutated
+from tests.support.mutations import altered, mutated
 
 FILES = (
     "config.json",
@@ -36,13 +37,14 @@ def damage(path: Path, rng: random.Random) -> str:
         path.touch()
     what = rng.choice(("bytes", "bytes", "values", "values", "empty", "gone", "folder", "link"))
     if what == "bytes":
-        path.write_bytes(damaged(path.read_bytes(), rng))
+        content = path.read_bytes() or b"{}"
+        path.write_bytes(mutated(content, np.random.default_rng(rng.randrange(2**32))))
     elif what == "values" and path.suffix == ".json" and path.stat().st_size:
-        path.write_text(json.dumps(mutated(json.loads(path.read_text()), rng)))
+        path.write_text(json.dumps(altered(json.loads(path.read_text()), rng)))
     elif what == "values" and path.suffix == ".jsonl":
         records = [json.loads(line) for line in path.read_text().splitlines()]
         place = rng.randrange(len(records))
-        records[place] = mutated(records[place], rng)
+        records[place] = altered(records[place], rng)
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     else:
         path.unlink()

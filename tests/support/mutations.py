@@ -1,11 +1,20 @@
-"""Damaged files: what disks, networks and strangers do to bytes, from a seed."""
+"""What disks, networks and strangers do to bytes and to documents, from a seed."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+import os
+import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+
+NUMBERS = (0, 1, -1, 2, 3, 7, 255, 256, 10**12, 2**63, 2**64, 10**30, 0.5, -0.5, 1e-300, 1e300)
+TEXTS = ("", "x", "é", "\ud800", "[b]")
+ODD = (*NUMBERS, *TEXTS, None, True, False, [], [1], [[]], {}, {"": 0})
 
 _EXTREMES = tuple(
     value.to_bytes(size, order)
@@ -16,13 +25,15 @@ _EXTREMES = tuple(
 )
 
 
-def seeds(seconds: float) -> Iterator[int]:
-    """0, 1, 2, ... for about so long; at least ten."""
+def seeds(seconds: float, least: int = 10) -> Iterator[int]:
+    """Seeds for about so long, at least so many; from ENCNET_FUZZ_SEED on, that of a failure."""
     end = time.monotonic() + seconds
-    seed = 0
-    while seed < 10 or time.monotonic() < end:
+    first = int(os.environ.get("ENCNET_FUZZ_SEED", "0"))
+    for seed in itertools.count(first):
+        if seed - first >= least and time.monotonic() > end:
+            return
+        print(f"seed {seed}")  # pytest shows it where the case fails
         yield seed
-        seed += 1
 
 
 def mutated(content: bytes, rng: np.random.Generator, where: tuple[int, int] = (0, 0)) -> bytes:
@@ -57,6 +68,33 @@ def mutated(content: bytes, rng: np.random.Generator, where: tuple[int, int] = (
         if not data:
             return b""
     return bytes(data)
+
+
+def altered(document: Any, rng: random.Random) -> Any:
+    """A JSON document in which one place, anywhere, was changed, left out or doubled."""
+    document = copy.deepcopy(document)
+    places: list[tuple[Any, Any]] = []
+    waiting = [document]
+    while waiting:
+        here = waiting.pop()
+        keys = list(here) if isinstance(here, dict) else range(len(here))
+        for key in keys:
+            places.append((here, key))
+            if isinstance(here[key], dict | list):
+                waiting.append(here[key])
+    if not places or rng.random() < 0.02:
+        return rng.choice(ODD)
+    here, key = rng.choice(places)
+    what = rng.randrange(4)
+    if what == 0:
+        del here[key]
+    elif what == 1 and isinstance(here, dict):
+        here[f"{key}2"] = here[key]
+    elif what == 2 and isinstance(here[key], int | float) and not isinstance(here[key], bool):
+        here[key] = rng.choice([-here[key], here[key] + 1, here[key] * 1000, float("nan")])
+    else:
+        here[key] = rng.choice(ODD)
+    return document
 
 
 def _place(size: int, rng: np.random.Generator, where: tuple[int, int]) -> int:

@@ -21,6 +21,12 @@ def take(folder: Path, job: str = "", take_over: bool = False) -> RunLock:
     return RunLock(folder, job, take_over, lambda sentence: None)
 
 
+def assert_free(folder: Path) -> None:
+    lock = take(folder)
+    assert lock.held()
+    lock.release()
+
+
 def leave(folder: Path, **changes: object) -> None:
     """A lock as it is left by this process, but for some changes."""
     lock = take(folder)
@@ -49,11 +55,11 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_a_process_that_is_gone_or_whose_number_another_has_holds_nothing(tmp_path: Path) -> None:
     leave(tmp_path, process=2**22 + 1)  # beyond what Linux gives
-    take(tmp_path).release()
+    assert_free(tmp_path)
     leave(tmp_path, start=start_of(1))
-    take(tmp_path).release()
+    assert_free(tmp_path)
     leave(tmp_path, process=None, start=None)
-    take(tmp_path).release()
+    assert_free(tmp_path)
 
 
 @pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"machine": "a container"}])
@@ -67,7 +73,7 @@ def test_a_process_elsewhere_is_gone_after_five_minutes(
         os.utime(tmp_path / LOCK, (then, then))
         if seconds < 300:
             refused(tmp_path, host=other.get("host", socket.gethostname()))
-    take(tmp_path).release()
+    assert_free(tmp_path)
 
 
 def test_processes_that_the_same_torchrun_starts_again_go_on_at_once(tmp_path: Path) -> None:
