@@ -100,7 +100,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     given = parse(arguments)
-    return options.exit_status(lambda: run(given, options.make_console()))
+    return options.exit_status(lambda: run(given, options.make_console()), less="")
 
 
 if __name__ == "__main__":

@@ -17,29 +17,42 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from encnet_triton.data.loader import MAX_WORKERS
+from encnet_triton.data.loader import MAX_WORKERS, worker_failure
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.inference.precision import PRECISIONS, compute_dtype
 from encnet_triton.weights import CheckpointError, ModelInfo
 
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate memory")
+_LOST = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe")
 _FOR_SEGMENTATION = (
     "multi_scale", "scales", "flip", "whole_image", "batch", "precision", "protocol", "workers",
     "output",
 )  # fmt: skip
 
 
-def exit_status(action: Callable[[], int | None]) -> int:
+def print_anything() -> None:
+    """A file name may have bytes that are no text, and a terminal may lack UTF-8: print them all
+    the same."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def exit_status(
+    action: Callable[[], int | None],
+    less: str = "; a smaller --batch or smaller --scales need less",
+) -> int:
     """Run a command: what it returns (None is 0), or 2 after one sentence for what a user can put
     right.
 
     A process of several that fails does not return: it ends at once, for the others may wait for
     it, and torchrun then ends them.
+
+    Args:
+        action: the command.
+        less: what to say of its options where memory runs out.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A file name may have bytes that are no text, and a terminal may lack UTF-8.
-            stream.reconfigure(errors="backslashreplace")
+    print_anything()
     try:
         status = action() or 0
     except KeyboardInterrupt:
@@ -48,15 +61,16 @@ def exit_status(action: Callable[[], int | None]) -> int:
         return _failed(str(error))
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            return _failed("out of memory; a smaller --batch or smaller --scales need less")
-        if not _together():
-            raise
-        # That of the others which fails first has said why.
-        return _failed(f"another process is gone ({str(error).splitlines()[0]})")
+            return _failed(f"out of memory{less}")
+        if sentence := worker_failure(error):
+            return _failed(sentence)
+        if _together() and lost_connection(error):
+            # That of the others which fails first has said why.
+            return _failed(f"another process is gone ({str(error).splitlines()[0]})")
+        _end_others()
+        raise
     except BaseException:
-        if _together():
-            traceback.print_exc()
-            _end_at_once(1)
+        _end_others()
         raise
     if _together():
         dist.destroy_process_group()
@@ -67,12 +81,24 @@ def _together() -> bool:
     return bool(dist.is_available() and dist.is_initialized())
 
 
-def _failed(sentence: str, status: int = 2) -> int:
+def print_error(sentence: str) -> None:
+    """Say why a command ends, with the rank under torchrun."""
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{rank}error: {sentence}", file=sys.stderr)
+
+
+def _failed(sentence: str, status: int = 2) -> int:
+    print_error(sentence)
     if _together():
         _end_at_once(status)
     return status
+
+
+def _end_others() -> None:
+    """After a mistake of ours: its traceback now, for this process does not return."""
+    if _together():
+        traceback.print_exc()
+        _end_at_once(1)
 
 
 def _end_at_once(status: int) -> None:
@@ -87,6 +113,13 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether torch says that another process cannot be reached."""
+    kinds = (dist.DistError,) if dist.is_available() else ()
+    found = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    return found or isinstance(error, kinds)
 
 
 def make_console(**options: Any) -> Console:

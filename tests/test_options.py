@@ -32,6 +32,8 @@ def raising(error: BaseException) -> Callable[[], None]:
          2, "out of memory; a smaller --batch"),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "out of memory; a smaller --batch"),
         (OSError("no"), 2, "no"),
+        (RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed."), 2,
+         "loader process 71 was killed"),
     ],
 )  # fmt: skip
 def test_what_a_person_can_put_right_is_a_sentence(
@@ -47,7 +49,9 @@ def test_a_mistake_of_ours_keeps_its_traceback() -> None:
         exit_status(raising(RuntimeError("sizes of tensors must match")))
 
 
-@pytest.mark.parametrize("error", [OSError("disk"), KeyError("ours")])
+@pytest.mark.parametrize(
+    "error", [OSError("disk"), KeyError("ours"), RuntimeError("KeyError of a matrix")]
+)
 def test_a_failing_process_of_several_waits_for_no_other(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 
+from encnet_triton.options import print_anything, print_error
 from encnet_triton.train import cli, distributed
 from encnet_triton.train.distributed import WorldError
 from encnet_triton.train.dry_run import dry_run
@@ -56,9 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     A process that others wait for does not return from a failure: it ends at once.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of a terminal without UTF-8
+    print_anything()
     options = cli.parse(arguments)
     try:
         if options.list:
@@ -84,8 +81,7 @@ def failed(sentence: str, lost: bool = False, status: int = 2) -> int:
     """Say why; returns the exit status where no other process waits for this one."""
     if distributed.in_group():
         distributed.fail(sentence, lost, status)
-    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(f"{rank}error: {sentence}", file=sys.stderr)
+    print_error(sentence)
     distributed.stop()
     return status
 

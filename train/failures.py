@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 
-import torch.distributed as dist
-
 from encnet_triton.data.loader import worker_failure
-from encnet_triton.options import out_of_memory
+from encnet_triton.options import lost_connection, out_of_memory
 
-_LOST = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe")
 _AMOUNT = re.compile(r"[Tt]ried to allocate ([\d.]+) ([KMG]?i?B|bytes)")
 
 
@@ -27,7 +24,7 @@ def explained(error: BaseException) -> tuple[str | None, bool]:
         return None, False
     if sentence := worker_failure(error):
         return sentence, False
-    if isinstance(error, dist.DistError) or _LOST.search(text):
+    if lost_connection(error):
         return f"lost the connection to another rank: {text.splitlines()[0][:300]}", True
     return None, False
 

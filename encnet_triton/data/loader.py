@@ -125,7 +125,7 @@ class _AugmentedBatches(torch_data.Dataset[Any]):
         return Batch(images.permute(0, 3, 1, 2), labels, names)
 
 
-_FEWER = "fewer --workers or a smaller --crop need less"
+_FEWER = "fewer --workers need less"
 
 
 def _shared(batch: Batch) -> Batch:
@@ -161,7 +161,7 @@ def _end_of_worker(error: Exception, _: Any) -> None:
     os._exit(1)
 
 
-def worker_failure(error: RuntimeError) -> str | None:
+def worker_failure(error: BaseException) -> str | None:
     """The sentence for torch's error about a loader process that died, None for another error.
 
     torch raises it wherever the trainer happens to be.
