@@ -29,6 +29,7 @@ _OPTIONS = {
     "background_label": "pascal_context: 0 or 255 (default: 0)",
     "num_classes": "pascal_context: 59 or 60 (default: 59)",
 }
+_NAMES = ("classes_file", "labels_folder", "label_order")
 PREPARED = ("voc_aug", "pascal_context", "coco_voc")
 
 
@@ -78,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def dataset_options(given: argparse.Namespace) -> dict[str, Any]:
-    """The data set's options by name; whole numbers become int."""
+    """The data set's options by name; whole numbers become int, but for names."""
     found = {
         name: value for name in _OPTIONS if (value := getattr(given, f"option_{name}")) is not None
     }
@@ -89,7 +90,10 @@ def dataset_options(given: argparse.Namespace) -> dict[str, Any]:
         if name in ("name", "root", "split"):
             raise DataError(f"--option {text!r} is no option of the data set; see --help")
         found[name] = value
-    return {name: int(v) if re.fullmatch("-?[0-9]{1,9}", v) else v for name, v in found.items()}
+    return {
+        name: int(value) if name not in _NAMES and re.fullmatch("-?[0-9]{1,9}", value) else value
+        for name, value in found.items()
+    }
 
 
 def run_check(given: argparse.Namespace, console: Console) -> bool:
@@ -170,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_prepare(given, console)
         return 0
 
-    return options.exit_status(run)
+    return options.exit_status(run, less="")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -78,6 +79,21 @@ class Dataset(Protocol):
     def name_of(self, index: int) -> str:
         """What a person would look for: the image's path, or the split and number of drawn data."""
         ...
+
+
+def read_content(path: Path, what: str) -> bytes:
+    """The bytes of a file that ``what`` describes.
+
+    Raises:
+        DataError: it is missing, no file, or cannot be read; names it.
+    """
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            there = "is no file" if path.exists() else "does not exist"
+            raise DataError(f"{what} {path} {there}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{what} {path} cannot be read ({error})") from error
 
 
 def class_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:

@@ -18,6 +18,7 @@ from encnet_triton.data.base import (
     DataError,
     Sample,
     default_palette,
+    read_content,
 )
 from encnet_triton.data.images import decode, open_image, read_label
 
@@ -156,13 +157,7 @@ def visible(folder: Path, pattern: str) -> list[Path]:
 
 def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a UTF-8 text file, or of UTF-16 with its mark; DataError if it is none."""
-    try:
-        if not path.is_file():  # reading a pipe would wait for ever
-            there = "is no file" if path.exists() else "does not exist"
-            raise DataError(f"{what} {path} {there}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{what} {path} cannot be read ({error})") from error
+    content = read_content(path, what)
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
         text = content.decode("utf-16" if wide else "utf-8-sig")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from encnet_triton.data.base import DataError
+from encnet_triton.data.base import DataError, read_content
 from encnet_triton.unpickle import printable
 
 __all__ = ["decode", "open_image", "read_image", "read_label"]
@@ -93,18 +93,21 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         orientation = _orientation(image)
+        most = int(np.asarray(image).max()) if sixteen else 0
         if deep:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif sixteen:  # Pillow has kept the high byte alone
+            most *= 256
         if image.mode != "RGB":
             image = image.convert("RGB")
         if orientation in _TURNS:
             image = _turned(image, orientation)
     except Exception as error:  # Pillow raises whatever the damage leads to
         raise DataError(f"{name}: the image is truncated or damaged ({_why(error)})") from error
-    if sixteen and 0 < (most := int(np.asarray(image).max())) < 16:
+    if sixteen and 0 < most < 4096:
         raise DataError(
-            f"{name} has 16 bits a channel, but its values are below {256 * (most + 1):,} of "
-            "65,536: scale it to 8 bits by the range that you mean"
+            f"{name} has 16 bits a channel, but its values are below "
+            f"{256 * (most // 256 + 1):,} of 65,536: scale it to 8 bits by the range that you mean"
         )
     return image
 
@@ -146,10 +149,7 @@ def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
 def _open(path: Path, what: str) -> Image.Image:
     """An opened picture, as it lies in the file."""
     try:
-        if not path.is_file():  # reading a pipe would wait for ever
-            there = "is no file" if path.exists() else "does not exist"
-            raise DataError(f"{what} {path} {there}")
-        content = path.read_bytes()
+        content = read_content(path, what)
         if not content:
             raise DataError(f"{what} {path} is empty")
         # From memory, because Pillow would keep the file open until it is decoded.

@@ -37,8 +37,9 @@ class View:
         size: height and width of the image in this view.
         crop: height and width of a window.
         tops, lefts: where windows start; each of the first with each of the second.
-        windows: of each window, by its top and left, the logits of it and of its mirror image,
-            mirrored back: h x w x n each, float32 or float64, contiguous.
+        windows: of each window, by its top and left, its logits and, with flip, those of its mirror
+            image, mirrored back; as released, their sum. h x w x n each, float32 or float64,
+            contiguous.
     """
 
     size: tuple[int, int]
@@ -152,6 +153,7 @@ class _Merge:
         self, views: Sequence[View], size: tuple[int, int], align_corners: bool, released: bool
     ) -> None:
         self._views, self._size = views, size
+        self._alone = len(views) == 1 and views[0].size == size
         self._scores = [_Scores(view, align_corners, released) for view in views]
         self.like = next(iter(views[0].windows.values()))[0]
         self._axes = [
@@ -165,13 +167,12 @@ class _Merge:
         growth = max(1.0, *(math.prod(v.size) / math.prod(self._size) for v in self._views))
         edge = max(8, math.isqrt(int(most / (self.like.shape[2] * growth))))
         whole = [((0, self._size[0]), (0, self._size[1]))]
-        alone = len(self._views) == 1 and self._views[0].size == self._size
-        for rows, columns in self._scores[0].cells() if alone else whole:
+        for rows, columns in self._scores[0].cells() if self._alone else whole:
             yield from product(_cut(rows, edge), _cut(columns, edge))
 
     def best(self, rows: _Run, columns: _Run) -> Tensor:
         """The classes of a tile, R x X."""
-        if len(self._views) == 1 and self._views[0].size == self._size:
+        if self._alone:
             # Neither probabilities nor exponentials change which logit of a window is the largest.
             logits = self._scores[0].logits(rows, columns)
             if logits is not None:

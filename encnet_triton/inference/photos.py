@@ -9,13 +9,12 @@ import numpy as np
 
 from encnet_triton.data.base import DataError
 from encnet_triton.data.files import visible
+from encnet_triton.data.folder import IMAGE_SUFFIXES
 from encnet_triton.data.images import read_image
 from encnet_triton.inference.predictor import Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
 
 __all__ = ["find_images", "label_photo", "read_image", "refuse_equal_names"]
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
@@ -26,11 +25,10 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
     """
     for path in inputs:
         if path.is_dir():
-            found = [
-                p for p in visible(path, "*") if p.suffix.lower() in SUFFIXES and not p.is_dir()
-            ]
+            there = (p for p in visible(path, "*") if not p.is_dir())
+            found = [p for p in there if p.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
-                raise ValueError(f"folder {path} holds no image ({', '.join(SUFFIXES)})")
+                raise ValueError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             yield from found
         elif path.is_file():
             yield path

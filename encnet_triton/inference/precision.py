@@ -19,8 +19,8 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What autocast computes in for one of `PRECISIONS`; None: float32.
 
-    float32 is meant so: it turns TF32 off in this process, in which torch computes convolutions of
-    float32 on a GPU else.
+    float32 turns TF32 off in this process; otherwise torch may compute float32 convolutions on a
+    GPU in TF32.
     """
     if precision == "auto":
         return fast_dtype(device)

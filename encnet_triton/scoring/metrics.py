@@ -25,19 +25,14 @@ class Scores:
     labelled_pixels: int
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, object]:
-        """JSON-able form with class names in place of numbers."""
+        """With class names in place of numbers, for `files.write_json`."""
         return {
-            "pixel_accuracy": _number(self.pixel_accuracy),
-            "miou": _number(self.miou),
+            "pixel_accuracy": self.pixel_accuracy,
+            "miou": self.miou,
             "iou": dict(zip(classes, self.iou, strict=True)),
             "absent": [classes[c] for c in self.absent],
             "labelled_pixels": self.labelled_pixels,
         }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN, which stands for the mean of nothing."""
-    return value if value == value else None
 
 
 class ConfusionMatrix:

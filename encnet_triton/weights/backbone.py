@@ -103,6 +103,8 @@ def export_backbone(checkpoint: Path, output: Path) -> None:
     has the names of PyTorch-Encoding, which torchvision has no network for.
     """
     model, _ = load_model(checkpoint)
+    if not hasattr(model, "backbone"):
+        raise ValueError(f"{checkpoint} holds a classifier, which has no backbone")
     backbone: nn.Module = model.backbone  # type: ignore[assignment]
     write_tensors(backbone.state_dict(), output)
 

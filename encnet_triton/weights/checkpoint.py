@@ -28,6 +28,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, read, or does not fit."""
 
 
+_DATA: dict[str, Any] = {"name": "", "split": "val", "root": None, "options": {}}  # of none
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What evaluate and predict need to use a model on new images.
@@ -40,7 +43,7 @@ class ModelInfo:
         base_size: length in pixels that images are resized to before windows are taken
             (None: their own size), along ``scale_by`` ("short", "long" or "image").
         ignore_index: label value that is no class.
-        data: name and options of the data set it was trained on.
+        data: name, split, root and options of the data set it was trained on.
     """
 
     options: dict[str, Any]
@@ -52,7 +55,7 @@ class ModelInfo:
     base_size: int | None = None
     scale_by: str = "short"
     ignore_index: int = 255
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=lambda: dict(_DATA))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -162,11 +165,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn
     path = Path(path)
     tensors, metadata = read(path, MODEL_PREFIX)
     info = model_info(metadata, path)
+    # A damaged number may ask for a network that no memory holds; its own weights are not needed.
     with torch.device("meta"):
-        # A damaged number may ask for a network that no memory holds.
-        match_weights(_build(info, path), tensors, path)
-    model = _build(info, path)
-    load_weights(model, tensors, path)
+        model = _build(info, path)
+    own = model.state_dict()
+    state = finite_weights(model, tensors, path)
+    model.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()}, assign=True)
     return model.to(device).eval(), info
 
 
@@ -198,6 +202,8 @@ def model_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:
     for name in sorted((required - found.keys()) | (found.keys() - known)):
         what = "is missing" if name in required else "is unknown"
         raise CheckpointError(f"{path} is damaged: the field {name!r} of its model {what}")
+    if isinstance(data := found.get("data"), dict):
+        found = {**found, "data": {**_DATA, **data}}
     info = ModelInfo(**found)
     for name, right in _right(info).items():
         if not right:
@@ -211,12 +217,12 @@ def model_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:
 def _right(info: ModelInfo) -> dict[str, bool]:
     """Whether each field has a value that it can have."""
     count = len(info.classes) if isinstance(info.classes, list) else -1
-    options = info.options if isinstance(info.options, dict) else {"": None}
     return {
-        "options": all(
-            not isinstance(value, int) or 0 <= value <= _MAX_OPTION for value in options.values()
-        )
-        and "" not in options,
+        "options": isinstance(info.options, dict)
+        and all(
+            not isinstance(value, int) or 0 <= value <= _MAX_OPTION
+            for value in info.options.values()
+        ),
         "classes": count >= 0 and all(isinstance(name, str) for name in info.classes),
         "palette": isinstance(info.palette, list)
         and len(info.palette) == count
@@ -228,9 +234,9 @@ def _right(info: ModelInfo) -> dict[str, bool]:
         "scale_by": info.scale_by in ("short", "long", "image"),
         "ignore_index": _numbers([info.ignore_index], 1, -1, 255, int),
         "data": isinstance(info.data, dict)
-        and all(isinstance(info.data.get(name, ""), str) for name in ("name", "split"))
-        and isinstance(info.data.get("root"), str | None)
-        and isinstance(info.data.get("options", {}), dict),
+        and all(isinstance(info.data[name], str) for name in ("name", "split"))
+        and isinstance(info.data["root"], str | None)
+        and isinstance(info.data["options"], dict),
     }
 
 
@@ -249,11 +255,18 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     Raises:
         CheckpointError: as `match_weights`, or a value is not finite.
     """
+    model.load_state_dict(finite_weights(model, tensors, path))
+
+
+def finite_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """As `match_weights`; refuses values that are not finite."""
     state = match_weights(model, tensors, path)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{path}: {name} holds values that are not finite")
-    model.load_state_dict(state)
+    return state
 
 
 def match_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

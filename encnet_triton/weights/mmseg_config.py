@@ -166,7 +166,13 @@ def _image_refusals(norm: Mapping[Any, Any]) -> Iterator[str]:
         yield "it takes images in the order blue, green, red"
     mean, std = _tuple(norm, "mean", (0,) * 3), _tuple(norm, "std", (1,) * 3)
     numbers = all(isinstance(value, int | float) for value in (*mean, *std))
-    if not numbers or min(mean) < 0 or not max(*mean, *std) <= 255 or not min(std) >= 1e-3:
+    if (
+        not len(mean) == len(std) == 3
+        or not numbers
+        or min(mean) < 0
+        or not max(*mean, *std) <= 255
+        or not min(std) >= 1e-3
+    ):
         yield f"images are normalised by {_word(mean)} and {_word(std)}"
 
 

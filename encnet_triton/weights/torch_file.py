@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,13 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+
+# What zipfile, its decompressors and struct raise; torch.save compresses nothing, damage may.
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
+    struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def read_torch_file(path: Path) -> Any:
             return _read_legacy(file, path.stat().st_size)
     except UnpicklingError as error:
         raise ValueError(str(error)) from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+    except _DAMAGE as error:
         raise ValueError(f"it is damaged: {str(error) or type(error).__name__}") from error
 
 
@@ -175,7 +184,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
         raise TypeError("a tensor has no shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and (last >= len(storage.flat) or math.prod(size) > len(storage.flat)):
-        raise UnpicklingError("a tensor reaches beyond its numbers")
+        raise UnpicklingError("a tensor has more entries than its storage, or reaches beyond it")
     if 0 in size:
         return storage.flat.new_empty(size)
     return storage.flat.as_strided(size, stride, offset)

@@ -27,6 +27,12 @@ def folder(root: Path, *labels: np.ndarray, classes: str = "background\npolyp") 
     return root
 
 
+def test_a_file_may_have_a_number_for_its_name(tmp_path: Path) -> None:
+    root = folder(tmp_path, np.zeros((4, 4)))
+    (root / "classes.txt").rename(root / "2024")
+    assert main(["check", "folder", "--data", str(root), "--classes-file", "2024"]) == 0
+
+
 MASK = np.kron([[0, 255], [0, 0]], np.ones((4, 4)))
 
 

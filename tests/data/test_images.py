@@ -196,6 +196,13 @@ def test_16_bits_of_which_12_are_used_are_refused(tmp_path: Path, colour: int) -
     assert not np.asarray(read_image(path)).any()
 
 
+def test_16_bits_of_which_8_are_used_would_be_black_and_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(np.full((4, 4, 1), 255), 16, 0))
+    with pytest.raises(DataError, match=r"a\.png has 16 bits .* below 256 of 65,536"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_images_without_a_known_range_are_refused(tmp_path: Path, dtype: type) -> None:
     Image.fromarray(np.ones((3, 4), dtype)).save(tmp_path / "a.tif")

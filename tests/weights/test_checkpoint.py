@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from encnet_triton.models import create_model
+from encnet_triton import evaluate
+from encnet_triton.models import CifarNet, create_model
+from encnet_triton.weights import export_backbone
 from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo, load_model, save_model
 
 
@@ -43,6 +45,26 @@ def test_a_file_alone_rebuilds_the_model(tmp_path: Path, model, info: ModelInfo)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x).logits, model.eval()(x).logits, rtol=0, atol=0)
     assert not list(tmp_path.glob(".*")), "temporary files are removed"
+
+
+def test_a_classifier_is_rebuilt_too_and_has_no_backbone(tmp_path: Path, info: ModelInfo) -> None:
+    classifier = CifarNet("encoding", width=16, num_codewords=4).eval()
+    about = replace(info, options={"unit": "encoding", "width": 16, "num_codewords": 4})
+    path = tmp_path / "model.safetensors"
+    save_model(path, classifier, about)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(path)[0](x), classifier(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"model\.safetensors holds a classifier"):
+        export_backbone(path, tmp_path / "backbone.safetensors")
+
+
+def test_a_model_of_no_data_set_is_not_scored_on_one(tmp_path: Path, model, info, capsys) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, replace(info, data={}))
+    assert load_model(path)[1] == info
+    assert evaluate.main(["--checkpoint", str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(

@@ -127,6 +127,8 @@ def save(path: Path, weights: dict[str, torch.Tensor], text: Any) -> Path:
         ("'SyncBN'", "'SyncBN', eps=0.001", "normalises with eps 0.001"),
         ("align_corners=False", "align_corners=torch.no", "aligns corners is not known"),
         ("bgr_to_rgb=True", "bgr_to_rgb=False", "in the order blue, green, red"),
+        ("mean=[51, 102, 153]", "mean=[]", "normalised by"),
+        ("mean=[51, 102, 153]", "mean=[3.0]", "normalised by"),
         ("model = ", "another = ", "describes no model"),
         ("model = ", "model = = ", "cannot be read"),
     ],

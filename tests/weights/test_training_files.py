@@ -186,6 +186,20 @@ def test_a_flipped_bit_in_the_weights_is_found(tmp_path: Path) -> None:
         read_torch_file(tmp_path / "in.pth")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_compression_byte_is_found(method: int, tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "in.pth")
+    content = bytearray((tmp_path / "in.pth").read_bytes())
+    for signature, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        place = content.find(signature)
+        while place >= 0:
+            content[place + at] = method
+            place = content.find(signature, place + 1)
+    (tmp_path / "in.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"in\.pth is damaged"):
+        read_document(str(tmp_path / "in.pth"))
+
+
 TRUNKS = {
     "torchvision": lambda trunk: {**trunk, "fc.weight": torch.zeros(10, 128)},
     "DataParallel": lambda trunk: {"module." + key: tensor for key, tensor in trunk.items()},
