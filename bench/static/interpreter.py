@@ -318,6 +318,14 @@ def quicken() -> None:
     interpreter._patch_lang = _Once(interpreter._patch_lang)
     interpreter._patch_lang_tensor = partial(_patch_tensor, interpreter._patch_lang_tensor)
     interpreter._get_np_dtype = _by_element(interpreter._get_np_dtype)
+    interpreter.InterpreterBuilder.create_splat = _splat
+
+
+def _splat(builder: Any, block: Any, scalar: Any) -> Any:
+    """As shipped a comparison of two numbers, repeated, is a block of their own type, which
+    Triton 3.9 does not take for a mask."""
+    data = np.full(block.shape, scalar.data.item(), scalar.data.dtype)
+    return interpreter.TensorHandle(data, scalar.dtype.scalar)
 
 
 def _by_element(former: Any) -> Any:

@@ -57,6 +57,14 @@ def structure_kernel(X, Y, N: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def number_in_mask_kernel(X, Y, rows, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    for row in range(0, 3):
+        mask = (at < BLOCK - 1) & (row < rows)
+        tl.store(Y + row * BLOCK + at, tl.load(X + at, mask, 0.0))
+
+
+@triton.jit
 def copy_kernel(X, Y, N, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + i, mask=i < N, other=0.0)
@@ -326,3 +334,11 @@ def test_atomics_on_floats_are_refused_and_the_interpreter_is_put_back() -> None
         atomic_kernel[(1,)](y)
     atomic_kernel[(1,)](y)
     assert y.item() == 1
+
+
+def test_a_mask_may_compare_numbers() -> None:
+    # Triton 3.9 as shipped: "mask has unsupported dtype".
+    x, y = torch.ones(8), torch.full((3, 8), 5.0)
+    number_in_mask_kernel[(1,)](x, y, 2, 8)
+    expected = torch.tensor([1.0, 1.0, 0.0])[:, None] * (torch.arange(8) < 7)
+    assert torch.equal(y, expected)
