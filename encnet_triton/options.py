@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
+from encnet_triton.cores import usable_cores
 from encnet_triton.data.loader import MAX_WORKERS, worker_failure
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.inference.precision import PRECISIONS, compute_dtype
@@ -229,9 +230,8 @@ def reader_count(given: int | None, device: torch.device) -> int:
         return given
     if device.type == "cpu":
         return 1
-    allowed = getattr(os, "sched_getaffinity", None)
-    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, share - 1))
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 
 import encnet_triton
 from encnet_triton import kernels
+from encnet_triton.cores import usable_cores
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "rich", "safetensors", "matplotlib")
 MINIMUM_CAPABILITY = (8, 0)  # the oldest architecture that the Triton kernels are compiled for
@@ -55,12 +56,13 @@ def cpu_name() -> str:
 
 def report() -> list[tuple[str, str]]:
     """(name, value) rows of everything a maintainer would ask for."""
+    cores = f"{usable_cores()} of {os.cpu_count()} cores"
     rows = [
         ("encnet-triton", encnet_triton.__version__),
         ("python", platform.python_version()),
         ("system", platform.platform()),
         *versions().items(),
-        ("cpu", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"),
+        ("cpu", f"{cpu_name()}, {cores}, {torch.get_num_threads()} torch threads"),
     ]
     if torch.cuda.is_available():
         rows.append(("cuda", str(torch.version.cuda)))

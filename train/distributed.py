@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from encnet_triton.cores import usable_cores
 from encnet_triton.train.watch import FIRST, Watch
 
 # A first step may compile for many minutes on one rank while the others wait.
@@ -34,6 +35,7 @@ class WorldError(RuntimeError):
 
 # Of the group that this process is in.
 _watch: Watch | None = None
+_sync_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def start(device: str) -> World:
     place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
-    elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        share = max(1, usable_cores() // local_size)
+        torch.set_num_threads(min(share, torch.get_num_threads()))
     agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     if size == 1:
         watch = Watch(0, 1, None, agent)
@@ -178,13 +181,26 @@ def stop() -> None:
     The group's threads end with the last reference to it. One that outlived this would crash a
     process that is about to exit well: freeing a tensor takes the interpreter, which is gone.
     """
-    global _watch
+    global _watch, _sync_group
     if _watch is not None:
         _watch.stop()
         _watch = None
+    _sync_group = None
     if dist.is_initialized():
         gc.collect()  # DDP and its module refer to each other, and both to the group
         dist.destroy_process_group()
+
+
+def sync_group() -> dist.ProcessGroup:
+    """All processes again, for the sums of batch norms: all of them call this, at the same point.
+
+    In DDP's own group these small sums, which the next layer waits for, would queue behind its
+    buckets of gradients. The stages of a run share one.
+    """
+    global _sync_group
+    if _sync_group is None:
+        _sync_group = dist.new_group(timeout=_COLLECTIVES)
+    return _sync_group
 
 
 def in_group() -> bool:

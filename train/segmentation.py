@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from encnet_triton.cores import usable_cores
 from encnet_triton.data import (
     DATASETS,
     Augment,
@@ -308,7 +308,7 @@ def model_info(config: Config, dataset: Dataset, model: nn.Module) -> ModelInfo:
 
 
 def worker_count(config: Config, world: World) -> int:
-    """Loader processes of this rank: as configured, else the host's cores shared by its ranks.
+    """Loader processes of this rank: as configured, else its share of the usable cores of its host.
 
     On the CPU the network itself needs the cores, so one process decodes ahead.
     """
@@ -316,7 +316,7 @@ def worker_count(config: Config, world: World) -> int:
         return config.data.workers
     if world.device.type == "cpu":
         return 1
-    return max(1, min(16, (os.cpu_count() or 1) // world.local_size - 1))
+    return max(1, min(16, usable_cores() // world.local_size - 1))
 
 
 def image_count(config: Config) -> tuple[int | None, int, str]:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from encnet_triton.inference.precision import fast_dtype
 from encnet_triton.nn import set_sync_group
 from encnet_triton.scoring.segmentation import Watch
 from encnet_triton.train.config import Config, ConfigError, require
-from encnet_triton.train.distributed import World
+from encnet_triton.train.distributed import World, sync_group
 from encnet_triton.train.log import Log
 from encnet_triton.train.run_state import Progress
 from encnet_triton.weights.checkpoint import ModelInfo
@@ -170,7 +169,7 @@ def initial(config: Config, world: World, make: Callable[[], nn.Module]) -> nn.M
     model = make()
     model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.run.sync_bn and world.size > 1:
-        set_sync_group(model, dist.group.WORLD)
+        set_sync_group(model, sync_group())
     # From here on each rank draws for itself: for dropout, or smoothing factors.
     torch.manual_seed((config.run.seed << 16) + world.rank + 1)
     return model

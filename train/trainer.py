@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from encnet_triton.data.check import UnlabelledError
 from encnet_triton.files import write_json
-from encnet_triton.nn import BatchNormAct1d, BatchNormAct2d
+from encnet_triton.inference.precision import measured_convolutions
 from encnet_triton.report import report
 from encnet_triton.train import optim, run_state
 from encnet_triton.train.compiling import compile_obstacle
 from encnet_triton.train.config import Config
 from encnet_triton.train.distributed import World, check_same_weights, data_parallel, gather
+from encnet_triton.train.kept_statistics import KeptStatistics
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
 from encnet_triton.train.recipe import task_of
@@ -79,13 +80,7 @@ class Trainer:
         self._saved: Progress | None = None  # what the state on disk says
         self._left_out = False  # this rank has not seen all of a validation
         self._cold = False  # validation has yet to compile its own graph
-        self._statistics = [
-            buffer
-            for module in self.model.modules()
-            if isinstance(module, (BatchNormAct1d, BatchNormAct2d, nn.modules.batchnorm._BatchNorm))
-            for buffer in module.buffers(recurse=False)
-        ]
-        self._saved_statistics = [torch.empty_like(b) for b in self._statistics]
+        self._statistics = KeptStatistics(self.model)
 
     def restore(self) -> bool:
         """Load ``last.safetensors`` if it is there; returns whether it was.
@@ -128,7 +123,8 @@ class Trainer:
                 score = self._score()  # a signal or an error left that out
             self.meter.restart()
             while self.progress.step < last and not self._stopping:
-                self._epoch(last)
+                with measured_convolutions():  # all steps have one shape
+                    self._epoch(last)
                 if self.progress.step % self.task.steps_per_epoch == 0 and not self._stopping:
                     # Before anything that takes long and may fail.
                     self._save(ending=self.progress.step == last)
@@ -198,7 +194,7 @@ class Trainer:
         self.model.train()
         optimizer = self.task.optimizer
         parts = self.task.parts(given)
-        torch._foreach_copy_(self._saved_statistics, self._statistics)
+        self._statistics.keep()
         total = torch.zeros((), device=self.world.device)
         bad = stop = False
         for number, part in enumerate(parts, 1):
@@ -228,7 +224,7 @@ class Trainer:
 
     def _skip(self, given: Any, loss: Tensor) -> None:
         """Leave weights and running statistics as they were before this step, and count it."""
-        torch._foreach_copy_(self._statistics, self._saved_statistics)
+        self._statistics.restore()
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1

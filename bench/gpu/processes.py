@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.job import Job, Outcome
+from encnet_triton.cores import usable_cores
 
 ROOT = Path(__file__).parents[2]
 _SAID = 30_000  # characters of a job's output that are kept
@@ -87,7 +88,7 @@ def kill_tree(pid: int) -> None:
 
 def together() -> int:
     """Jobs that share the device; each holds GiB of its memory, and a core when it compiles."""
-    return max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+    return max(2, min(8, usable_cores() // 2))
 
 
 class Worker:

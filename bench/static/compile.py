@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,6 +44,7 @@ from bench.static.resources import (
     report,
     require_compiler,
 )
+from encnet_triton.cores import usable_cores
 from encnet_triton.files import write_json
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _start_worker() -> None:
 def reports(found: dict[Kernel, str]) -> list[Row]:
     """Compile every program once, on all processors, and give a row for each kernel."""
     first = {program: kernel for kernel, program in reversed(found.items())}
-    with _pool(min(len(os.sched_getaffinity(0)), len(first), _MOST_WORKERS)) as pool:
+    with _pool(min(usable_cores(), len(first), _MOST_WORKERS)) as pool:
         pending = {program: pool.submit(_compile, kernel) for program, kernel in first.items()}
         waited = track(
             pending.items(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from encnet_triton import options
+from encnet_triton.cores import usable_cores
 from encnet_triton.data import DATASETS, DataError, create_dataset, prepare
 from encnet_triton.data.check import SplitReport, check_split
 
@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     check.add_argument("--split", action="append", help="split to check (default: train and val)")
     check.add_argument("--every", type=options.whole(1), default=1, help="look at one of so many")
     check.add_argument(
-        "--workers", type=options.whole(1, 1024), default=min(16, os.cpu_count() or 1),
+        "--workers", type=options.whole(1, 1024), default=min(16, usable_cores()),
         help="images decoded at once",
     )  # fmt: skip
     for name, about in _OPTIONS.items():

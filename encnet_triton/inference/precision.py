@@ -1,10 +1,13 @@
-"""The arithmetic in which a network computes on a device."""
+"""The arithmetic in which a network computes on a device, and by which algorithms."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-__all__ = ["PRECISIONS", "compute_dtype", "fast_dtype"]
+__all__ = ["PRECISIONS", "compute_dtype", "fast_dtype", "measured_convolutions"]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -29,3 +32,18 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return None
+
+
+@contextmanager
+def measured_convolutions() -> Iterator[None]:
+    """Inside, cuDNN measures once for every shape which of its algorithms is the fastest.
+
+    For shapes that come again: where each image has its own, the measuring takes longer than it
+    can save.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

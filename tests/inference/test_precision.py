@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +80,7 @@ def test_weights_are_in_the_layout_of_the_images() -> None:
 def test_readers_are_counted_by_the_cores_a_process_may_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(options, "usable_cores", lambda: 12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert options.reader_count(None, GPU) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")

@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -50,7 +49,7 @@ def gradients(
     pixels = loss.pixels_in(labels) / world.size  # the trainer all-reduces its own share
     network: torch.nn.Module = model
     if world.size > 1:
-        set_sync_group(model, dist.group.WORLD)
+        set_sync_group(model, distributed.sync_group())
         network = distributed.data_parallel(
             model, world.device, sync_buffers=False, accumulation=accumulation
         )

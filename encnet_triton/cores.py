@@ -1,0 +1,64 @@
+"""How many processors this process may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["usable_cores"]
+
+
+def usable_cores(
+    membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Processors by the affinity of this process and the limits of its control groups, at least 1.
+
+    A container's limit (``docker --cpus``, a Kubernetes limit) is no affinity: the host's cores are
+    all there, and a process that takes them is stopped for most of each tenth of a second.
+
+    Args:
+        membership: file that names the control groups of this process.
+        mounted: where their limits are, in version 2 or 1.
+    """
+    return max(1, int(min([_allowed(), *_limits(membership, mounted)])))
+
+
+def _allowed() -> int:
+    if hasattr(os, "process_cpu_count"):  # Python 3.13; heeds PYTHON_CPU_COUNT
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _limits(membership: Path, mounted: Path) -> Iterator[float]:
+    """What each control group above this process, and its own, leaves to it."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = mounted / "cpu" if controllers else mounted
+        # In a container the names may be those of the host, whose folders are not there.
+        own = root / name.lstrip("/")
+        for folder in [own, *(above for above in own.parents if above.is_relative_to(root)), root]:
+            yield from _limit(folder)
+
+
+def _limit(folder: Path) -> Iterator[float]:
+    """Processors' worth of time that one control group has, if it is limited."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        share = float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return  # there is no such group, or its quota is "max"
+    if share > 0:  # -1 is none, in version 1
+        yield share
