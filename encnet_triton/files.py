@@ -106,10 +106,23 @@ def write_tensors(
     Raises:
         OSError: it could not be written (full disk, no permission).
     """
-    # Copies in one layout: safetensors refuses views that share memory and other strides.
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    plain = _plain(tensors)
     try:
         with replacing(path) as temporary:
             save_file(plain, temporary, dict(metadata) if metadata is not None else None)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot save {path}: {error}") from error
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them: in one layout, and none in the memory of another. Copies of those
+    that are not."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        taken.add(plain.untyped_storage().data_ptr())
+        found[name] = plain
+    return found

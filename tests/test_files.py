@@ -75,9 +75,11 @@ def test_what_was_written_is_all_there_and_alone(tmp_path: Path) -> None:
     write_text("é\n", path)
     assert path.read_bytes() == "é\n".encode()
     whole = torch.arange(12.0).view(3, 4)
-    write_tensors({"turned": whole.T, "part": whole[:2]}, path, {"format": "x"})
+    given = {"turned": whole.T, "part": whole[:2], "whole": whole, "again": whole}
+    write_tensors(given, path, {"format": "x"})
     found = load_file(path)
-    assert torch.equal(found["turned"], whole.T) and torch.equal(found["part"], whole[:2])
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
     assert list(tmp_path.iterdir()) == [path]
 
 

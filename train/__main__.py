@@ -12,9 +12,10 @@ from encnet_triton.train.failures import explained
 from encnet_triton.train.recipe import as_toml
 from encnet_triton.train.run_folder import folder_of
 from encnet_triton.train.run_state import LAST
+from encnet_triton.train.saver import TrainingError
 from encnet_triton.train.sweeps import plan
 from encnet_triton.train.sweeps.run import run as run_sweep
-from encnet_triton.train.trainer import TrainingError, train_all
+from encnet_triton.train.trainer import train_all
 from encnet_triton.weights.checkpoint import CheckpointError
 
 _ONE_SENTENCE = (CheckpointError, TrainingError, WorldError, OSError, ValueError)

@@ -31,7 +31,7 @@ _READ = {
     "lr", "momentum", "weight_decay", "decay_norm_bias", "schedule", "power", "eta_min",
     "warmup_steps", "epochs", "batch_size", "label_smoothing",
     "name", "runs", "seed", "device", "amp", "compile", "sync_bn", "resume", "stop_at",
-    "save_every", "timeout", "take_over",
+    "save_every", "save_epochs", "timeout", "take_over",
 }  # fmt: skip
 
 

@@ -261,7 +261,10 @@ class RunConfig:
     val_every: int = free(5)
     """Validate after this many epochs (and after the last); 0: after the last only."""
     save_every: int = free(0)
-    """Also save a checkpoint every this many steps; 0: at the end of each epoch only."""
+    """Also save a checkpoint every this many steps; 0: at the end of epochs only."""
+    save_epochs: int = free(1)
+    """Save a checkpoint at the end of every so many epochs; the last step, a stop and the best
+    weights are saved in any case."""
     log_every: int = free(20)
     """Steps between two records in metrics.jsonl."""
     pictures: int = free(6)
@@ -279,7 +282,8 @@ class RunConfig:
         one_of("amp", self.amp, ("auto", "on", "off"))
         for key in ("val_every", "save_every", "pictures"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
-        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        for key in ("log_every", "save_epochs"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         limit = self.timeout
         require(10 <= limit < 1e6, "timeout", limit, "at least 10 and less than a million seconds")
         require(

@@ -5,7 +5,7 @@ Resuming from it gives the weights that an undisturbed run would have had; on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,49 @@ from torch import Tensor, nn
 
 from encnet_triton.train.config import Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, WorldError, gather
+from encnet_triton.train.writer import copied
 from encnet_triton.weights import checkpoint
 from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo
 
 LAST, BEST = "last.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """A copy of the state of a run, which a thread may write while the run goes on.
+
+    Attributes:
+        tensors, metadata: of ``last.safetensors``.
+        wait: until the tensors are there.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+    wait: Callable[[], None]
+
+    def write(self, folder: Path) -> None:
+        """Write ``last.safetensors``.
+
+        Raises:
+            CheckpointError: the file could not be written, or the weights are not finite (the file
+                on disk then stays the last good one).
+        """
+        path = folder / LAST
+        self.wait()
+        if broken := not_finite(self.tensors):
+            kept = f"{path} stays the last good state" if path.exists() else "nothing was saved yet"
+            step = self.metadata["progress"]["step"]
+            raise CheckpointError(
+                f"the weights are not finite at step {step} ({broken} for one); {kept}"
+            )
+        checkpoint.write(path, self.tensors, self.metadata)
+
+    def write_best(self, folder: Path, figure: Mapping[str, float]) -> None:
+        """Write ``best.safetensors``: the model, its step, and the figure that it reached."""
+        self.wait()
+        model = {n: t for n, t in self.tensors.items() if n.startswith(checkpoint.MODEL_PREFIX)}
+        about = {"model": self.metadata["model"], "step": self.metadata["progress"]["step"]}
+        checkpoint.write(folder / BEST, model, about | dict(figure))
 
 
 @dataclass
@@ -59,8 +98,7 @@ def on_all_ranks(path: Path) -> bool:
     return not blind
 
 
-def save(
-    folder: Path,
+def copy_state(
     world: World,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -68,24 +106,12 @@ def save(
     progress: Progress,
     config: Config,
     training_set: Mapping[str, Any] | None = None,
-) -> None:
-    """Write ``last.safetensors``; every rank calls it, rank 0 writes.
-
-    Raises:
-        CheckpointError: the file could not be written, or the weights are not finite (the file on
-            disk then stays the last good one).
-    """
+) -> State | None:
+    """The state of a run as it is now; every rank calls it, rank 0 gets it."""
     states = gather(_random_state(world))
     if not world.main:
-        return
-    path = folder / LAST
-    tensors = checkpoint.model_tensors(model)
-    tensors |= _momentum(model, optimizer)
-    if broken := not_finite(tensors):
-        kept = f"{path} stays the last good state" if path.exists() else "nothing was saved yet"
-        raise CheckpointError(
-            f"the weights are not finite at step {progress.step} ({broken} for one); {kept}"
-        )
+        return None
+    tensors = checkpoint.model_tensors(model) | _momentum(model, optimizer)
     for rank, state in enumerate(states):
         tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
     metadata = {
@@ -95,7 +121,8 @@ def save(
         "recipe": config.recipe,
         "training_set": dict(training_set or {}),
     }
-    checkpoint.write(path, tensors, metadata)
+    copies, wait = copied(tensors)
+    return State(copies, metadata, wait)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,13 @@ from encnet_triton.train.run_folder import (
 )
 from encnet_triton.train.run_lock import RunLock
 from encnet_triton.train.run_state import Progress
+from encnet_triton.train.saver import Saver, TrainingError
 from encnet_triton.train.signals import StopRequest, agree
 from encnet_triton.train.task import Task
 from encnet_triton.train.watch import FIRST
-from encnet_triton.weights.checkpoint import save_model
 
 MAX_SKIPPED = 10
 _STOPPING = "leaving the validation out"
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says why and what is safe."""
 
 
 class Trainer:
@@ -70,14 +65,14 @@ class Trainer:
         lock: RunLock | None = None,
     ) -> None:
         self.config, self.world, self.task = config, world, task
-        self.folder, self.log, self._lock = folder, log, lock
+        self.folder, self.log = folder, log
         self.model = task.model
         self.steps = task.steps_per_epoch * config.optim.epochs
         self.progress = Progress()
         self.meter = Meter(world.device, task.terms)
         self._stop = StopRequest()
         self._stopping = False  # agreed by all ranks
-        self._saved: Progress | None = None  # what the state on disk says
+        self._saver = Saver(config, world, task, folder, lock)
         self._left_out = False  # this rank has not seen all of a validation
         self._cold = False  # validation has yet to compile its own graph
         self._statistics = KeptStatistics(self.model)
@@ -101,7 +96,7 @@ class Trainer:
             self.task.info,
             self.task.training_set,
         )
-        self._saved = replace(self.progress)
+        self._saver.resumed(self.progress)
         self.log.rewind(self.progress.step, self.progress.validated)
         return True
 
@@ -117,7 +112,7 @@ class Trainer:
         self.network = self._wrap(self.model)
         last = min(self.steps, self.config.run.stop_at or self.steps)
         score = None
-        with self._stop:
+        with self._stop, self._saver:
             self.log.begin(self.steps, self.progress.step)
             if self._due() and self.progress.validated != self.progress.step:
                 score = self._score()  # a signal or an error left that out
@@ -127,13 +122,19 @@ class Trainer:
                     self._epoch(last)
                 if self.progress.step % self.task.steps_per_epoch == 0 and not self._stopping:
                     # Before anything that takes long and may fail.
-                    self._save(ending=self.progress.step == last)
+                    if self._saver.due(self.progress.step):
+                        self._saver.save(self.progress, ending=self.progress.step == last)
                     score = self._score() if self._due() else None
                     self.meter.restart()
             known = self.progress.validated == self.progress.step
             if self.progress.step == self.steps and not (known and score is not None):
                 # Asked to stop in the very last step, or of a run that was complete.
                 score = self._measured() if known else self._score()
+            if self._saver.step != self.progress.step:
+                self._saver.save(self.progress, ending=True)  # asked to stop in a validation
+            with self.world.watch.patiently(f"saving step {self._saver.step}"):
+                self._saver.finish()
+                gather(None)  # a next stage of all ranks starts from the file
             self.log.end()
         if self.progress.step < self.steps or score is None:
             self.log.say(
@@ -166,7 +167,6 @@ class Trainer:
     def _epoch(self, last: int) -> None:
         """Steps up to the end of the epoch, to ``last``, or to a request to stop."""
         epoch, start = divmod(self.progress.step, self.task.steps_per_epoch)
-        save_every = self.config.run.save_every
         taken = self.task.steps(epoch, start)
         watch = self.world.watch
         while self.progress.step < last:
@@ -181,9 +181,9 @@ class Trainer:
             self.log.advance(step)
             if self.task.records_at(step, last):
                 self._record(epoch)
-            due = step == last or (save_every and step % save_every == 0)
-            if stop or (due and step % self.task.steps_per_epoch != 0):
-                self._save(ending=stop or step == last)
+            inside = step % self.task.steps_per_epoch != 0
+            if stop or (inside and self._saver.due(step)):
+                self._saver.save(self.progress, ending=stop or step == last)
             if stop:
                 # A scheduler's grace is short: no validation, even at the end of an epoch.
                 self._stopping = True
@@ -191,6 +191,7 @@ class Trainer:
 
     def _step(self, given: Any) -> bool:
         """One optimiser step; returns whether any rank was asked to stop."""
+        self._saver.look()
         self.model.train()
         optimizer = self.task.optimizer
         parts = self.task.parts(given)
@@ -232,7 +233,7 @@ class Trainer:
             # No step can mend them, and no image is to blame.
             raise TrainingError(
                 f"the weights are not finite at step {progress.step} ({broken} for one); a smaller "
-                f"--lr or --amp off may help; {self._kept()}"
+                f"--lr or --amp off may help; {self._saver.kept()}"
             )
         if progress.skipped_in_a_row < MAX_SKIPPED:
             self.log.say(f"step {progress.step}: the loss is not finite; step skipped")
@@ -241,17 +242,8 @@ class Trainer:
         names = [name for rank in gather(own) for name in rank]
         raise TrainingError(
             f"the loss was not finite in {MAX_SKIPPED} steps one after the other, the last of them "
-            f"step {progress.step} with the batch {', '.join(names)}; {self._kept()}"
+            f"step {progress.step} with the batch {', '.join(names)}; {self._saver.kept()}"
         )
-
-    def _kept(self) -> str:
-        """What a person can go on from."""
-        saved = self.folder / run_state.LAST
-        if self._saved is None:
-            return "nothing was saved yet"
-        if self._saved.skipped_in_a_row:
-            return f"{saved} holds step {self._saved.step}, whose loss was not finite either"
-        return f"the last good state is {saved}, of step {self._saved.step}"
 
     def _record(self, epoch: int) -> None:
         summary = self.meter.summary(self.world.size)
@@ -315,34 +307,11 @@ class Trainer:
         best = self.task.note_best(score, progress)
         if best is not None:
             progress.best_step = progress.step
-            if self.world.main:
-                path = self.folder / run_state.BEST
-                save_model(path, self.model, self.task.info, step=progress.step, **best)
-        self._save()
+        self._saver.save(progress, best=best, last=self._saver.due(progress.step))
         if self.world.main:
             with self.world.watch.patiently("drawing"):
                 self.task.draw(self.folder)
         return score
-
-    def _save(self, ending: bool = False) -> None:
-        """Save, unless the last losses were not finite: then the state on disk stays a good one.
-        At the end of the process it is saved in any case."""
-        if self.progress.skipped_in_a_row and not ending:
-            return
-        if self._lock is not None and not self._lock.held():
-            raise TrainingError(self._lock.taken())
-        with self.world.watch.patiently(f"saving step {self.progress.step}"):
-            run_state.save(
-                self.folder,
-                self.world,
-                self.model,
-                self.task.optimizer,
-                self.task.info,
-                self.progress,
-                self.config,
-                self.task.training_set,
-            )
-        self._saved = replace(self.progress)
 
 
 def train(config: Config, world: World) -> bool:

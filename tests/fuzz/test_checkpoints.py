@@ -49,7 +49,10 @@ def state(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     optimizer = optimizer_of(model)
     model(torch.zeros(2, 3, 32, 32)).logits.sum().backward()
     optimizer.step()
-    run_state.save(folder, WORLD, model, optimizer, INFO, Progress(step=1), config, TRAINING_SET)
+    progress = Progress(step=1)
+    state = run_state.copy_state(WORLD, model, optimizer, INFO, progress, config, TRAINING_SET)
+    assert state is not None
+    state.write(folder)
     return folder / run_state.LAST
 
 

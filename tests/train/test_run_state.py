@@ -20,7 +20,9 @@ WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 def save(folder: Path, model: nn.Module, progress: Progress) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     info = ModelInfo({}, [], [], [], [], [])
-    run_state.save(folder, WORLD, model, optimizer, info, progress, build("scenes", {}))
+    state = run_state.copy_state(WORLD, model, optimizer, info, progress, build("scenes", {}))
+    assert state is not None
+    state.write(folder)
 
 
 def load(folder: Path, model: nn.Module) -> Progress:

@@ -1,0 +1,115 @@
+"""When and how the state of a run reaches its folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from encnet_triton.train import run_state
+from encnet_triton.train.config import Config
+from encnet_triton.train.distributed import World
+from encnet_triton.train.run_lock import RunLock
+from encnet_triton.train.run_state import Progress, State
+from encnet_triton.train.task import Task
+from encnet_triton.train.writer import Writer
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what is safe."""
+
+
+class Saver(Writer):
+    """Copies the state of a run, and writes the copy in a thread; as a context, see `Writer`.
+
+    Args:
+        config, world, task: of the run; every rank has a saver, and rank 0's writes.
+        folder: of the run.
+        lock: of the folder, on the main rank.
+
+    Attributes:
+        step: that of the state which is on disk or on its way there; -1 at first.
+    """
+
+    def __init__(
+        self, config: Config, world: World, task: Task[Any], folder: Path, lock: RunLock | None
+    ) -> None:
+        super().__init__()
+        self._config, self._world, self._task = config, world, task
+        self._folder, self._lock = folder, lock
+        self._saved: Progress | None = None  # what the state on disk says
+        self.step = -1
+
+    def resumed(self, progress: Progress) -> None:
+        """The state on disk is this."""
+        self._saved, self.step = replace(progress), progress.step
+
+    def due(self, step: int) -> bool:
+        """Whether the state is saved after a step, if nothing else asks for it."""
+        run, of_epoch = self._config.run, self._task.steps_per_epoch
+        epoch, rest = divmod(step, of_epoch)
+        if step in (self._config.optim.epochs * of_epoch, run.stop_at):
+            return True
+        often = run.save_every and step % run.save_every == 0
+        return bool(often) or (rest == 0 and epoch % run.save_epochs == 0)
+
+    def save(
+        self,
+        progress: Progress,
+        *,
+        ending: bool = False,
+        best: dict[str, float] | None = None,
+        last: bool = True,
+    ) -> None:
+        """Save the state to go on from, if ``last``, and the best weights with their figure.
+
+        The former not if the last losses were not finite: then the state on disk stays a good one.
+        At the end of the process it is saved in any case.
+
+        Raises:
+            TrainingError, CheckpointError: of the save before this one.
+        """
+        last = ending or (last and not progress.skipped_in_a_row)
+        if not last and best is None:
+            return
+        progress, task = replace(progress), self._task
+        with self._world.watch.patiently(f"saving step {progress.step}"):
+            self.finish()  # before there is a second copy
+            state = run_state.copy_state(
+                self._world,
+                task.model,
+                task.optimizer,
+                task.info,
+                progress,
+                self._config,
+                task.training_set,
+            )
+        if last:
+            self.step = progress.step
+        if state is not None:
+            self.start(partial(self._write, state, best, progress if last else None))
+        elif last:
+            self._saved = progress
+
+    def _write(
+        self, state: State, best: dict[str, float] | None, progress: Progress | None
+    ) -> None:
+        """Write what was copied; in the thread."""
+        if self._lock is not None and not self._lock.held():
+            raise TrainingError(self._lock.taken())
+        if best is not None:
+            state.write_best(self._folder, best)
+        if progress is not None:
+            state.write(self._folder)
+            self._saved = progress
+
+    def kept(self) -> str:
+        """What a person can go on from."""
+        self.wait()
+        path = self._folder / run_state.LAST
+        if self._saved is None:
+            return "nothing was saved yet"
+        if self._saved.skipped_in_a_row:
+            return f"{path} holds step {self._saved.step}, whose loss was not finite either"
+        return f"the last good state is {path}, of step {self._saved.step}"
