@@ -6,7 +6,13 @@ import argparse
 from dataclasses import Field, dataclass
 from typing import Any
 
-from encnet_triton.train.config import SECTIONS, Config, all_fields, field_docs
+from encnet_triton.train.config import (
+    REDUCE_OVERHEAD,
+    SECTIONS,
+    Config,
+    all_fields,
+    field_docs,
+)
 from encnet_triton.train.recipe import build, build_stages, read_about, recipe_names
 from encnet_triton.train.sweeps.plan import sweep_names
 
@@ -50,10 +56,16 @@ def parser() -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
             nargs="?" if flag else None,
             const="true" if flag else None,
-            metavar="true|false" if flag else name.upper(),
+            metavar=_words(field) if flag else name.upper(),
             help=f"{docs[name]}{_default(section, field, docs[name])}".replace("%", "%%"),
         )
     return made
+
+
+def _words(field: Field[Any]) -> str:
+    """What a field that is true or false, and may be more, takes."""
+    more = [REDUCE_OVERHEAD] if "str" in str(field.type) else []
+    return "|".join(["true", "false", *more])
 
 
 def _default(section: str, field: Field[Any], text: str) -> str:

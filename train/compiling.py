@@ -1,4 +1,4 @@
-"""Whether torch.compile can work on this machine."""
+"""Whether torch.compile can work on this machine, and what training with CUDA graphs asks for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import shutil
 import sys
 
 import torch
+from torch import nn
+
+from encnet_triton.train.config import REDUCE_OVERHEAD
 
 
 def compile_obstacle(device: torch.device) -> str | None:
@@ -36,3 +39,19 @@ def _program(variable: str, *names: str) -> bool:
     """Whether the program that an environment variable names, else one of ``names``, is there."""
     given = os.environ.get(variable)
     return any(shutil.which(name) for name in ([given] if given else names))
+
+
+def records_graphs(mode: bool | str, device: torch.device) -> bool:
+    """Whether a network compiled in this mode is replayed as CUDA graphs."""
+    return mode == REDUCE_OVERHEAD and device.type == "cuda"
+
+
+def fix_gradients(model: nn.Module) -> None:
+    """Give every parameter a gradient of zeros, for backward passes that add to it in place.
+
+    A first gradient becomes the parameter's as it is. That of a CUDA graph lies in the graph's
+    memory, and the next micro-batch would write over what it should add to.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)

@@ -7,6 +7,7 @@ is a `ConfigError` that names it.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import inspect
 import math
@@ -22,6 +23,10 @@ from encnet_triton.data.loader import MAX_WORKERS
 SEGMENTATION_MODELS = ("encnet", "fcn", "psp", "deeplab")
 CIFAR_UNITS = {"cifar_encnet": "encoding", "cifar_seresnet": "se", "cifar_resnet": "none"}
 """CIFAR-10 networks and their unit, see `encnet_triton.models.CifarNet`."""
+
+
+REDUCE_OVERHEAD = "reduce-overhead"
+"""The mode of torch.compile that records CUDA graphs."""
 
 
 class ConfigError(ValueError):
@@ -244,8 +249,9 @@ class RunConfig:
     """auto, cpu or cuda."""
     amp: str = "auto"
     """bf16 autocast: on, off, or auto (on for GPUs that compute in bf16)."""
-    compile: bool = free(False)
-    """torch.compile the network."""
+    compile: bool | str = free(False)
+    """torch.compile the network; reduce-overhead: and replay it as CUDA graphs, so that the host
+    launches few (on a GPU)."""
     activation_checkpointing: bool = free(False)
     """Compute stages 3 and 4 of the backbone again in the backward pass: less memory, more time."""
     sync_bn: bool = True
@@ -280,6 +286,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("amp", self.amp, ("auto", "on", "off"))
+        allowed = self.compile in (True, False, REDUCE_OVERHEAD)
+        require(allowed, "compile", self.compile, f"true, false or {REDUCE_OVERHEAD}")
         for key in ("val_every", "save_every", "pictures"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         for key in ("log_every", "save_epochs"):
@@ -390,8 +398,11 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        return convert(key, value, hint)
+        *others, last = (a for a in arguments if a is not type(None))
+        for other in others:  # bool | str: the words for true and false, or any text
+            with contextlib.suppress(ConfigError):
+                return convert(key, value, other)
+        return convert(key, value, last)
     if origin is tuple:
         any_count = arguments[-1] is Ellipsis
         parts = value if any_count or not isinstance(value, str) else value.replace("x", ",")

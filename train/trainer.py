@@ -17,8 +17,8 @@ from encnet_triton.files import write_json
 from encnet_triton.inference.precision import measured_convolutions
 from encnet_triton.report import report
 from encnet_triton.train import optim, run_state
-from encnet_triton.train.compiling import compile_obstacle
-from encnet_triton.train.config import Config
+from encnet_triton.train.compiling import compile_obstacle, fix_gradients, records_graphs
+from encnet_triton.train.config import REDUCE_OVERHEAD, Config
 from encnet_triton.train.distributed import World, check_same_weights, data_parallel, gather
 from encnet_triton.train.kept_statistics import KeptStatistics
 from encnet_triton.train.log import Log
@@ -74,6 +74,7 @@ class Trainer:
         self._stopping = False  # agreed by all ranks
         self._saver = Saver(config, world, task, folder, lock)
         self._left_out = False  # this rank has not seen all of a validation
+        self._gradients_stay = False  # where they are, from step to step
         self._cold = False  # validation has yet to compile its own graph
         self._statistics = KeptStatistics(self.model)
 
@@ -148,19 +149,27 @@ class Trainer:
         # Compiled inside of DDP, not around it: DDP's own code would only break the graph. Dynamo
         # then sees the DDP it runs in and cuts the graph where DDP's buckets end, so that gradients
         # travel while the rest is computed: docs/multi_node.md has the figures.
-        if self.config.run.compile:
+        run = self.config.run
+        if run.compile:
             obstacle = compile_obstacle(self.world.device)
             if obstacle is None:
-                model.compile()
+                mode = {"mode": REDUCE_OVERHEAD} if run.compile == REDUCE_OVERHEAD else {}
+                model.compile(**mode)
                 self._cold = True
+                if records_graphs(run.compile, self.world.device):
+                    # A backward pass comes before the next forward pass, and a validation has none:
+                    # torch sees by itself where an iteration ends.
+                    self._gradients_stay = self.config.optim.accumulation > 1
             else:
                 self.log.say(obstacle)
+        if self._gradients_stay:
+            fix_gradients(model)
         if self.world.size == 1:
             return model
         return data_parallel(
             model,
             self.world.device,
-            sync_buffers=not self.config.run.sync_bn,
+            sync_buffers=not run.sync_bn,
             accumulation=self.config.optim.accumulation,
         )
 
@@ -219,7 +228,7 @@ class Trainer:
             rate = optim.rate_at(self.progress.step - 1, self.steps, self.config.optim)
             optim.set_rate(optimizer, rate)
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not self._gradients_stay)
         self.meter.count(self.config.optim.batch_size, finite=not bad)
         return stop
 

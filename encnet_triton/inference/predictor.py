@@ -176,5 +176,7 @@ def moved(array: NDArray[np.uint8], device: torch.device) -> Tensor:
 
 
 def _classes_last(logits: Tensor) -> Tensor:
-    """B x n x h x w -> B x h x w x n in float32."""
-    return logits.permute(0, 2, 3, 1).float().contiguous()
+    """B x n x h x w -> B x h x w x n in float32, always a copy: a network that is replayed as a
+    CUDA graph writes its next logits where these are."""
+    turned = logits.permute(0, 2, 3, 1)
+    return torch.empty(turned.shape, dtype=torch.float32, device=logits.device).copy_(turned)

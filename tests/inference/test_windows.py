@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from encnet_triton.data import DataError
-from encnet_triton.inference import Predictor, resized, window_starts
+from encnet_triton.inference import Predictor, Views, resized, window_starts
 from encnet_triton.weights.checkpoint import ModelInfo
 
 
@@ -103,6 +103,32 @@ def test_base_size_is_undone_in_the_label_map() -> None:
 def test_scale_by_names_the_edge(scale_by: str, expected: tuple[int, int]) -> None:
     assert resized(30, 60, 50, scale_by) == expected
     assert resized(30, 60, None, scale_by) == (30, 60)
+
+
+class Replayed(nn.Module):
+    """Writes its logits where those of the call before are, as a CUDA graph does."""
+
+    align_corners = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.logits = model, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Output:
+        logits = self.model(x).logits
+        if self.logits.shape != logits.shape:
+            self.logits = logits.to(memory_format=torch.channels_last, copy=True)
+        return Output(self.logits.copy_(logits))
+
+
+@pytest.mark.parametrize("views", [Views(), Views((1.0, 0.5), flip=True)], ids=["one", "several"])
+def test_a_network_may_write_its_logits_where_the_last_ones_are(views: Views) -> None:
+    image, _ = stripes(64, 192)
+    image[:32] = image[:32, ::-1]
+    model = Brightness()
+    expected = Predictor(model, info((48, 64)), views=views)(image)
+    assert torch.equal(Predictor(Replayed(model), info((48, 64)), views=views)(image), expected)
+    assert len(expected.unique()) == 3
 
 
 def test_a_line_that_would_become_a_giant_is_refused() -> None:

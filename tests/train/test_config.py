@@ -36,6 +36,9 @@ def test_command_line_overrides_the_recipe() -> None:
     assert config.data.crop == (96, 128)
     assert config.data.scale == (0.5, 1.5)
     assert config.run.compile is True and config.run.sync_bn is False
+    assert build("scenes", {"compile": "off"}).run.compile is False
+    graphs = cli.parse(["--compile", "reduce-overhead", "--lr", "0.5"])
+    assert cli.configuration(graphs).run.compile == "reduce-overhead"
     assert config.data.base_size is None
     assert config.model.options()["num_codewords"] == 0
 
@@ -51,7 +54,7 @@ def test_command_line_overrides_the_recipe() -> None:
             r"model = 'unet' is not allowed; it must be one of encnet, fcn, psp, deeplab",
         ),
         ({"crop": "1,2,3"}, r"crop = '1,2,3' is not allowed; it must be 2 numbers"),
-        ({"compile": "maybe"}, r"compile = 'maybe' is not allowed; it must be true or false"),
+        ({"compile": "maybe"}, r"compile = 'maybe' is not allowed; it must be true, false or red"),
         ({"learning_rate": 1}, r"unknown field 'learning_rate'"),
         ({"batchsize": 1}, r"unknown field 'batchsize'; did you mean 'batch_size'\?"),
         ({"new_head": "true"}, r"new_head = True is not allowed; it must be given with init_from"),
@@ -117,6 +120,8 @@ def test_print_config_shows_what_a_recipe_and_the_options_make(capsys) -> None:
     assert main(["--recipe", "scenes", "--print-config", "--lr", "0.125", "--compile"]) == 0
     said = capsys.readouterr().out
     found = tomllib.loads(said)
+    assert main(["--recipe", "scenes", "--print-config", "--compile", "reduce-overhead"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["run"]["compile"] == "reduce-overhead"
     assert found["optim"]["lr"] == 0.125 and found["run"]["compile"] is True
     assert found["data"]["dataset"] == "scenes" and found["data"]["crop"] == [160, 160]
     assert not Path("runs").exists()
