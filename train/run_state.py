@@ -18,6 +18,7 @@ from encnet_triton.train.distributed import World, WorldError, gather
 from encnet_triton.train.writer import copied
 from encnet_triton.weights import checkpoint
 from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo
+from encnet_triton.weights.fitting import tensor_misfit
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 
@@ -165,7 +166,8 @@ def load(
     for name, parameter in model.named_parameters():
         momentum = tensors.get(f"momentum.{name}")
         if momentum is not None:
-            checkpoint.check_fits(path, f"momentum.{name}", momentum, parameter)
+            if (found := tensor_misfit(f"momentum.{name}", momentum, parameter)) is not None:
+                raise CheckpointError(f"{path} {found}")
             buffer = torch.empty_like(parameter).copy_(momentum)
             optimizer.state[parameter]["momentum_buffer"] = buffer
     _restore_random_state(path, world, tensors)

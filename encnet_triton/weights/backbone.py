@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from encnet_triton.files import write_tensors
 from encnet_triton.models import BACKBONES, create_backbone
 from encnet_triton.models.resnet import Bottleneck
-from encnet_triton.unpickle import printable
 from encnet_triton.weights.checkpoint import load_model
-from encnet_triton.weights.reading import listed, read_tensors
+from encnet_triton.weights.fitting import misfit
+from encnet_triton.weights.reading import read_tensors
 
 __all__ = [
     "backbone_name",
-    "check_tensors",
     "convert_backbone",
     "export_backbone",
     "is_trunk",
@@ -48,51 +47,19 @@ def load_backbone(model: nn.Module, path_or_url: str | Path) -> None:
 
 def _fill(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     own = backbone.state_dict()
-    unknown = [key for key in tensors if key not in own]
-    # Files from before PyTorch 0.4.1 do not count batches.
-    missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
-    if unknown or missing:
-        raise ValueError(
-            f"{source} does not fit the backbone: {listed(unknown)} in the file match nothing, "
-            f"{listed(missing)} of the backbone are not in the file{_looks_like(tensors, source)}"
-        )
-    check_tensors(
-        {key: (key, tensor) for key, tensor in tensors.items()}, own, source, "the backbone"
-    )
+    if (found := misfit(tensors, own, "the backbone", uncounted=True)) is not None:
+        raise ValueError(f"{source} {found}{_looks_like(tensors, source, own)}")
     backbone.load_state_dict({**own, **tensors})
 
 
-def _looks_like(tensors: Mapping[str, Tensor], source: str) -> str:
+def _looks_like(tensors: Mapping[str, Tensor], source: str, own: Mapping[str, Tensor]) -> str:
+    """Which backbone a file of other names than these has the weights of."""
+    if tensors.keys() == own.keys():
+        return ""
     try:
         return f"; it has the weights of {backbone_name(tensors, source)}"
     except ValueError:
         return ""
-
-
-def check_tensors(
-    given: Mapping[str, tuple[str, Tensor]], own: Mapping[str, Tensor], source: str, what: str
-) -> None:
-    """ValueError unless tensors fit those of a network: shape, kind of number, finite values.
-
-    Args:
-        given: our name -> (name in the file, tensor).
-        own: the state dict of the network.
-        source, what: the file and the network, in words.
-    """
-    for key, (origin, tensor) in given.items():
-        expected = own[key]
-        if tensor.shape != expected.shape:
-            raise ValueError(
-                f"{source} does not fit {what}: {printable(origin)} is {tuple(tensor.shape)} in "
-                f"the file and {tuple(expected.shape)} in {what}"
-            )
-        if tensor.is_floating_point() != expected.is_floating_point():
-            raise ValueError(
-                f"{source}: {printable(origin)} holds numbers of the type {tensor.dtype}, "
-                f"but {key} is {expected.dtype}"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source}: {printable(origin)} holds numbers that are not finite")
 
 
 def export_backbone(checkpoint: Path, output: Path) -> None:

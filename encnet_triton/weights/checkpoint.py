@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from encnet_triton.files import without_nan, write_tensors
 from encnet_triton.models import CifarNet, create_model
+from encnet_triton.weights.fitting import misfit
 
 FORMAT = "encnet-triton 1"
 MODEL_PREFIX = "model."
@@ -169,7 +170,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn
     with torch.device("meta"):
         model = _build(info, path)
     own = model.state_dict()
-    state = finite_weights(model, tensors, path)
+    state = fitting_weights(model, tensors, path)
     model.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()}, assign=True)
     return model.to(device).eval(), info
 
@@ -250,63 +251,23 @@ def _numbers(given: Any, count: int, low: float, high: float, kind: Any = (int, 
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy the ``model.`` tensors of a file into a model, strictly.
-
-    Raises:
-        CheckpointError: as `match_weights`, or a value is not finite.
-    """
-    model.load_state_dict(finite_weights(model, tensors, path))
+    """Copy the ``model.`` tensors of a file into a model, strictly; raises as `fitting_weights`."""
+    model.load_state_dict(fitting_weights(model, tensors, path))
 
 
-def finite_weights(
+def fitting_weights(
     model: nn.Module, tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
-    """As `match_weights`; refuses values that are not finite."""
-    state = match_weights(model, tensors, path)
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{path}: {name} holds values that are not finite")
-    return state
-
-
-def match_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The ``model.`` tensors of a file under the names of a model's state dict.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or has another shape or kind of numbers.
+        CheckpointError: a tensor is missing, too many or of another kind, or a value is not finite.
     """
     state = {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in tensors.items()
         if name.startswith(MODEL_PREFIX)
     }
-    own = model.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    extra = sorted(state.keys() - own.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"{path} does not fit the model: missing {missing[:3] or 'nothing'}"
-            f"{' ...' if len(missing) > 3 else ''}, left over {extra[:3] or 'nothing'}"
-            f"{' ...' if len(extra) > 3 else ''}"
-        )
-    for name, tensor in state.items():
-        check_fits(path, name, tensor, own[name])
+    if (found := misfit(state, model.state_dict())) is not None:
+        raise CheckpointError(f"{path} {found}")
     return state
-
-
-def check_fits(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
-    """Refuse a tensor of another shape, or of whole numbers where the model's are not.
-
-    Raises:
-        CheckpointError: names both.
-    """
-    if tensor.shape != own.shape:
-        raise CheckpointError(
-            f"{path} does not fit the model: {name} is {tuple(tensor.shape)} in the file "
-            f"and {tuple(own.shape)} in the model"
-        )
-    if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
-        raise CheckpointError(
-            f"{path} does not fit the model: {name} is {tensor.dtype} in the file and {own.dtype} "
-            "in the model"
-        )

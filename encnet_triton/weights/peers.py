@@ -17,10 +17,10 @@ from encnet_triton.data import DATASETS, default_palette
 from encnet_triton.data.base import IMAGENET_MEAN, IMAGENET_STD
 from encnet_triton.models import create_model
 from encnet_triton.unpickle import printable
-from encnet_triton.weights.backbone import check_tensors
 from encnet_triton.weights.checkpoint import ModelInfo, save_model
+from encnet_triton.weights.fitting import misfit
 from encnet_triton.weights.peer_names import PeerCheckpoint, identify, model_options
-from encnet_triton.weights.reading import as_mapping, listed, read_document, state_dict_of
+from encnet_triton.weights.reading import as_mapping, read_document, state_dict_of
 
 __all__ = ["convert_model", "load_peer"]
 
@@ -73,15 +73,10 @@ def peer_in(
         reason = printable(str(error))
         raise ValueError(f"{name} is a network that cannot be built: {reason}") from error
     own = model.state_dict()
-    missing = [k for k in own if k not in peer.tensors and not k.endswith("_tracked")]
-    extra = [peer.origin_of[k] for k in peer.tensors if k not in own]
-    if missing or extra:
-        raise ValueError(
-            f"{name} does not fit the network it looks like ({peer.kind} {model.options}): "
-            f"{listed(extra)} in the file match nothing, {listed(missing)} are not in the file"
-        )
-    named = {key: (peer.origin_of[key], tensor) for key, tensor in peer.tensors.items()}
-    check_tensors(named, own, name, "the network it looks like")
+    what = "the network it looks like"
+    found = misfit(peer.tensors, own, what, origin=peer.origin_of, uncounted=True)
+    if found is not None:
+        raise ValueError(f"{name} {found} ({peer.kind} {model.options})")
     model.load_state_dict(
         {key: _taken(peer.tensors.get(key), own[key]) for key in own}, assign=True
     )

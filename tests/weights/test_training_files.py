@@ -251,10 +251,11 @@ def test_other_families_are_refused_by_name(key: str, shape: Any, family: str) -
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (torch.full((32,), float("nan")), "bn1.bias holds numbers that are not finite"),
-        (torch.zeros(32, dtype=torch.int64), "bn1.bias holds numbers of the type torch.int64"),
+        (torch.full((32,), float("nan")), "bn1.bias holds values that are not finite"),
+        (torch.full((32,), 1e300, dtype=torch.float64), "bn1.bias holds values that are not fin"),
+        (torch.zeros(32, dtype=torch.int64), "bn1.bias is torch.int64 in the file"),
     ],
-    ids=["NaN", "integers"],
+    ids=["NaN", "beyond float32", "integers"],
 )
 def test_weights_that_are_no_numbers_are_refused(value: Tensor, words: str, tmp_path: Path) -> None:
     trunk = create_backbone("demo")
