@@ -27,6 +27,7 @@ __all__ = [
     "class_difference",
     "default_palette",
     "mean_colour",
+    "read_content",
 ]
 
 IGNORE_INDEX = 255

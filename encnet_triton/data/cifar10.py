@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from encnet_triton.data.base import DataError
+from encnet_triton.data.base import DataError, read_content
 from encnet_triton.data.files import visible
 from encnet_triton.data.images import read_image
 from encnet_triton.unpickle import NUMBERS, load_pickle
@@ -30,6 +30,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SIDE, COUNT = 32, {"train": 50000, "test": 10000}
 SOURCE = "its archives are at https://www.cs.toronto.edu/~kriz/cifar.html"
 
+_BATCH = "batch of CIFAR-10"
 _RECORD = 1 + 3 * SIDE * SIDE
 _FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
@@ -87,15 +88,8 @@ def _checked(images: NDArray[np.uint8], labels: NDArray[np.uint8], path: Path) -
     return Images(images.reshape(-1, 3, SIDE, SIDE), labels)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); {SOURCE}") from error
-
-
 def _read_binary(path: Path) -> Images:
-    content = _read_bytes(path)
+    content = read_content(path, _BATCH)
     if len(content) % _RECORD:
         raise DataError(f"{path} is cut short: {len(content)} bytes are no whole records")
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
@@ -105,7 +99,7 @@ def _read_binary(path: Path) -> Images:
 def _read_pickle(path: Path) -> Images:
     try:
         # The official files are of Python 2, those that people wrote again of Python 3.
-        document = load_pickle(io.BytesIO(_read_bytes(path)), NUMBERS, encoding="bytes")
+        document = load_pickle(io.BytesIO(read_content(path, _BATCH)), NUMBERS, encoding="bytes")
     except pickle.UnpicklingError as error:
         raise DataError(f"{path} is no batch of CIFAR-10: {error}") from error
     if not isinstance(document, dict):

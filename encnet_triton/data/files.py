@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,16 @@ from encnet_triton.data.base import (
 )
 from encnet_triton.data.images import decode, open_image, read_label
 
-__all__ = ["FileDataset", "Pair", "check_present", "composed", "find_root", "read_lines", "visible"]
+__all__ = [
+    "FileDataset",
+    "Pair",
+    "check_present",
+    "composed",
+    "find_root",
+    "read_json",
+    "read_lines",
+    "visible",
+]
 
 _BAD_VALUE = IGNORE_INDEX - 1
 
@@ -170,6 +181,19 @@ def read_lines(path: Path, what: str) -> list[str]:
     if "\0" in text:
         raise DataError(f"{what} {path} is no text: it has bytes of zero")
     return re.split(r"\r\n|\r|\n", text)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file; DataError if there is none."""
+    try:
+        document = json.loads(read_content(path, what))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} {path} is no JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{what} {path} holds no JSON object")
+    return document
 
 
 def check_present(pairs: Iterable[Pair], listing: Path) -> list[Pair]:

@@ -25,7 +25,10 @@ from PIL import Image, UnidentifiedImageError
 from encnet_triton.data.base import DataError, read_content
 from encnet_triton.unpickle import printable
 
-__all__ = ["decode", "open_image", "read_image", "read_label"]
+__all__ = ["MOST_PIXELS", "decode", "open_image", "read_image", "read_label"]
+
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Beyond which Pillow opens no picture."""
 
 # Not what Pillow knows beyond these: to read PostScript it would start a program.
 _FORMATS = (
@@ -161,9 +164,9 @@ def _open(path: Path, what: str) -> Image.Image:
             f"{what} {path} is not an image of a known format ({', '.join(_known())})"
         ) from None
     except Image.DecompressionBombError:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(
-            f"{what} {path} has more than the {most:,} pixels that are read; cut it into parts"
+            f"{what} {path} has more than the {MOST_PIXELS:,} pixels that are read; cut it into "
+            "parts"
         ) from None
     except Exception as error:  # Pillow raises whatever the damage leads to
         raise DataError(f"{what} {path} cannot be read ({_why(error)})") from error

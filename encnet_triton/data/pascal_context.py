@@ -9,16 +9,21 @@ be given.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from encnet_triton.data.base import DataError, default_palette
-from encnet_triton.data.files import FileDataset, Pair, check_present, find_root, read_lines
+from encnet_triton.data.files import (
+    FileDataset,
+    Pair,
+    check_present,
+    find_root,
+    read_json,
+    read_lines,
+)
 from encnet_triton.data.voc import read_ids
 
 __all__ = ["PascalContext"]
@@ -150,7 +155,7 @@ def _order(labels: Path, base: Path, given: str | None) -> tuple[str, ...]:
     """The 59 class names in the order of their values in the PNGs."""
     mark = labels / MARK
     if mark.is_file():
-        prepared = str(_read_mark(mark).get("label_order"))
+        prepared = str(read_json(mark, "mark of the preparation").get("label_order"))
         if given not in (None, prepared):
             raise DataError(f"label_order is {given!r}, but {mark} says {prepared!r}")
         given = prepared
@@ -163,14 +168,6 @@ def _order(labels: Path, base: Path, given: str | None) -> tuple[str, ...]:
     if given == "stanford":
         return _stanford_order(labels, base)
     return CLASSES if given == "alphabetical" else VOC_FIRST
-
-
-def _read_mark(mark: Path) -> Mapping[str, object]:
-    try:
-        content = json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{mark} cannot be read ({error}); prepare the labels again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _stanford_order(labels: Path, base: Path) -> tuple[str, ...]:

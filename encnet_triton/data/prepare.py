@@ -20,7 +20,7 @@ from PIL import Image
 
 from encnet_triton.data import coco, pascal_context, voc
 from encnet_triton.data.base import IGNORE_INDEX, DataError
-from encnet_triton.data.files import find_root
+from encnet_triton.data.files import find_root, read_json
 from encnet_triton.data.images import read_label
 from encnet_triton.data.voc import read_ids
 from encnet_triton.files import replacing, write_text
@@ -130,7 +130,7 @@ def _context_mat(base: Path, folder: Path) -> tuple[dict[str, list[str]], ReadLa
 
 def _context_detail(path: Path) -> tuple[dict[str, list[str]], ReadLabel]:
     masks = _library("pycocotools.mask")
-    document = _read_json(path, ("images", "annos_segmentation"))
+    document = _annotations(path, ("images", "annos_segmentation"))
     splits: dict[str, list[str]] = {"train": [], "val": []}
     images: dict[str, dict[str, Any]] = {}
     segments = defaultdict(list)
@@ -172,7 +172,7 @@ def prepare_coco_voc(root: Path, split: str, progress: Progress = iter) -> dict[
     if not path.is_file():
         raise DataError(f"{path} does not exist; {source}")
     masks = _library("pycocotools.mask")
-    document = _read_json(path, ("images", "annotations"))
+    document = _annotations(path, ("images", "annotations"))
     classes = {number: c for c, number in enumerate(coco.CATEGORIES, start=1)}
     instances = defaultdict(list)
     with _as_published(path):
@@ -240,17 +240,13 @@ def _read_mat(path: Path, key: str) -> Any:
         raise DataError(f"label {path} cannot be read, or has no {key} ({error})") from error
 
 
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
-    if not isinstance(document, dict):
-        document = {}
+def _annotations(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A file of annotations, with these keys."""
+    document = read_json(path, "annotations")
     missing = [key for key in keys if key not in document]
     if missing:
-        raise DataError(f"{path} has no {missing[0]!r}; is it the right file?")
-    return dict(document)
+        raise DataError(f"annotations {path} have no {missing[0]!r}; is it the right file?")
+    return document
 
 
 def _write_png(label: NDArray[np.integer[Any]], path: Path) -> None:

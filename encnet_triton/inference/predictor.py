@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from encnet_triton.data.base import DataError
+from encnet_triton.data.images import MOST_PIXELS
 from encnet_triton.data.normalisation import Normalise
 from encnet_triton.inference.merging import View, merged_labels
 from encnet_triton.inference.views import SINGLE_VIEW, Views
@@ -26,9 +27,6 @@ from encnet_triton.inference.windows import filled, resized, window_starts
 from encnet_triton.inference.winograd import fewer_products
 from encnet_triton.kernels import upsample_argmax
 from encnet_triton.weights.checkpoint import ModelInfo
-
-# What a line of a few pixels by thousands would exceed, where its short edge has to fit.
-MOST_PIXELS = 178_956_970
 
 
 class Predictor:
@@ -135,6 +133,7 @@ class Predictor:
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if size == x.shape[2:]:
             return x
+        # As a line of a few pixels by thousands, where its short edge has to fit.
         if size[0] * size[1] > MOST_PIXELS:
             raise DataError(
                 f"an image of {x.shape[2]} x {x.shape[3]} pixels would be scaled to {size[0]:,} x "

@@ -253,8 +253,9 @@ def test_coco_keeps_images_with_more_than_1000_pixels_and_the_first_instance_on_
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("[]", "has no 'images'"),
-        ("[" * 100_000, "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ("{}", "have no 'images'"),
+        ("[" * 100_000, "is no JSON"),
         ('{"images": 3, "annotations": []}', "is not of the published form"),
         ('{"images": [{"id": 1}], "annotations": [{"category_id": 1}]}', "'image_id'"),
         (
@@ -263,7 +264,7 @@ def test_coco_keeps_images_with_more_than_1000_pixels_and_the_first_instance_on_
             "is not of the published form",
         ),
     ],
-    ids=["list", "deep", "number", "no image", "size"],
+    ids=["list", "empty", "deep", "number", "no image", "size"],
 )
 def test_annotations_of_another_form(tmp_path, content, sentence):
     pytest.importorskip("pycocotools.mask")
