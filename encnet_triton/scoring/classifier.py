@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from encnet_triton.data.cifar10 import load_cifar10
 from encnet_triton.inference import ImageClassifier
+from encnet_triton.scoring.tables import class_table
 
 __all__ = ["Errors", "measure_errors"]
 
@@ -35,14 +34,8 @@ class Errors:
     def show(self, console: Console) -> None:
         """Print the error of each class and of all."""
         title = f"{self.checkpoint}, {self.split}, {self.images:,} images"
-        table = Table()
-        table.add_column("class", overflow="fold")
-        table.add_column("error %", justify="right")
-        for label, error in self.error_by_class.items():
-            table.add_row(Text(label), f"{100 * error:.2f}")
-        table.add_section()
-        table.add_row("all", f"{100 * self.error:.2f}", style="bold")
-        console.print(Text(title, style="italic", no_wrap=True, overflow="ignore"), table, sep="\n")
+        rows = ((label, f"{100 * one:.2f}") for label, one in self.error_by_class.items())
+        console.print(class_table(title, "error %", rows, [("all", f"{100 * self.error:.2f}")]))
 
     def as_dict(self) -> dict[str, object]:
         """JSON-able form."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
 from encnet_triton.data import Dataset, create_dataset, eval_samples
 from encnet_triton.data.base import class_difference
@@ -18,6 +16,7 @@ from encnet_triton.inference import Predictor
 from encnet_triton.inference.predictor import moved
 from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
 from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores
+from encnet_triton.scoring.tables import class_table
 from encnet_triton.weights import ModelInfo
 
 __all__ = ["Evaluation", "Watch", "confusion", "evaluate", "measure_scores", "score_table"]
@@ -144,21 +143,17 @@ def confusion(
 
 
 def score_table(scores: Scores, classes: list[str], title: str) -> Group:
-    """Per-class IoU, the mean and the pixel accuracy, as a table for a terminal.
-
-    Names and title are shown as they are, and the title in one line, for it may be a path.
-    """
-    table = Table()
-    table.add_column("class", overflow="fold")
-    table.add_column("IoU %", justify="right")
-    for name, iou in zip(classes, scores.iou, strict=True):
-        table.add_row(Text(name), "absent" if iou is None else f"{iou * 100:.2f}")
-    table.add_section()
-    table.add_row("mIoU", f"{scores.miou * 100:.2f}", style="bold")
-    table.add_row("pixAcc", f"{scores.pixel_accuracy * 100:.2f}")
-    if scores.absent:
-        table.caption = "mIoU is over the classes present in a label or a prediction"
-    return Group(Text(title, style="italic", no_wrap=True, overflow="ignore"), table)
+    """Per-class IoU, the mean and the pixel accuracy, as a table for a terminal."""
+    rows = (
+        (name, "absent" if iou is None else f"{100 * iou:.2f}")
+        for name, iou in zip(classes, scores.iou, strict=True)
+    )
+    means = [
+        ("mIoU", f"{100 * scores.miou:.2f}"),
+        ("pixAcc", f"{100 * scores.pixel_accuracy:.2f}"),
+    ]
+    note = "mIoU is over the classes present in a label or a prediction" if scores.absent else ""
+    return class_table(title, "IoU %", rows, means, note)
 
 
 def _open_dataset(
