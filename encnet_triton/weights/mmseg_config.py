@@ -67,7 +67,7 @@ def describe(meta: Mapping[Any, Any], source: str) -> Described | None:
     if refusal is not None:
         raise ValueError(f"{source} is a network of mmsegmentation that is not here: {refusal}")
     head = _part(model, "decode_head")
-    stride, dilate = _layout(_part(model, "backbone"))
+    stride, dilate = _LAYOUTS[_layout(_part(model, "backbone"))]
     options: dict[str, Any] = {
         "output_stride": stride,
         "dilate": dilate,
@@ -84,8 +84,9 @@ def _part(model: Mapping[Any, Any], name: str) -> Mapping[Any, Any]:
     return as_mapping(model.get(name)) or {}
 
 
-def _layout(trunk: Mapping[Any, Any]) -> tuple[int, bool]:
-    return _LAYOUTS[_tuple(trunk, "strides", (1, 2, 2, 2)), _tuple(trunk, "dilations", (1,) * 4)]
+def _layout(trunk: Mapping[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The (strides, dilations) of a trunk's stages, one of `_LAYOUTS` unless it is refused."""
+    return _tuple(trunk, "strides", (1, 2, 2, 2)), _tuple(trunk, "dilations", (1,) * 4)
 
 
 def _tuple(part: Mapping[Any, Any], name: str, default: tuple[int, ...]) -> tuple[Any, ...]:
@@ -125,10 +126,10 @@ def _refusals(model: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _trunk_refusals(trunk: Mapping[Any, Any]) -> Iterator[str]:
-    layout = _tuple(trunk, "strides", (1, 2, 2, 2)), _tuple(trunk, "dilations", (1,) * 4)
-    if layout not in _LAYOUTS:
-        yield f"its backbone has strides {_word(layout[0])} and dilations {_word(layout[1])}"
-    elif max(layout[1]) > 1 and not trunk.get("contract_dilation", False):
+    strides, dilations = _layout(trunk)
+    if (strides, dilations) not in _LAYOUTS:
+        yield f"its backbone has strides {_word(strides)} and dilations {_word(dilations)}"
+    elif max(dilations) > 1 and not trunk.get("contract_dilation", False):
         yield "the first block of a dilated stage is dilated in full (contract_dilation=False)"
     if trunk.get("multi_grid") is not None:
         yield f"its backbone has the multi-grid {_word(trunk['multi_grid'])}"
