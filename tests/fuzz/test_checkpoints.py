@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from encnet_triton.models import create_model
@@ -20,14 +17,10 @@ from encnet_triton.train.config import Config, ConfigError
 from encnet_triton.train.distributed import World
 from encnet_triton.train.recipe import build
 from encnet_triton.train.run_state import Progress
-from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo, load_model, read
+from encnet_triton.weights.checkpoint import CheckpointError, load_model, read
+from tests.support.checkpoints import INFO, OPTIONS, write_unchecked
 from tests.support.mutations import altered, mutated
 
-OPTIONS = {"name": "fcn", "num_classes": 2, "backbone": "demo", "head_channels": 8}
-INFO = ModelInfo(
-    OPTIONS, ["a", "b"], [[0, 0, 0], [9, 9, 9]], [0.5] * 3, [0.2] * 3, [32, 32],
-    data={"name": "folder", "root": "/data", "split": "val", "options": {}},
-)  # fmt: skip
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 TRAINING_SET = {"images": 8, "names": "abc"}
 
@@ -94,7 +87,7 @@ def test_changed_metadata(
     path = tmp_path / "x.safetensors"
     for seed in seeds:
         changed = altered(metadata, random.Random(seed))
-        write(path, tensors, changed)
+        write_unchecked(path, tensors, changed)
         open_all(path, config)
 
 
@@ -108,7 +101,7 @@ def test_changed_tensors(seeds: Iterator[int], state: Path, tmp_path: Path, conf
         tensor = changed.pop(name)
         for new in other(name, tensor, rng):
             changed |= new
-        write(path, changed, metadata)
+        write_unchecked(path, changed, metadata)
         open_all(path, config)
 
 
@@ -130,7 +123,3 @@ def other(name: str, tensor: Tensor, rng: random.Random) -> Iterator[dict[str, T
         yield {name: changed}
     elif what == 6:
         yield {name: torch.zeros_like(tensor)}
-
-
-def write(path: Path, tensors: dict[str, Tensor], metadata: Any) -> None:
-    save_file(tensors, path, {"format": "encnet-triton 1", "metadata": json.dumps(metadata)})

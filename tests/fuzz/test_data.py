@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 from encnet_triton.data import DataError, create_dataset
 from encnet_triton.data.check import check_split, first_look, refuse_unlabelled
 from encnet_triton.data.images import open_image, read_image, read_label
-from tests.support.mutations import mutated, seeds
+from tests.support.mutations import mutated
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
 LABEL = np.random.default_rng(1).integers(0, 3, (9, 14), dtype=np.uint8)
@@ -51,10 +51,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about what is dam
 
 
 @pytest.mark.parametrize("what", ["images", "labels"])
-def test_damaged_pictures(tmp_path: Path, fuzz_seconds: float, what: str) -> None:
+def test_damaged_pictures(tmp_path: Path, seeds: Iterator[int], what: str) -> None:
     path = tmp_path / "picture"
     contents = IMAGES if what == "images" else LABELS
-    for seed in seeds(fuzz_seconds / 2):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         path.write_bytes(mutated(contents[seed % len(contents)], rng, (300, 100)))
         try:
@@ -128,8 +128,8 @@ OPTIONS: dict[str, list[object]] = {
 }
 
 
-def test_changed_data_sets(tmp_path: Path, fuzz_seconds: float) -> None:
-    for seed in seeds(fuzz_seconds):
+def test_changed_data_sets(tmp_path: Path, seeds: Iterator[int]) -> None:
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         root = tmp_path / str(seed)
         write(root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from encnet_triton.models import BACKBONES, create_backbone
 from encnet_triton.weights import convert_model, load_backbone, load_model
 from tests.support import restated
-from tests.support.mutations import mutated, seeds
+from tests.support.mutations import mutated
 
 CONFIG = """
 crop_size = (64, 96)
@@ -109,7 +109,7 @@ def _inside(content: bytes, rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def test_mutated_bytes(fuzz_seconds: float, tmp_path: Path) -> None:
+def test_mutated_bytes(seeds: Iterator[int], tmp_path: Path) -> None:
     forms: dict[str, dict[str, Any]] = {"zip": {}, "old": {"_use_new_zipfile_serialization": False}}
     contents = [
         (name, form, _saved(document, **options))
@@ -120,7 +120,7 @@ def test_mutated_bytes(fuzz_seconds: float, tmp_path: Path) -> None:
     for name, _, content in contents:
         path.write_bytes(content)
         assert attempt(path, LOAD.get(name, _convert))
-    for seed in seeds(fuzz_seconds):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         name, form, content = contents[seed % len(contents)]
         if form == "zip" and rng.random() < 0.7:
@@ -202,16 +202,14 @@ def _mutate(document: dict[str, Any], rng: np.random.Generator) -> None:
             tensors[key] = _other_tensor(tensors[key], rng)
 
 
-def test_mutated_keys_shapes_and_configurations(fuzz_seconds: float, tmp_path: Path) -> None:
+def test_mutated_keys_shapes_and_configurations(seeds: Iterator[int], tmp_path: Path) -> None:
     originals = documents()
     names = list(originals)
     path = tmp_path / "in.pth"
-    read = 0
-    for seed in seeds(fuzz_seconds):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         name = names[seed % len(names)]
         document = copy.deepcopy(originals[name])
         _mutate(document, rng)
         torch.save(document, path)
-        read += attempt(path, LOAD.get(name, _convert))
-    assert read > 0  # the mutations leave some as they were
+        attempt(path, LOAD.get(name, _convert))

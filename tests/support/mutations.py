@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import os
 import random
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +12,16 @@ NUMBERS = (0, 1, -1, 2, 3, 7, 255, 256, 10**12, 2**63, 2**64, 10**30, 0.5, -0.5,
 TEXTS = ("", "x", "é", "\ud800", "[b]")
 ODD = (*NUMBERS, *TEXTS, None, True, False, [], [1], [[]], {}, {"": 0})
 
+WORDS = (
+    "0", "1", "2", "3", "4", "7", "32", "48", "-1", "-7", "1.5", "0.3", "1e400", "-0.0", "1e-320",
+    "nan", "inf", "-inf", "1_0", "0x10", " 3 ", "", "none", "None", "true", "off", "auto", "x", "é",
+    "٣", "a/b", "..", "[b]", "\udcff", "1,2", "3x4", "0x0", "48x64", "480x", "2,1", "1,2,3", ",",
+    "[1]", "{}", "=", "a=b", "voc=", "long", "image", "cosine", "balanced", "paper", "released",
+    "channel", "fcn", "psp", "encnet", "small", "demo", "cpu", "on", "folder", "scenes", "maybe",
+    "999999999999", str(2**63), str(2**64), "9" * 400, "9" * 5000,
+)  # fmt: skip
+"""Values on a command line, of some option or of none."""
+
 _EXTREMES = tuple(
     value.to_bytes(size, order)
     for value in (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1)
@@ -23,17 +29,6 @@ _EXTREMES = tuple(
     for order in ("little", "big")
     if value < 256**size
 )
-
-
-def seeds(seconds: float, least: int = 10) -> Iterator[int]:
-    """Seeds for about so long, at least so many; from ENCNET_FUZZ_SEED on, that of a failure."""
-    end = time.monotonic() + seconds
-    first = int(os.environ.get("ENCNET_FUZZ_SEED", "0"))
-    for seed in itertools.count(first):
-        if seed - first >= least and time.monotonic() > end:
-            return
-        print(f"seed {seed}")  # pytest shows it where the case fails
-        yield seed
 
 
 def mutated(content: bytes, rng: np.random.Generator, where: tuple[int, int] = (0, 0)) -> bytes:

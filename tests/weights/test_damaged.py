@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +14,20 @@ from safetensors.torch import save_file
 
 from encnet_triton.models import create_model
 from encnet_triton.weights.checkpoint import (
+    FORMAT,
     CheckpointError,
-    ModelInfo,
     load_model,
     model_tensors,
     read,
     save_model,
 )
-
-OPTIONS = {"name": "fcn", "num_classes": 2, "backbone": "demo", "head_channels": 8}
+from tests.support.checkpoints import INFO, OPTIONS, write_unchecked
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "model.safetensors"
-    info = ModelInfo(
-        OPTIONS, ["a", "b"], [[0, 0, 0], [9, 9, 9]], [0.5] * 3, [0.2] * 3, [32, 32],
-        data={"name": "folder", "root": None, "split": "val", "options": {}},
-    )  # fmt: skip
-    save_model(path, create_model(**OPTIONS), info)
+    save_model(path, create_model(**OPTIONS), INFO)
     return path
 
 
@@ -43,7 +37,7 @@ def rewritten(
     """A copy without checksums, as files of before, whose tensors and metadata were changed."""
     tensors, metadata = read(original)
     change(tensors, metadata)
-    save_file(tensors, to, {"format": "encnet-triton 1", "metadata": json.dumps(metadata)})
+    write_unchecked(to, tensors, metadata)
     return to
 
 
@@ -110,10 +104,10 @@ def test_metadata_that_is_no_document_is_one_sentence(
     text: str, original: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "x.safetensors"
-    save_file(read(original)[0], path, {"format": "encnet-triton 1", "metadata": text})
+    save_file(read(original)[0], path, {"format": FORMAT, "metadata": text})
     with pytest.raises(CheckpointError, match="is damaged: its metadata"):
         load_model(path)
-    save_file(read(original)[0], path, {"format": "encnet-triton 1"})
+    save_file(read(original)[0], path, {"format": FORMAT})
     with pytest.raises(CheckpointError, match="is damaged: its metadata"):
         load_model(path)
 
