@@ -34,7 +34,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if COMMANDS[name].interpreted and os.environ.get("TRITON_INTERPRET") != "1":
         command = [sys.executable, "-m", "bench", *name.split(), *arguments]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
-    return module_of(name).run(options)
+    from encnet_triton.options import exit_status  # imports torch, which the list does without
+
+    return exit_status(lambda: module_of(name).run(options), less="")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

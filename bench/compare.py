@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from bench import gate, report
+from bench import apart, gate, report
 from bench.cases import CASES, Case
-from bench.options import add_device, add_json, chosen_device
+from bench.options import add_device, add_json
 from bench.passes import is_compiled
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.files import write_json
+from encnet_triton.options import pick_device
 from encnet_triton.train.compiling import compile_obstacle
 
 
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     if CASES[name].reads_files:
         data = options.data
     else:
-        device = chosen_device(options.device)
+        device = pick_device(options.device)
     if options.worker:
         worker(CASES[name], options.worker, device, data)
         return 0
@@ -63,15 +63,14 @@ def measure_apart(
     """Measure one variant in a fresh process; a sentence where it could not be."""
     if is_compiled(variant) and compile_obstacle(device):
         return "no compiled peer: there is no compiler for torch.compile here"
-    command = [sys.executable, "-m", "bench", name, "--worker", variant]
+    arguments = [name, "--worker", variant]
     if not CASES[name].reads_files:
-        command += ["--device", device.type]
-    command += ["--data", data] if data else []
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"{variant} failed: {last[:200]}"
-    return Measurement(**json.loads(run.stdout.strip().splitlines()[-1]))
+        arguments += ["--device", device.type]
+    arguments += ["--data", data] if data else []
+    try:
+        return Measurement(**apart.measured(arguments))
+    except apart.Failed as error:
+        return f"{variant} failed: {error}"
 
 
 def compare(name: str, device: torch.device, data: str | None, json_file: Path | None) -> int:

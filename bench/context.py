@@ -7,7 +7,6 @@ the same. Each run is an ordinary run of the trainer, resumed if it was cut off.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -19,6 +18,8 @@ from rich.table import Table
 
 from bench.options import add_json
 from encnet_triton.files import write_json
+from encnet_triton.options import whole
+from encnet_triton.train.log import read_records
 
 RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"}
 
@@ -29,9 +30,7 @@ def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> dict[str, f
     command = [sys.executable, "-m", "encnet_triton.train", "--recipe", recipe, "--resume"]
     command += ["--seed", str(seed), "--runs", str(folder), "--name", name, *extra]
     subprocess.run(command, check=True)
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    last: dict[str, float] = [r for r in map(json.loads, lines) if r["kind"] == "val"][-1]
-    return last
+    return [record for record in read_records(folder / name) if record["kind"] == "val"][-1]
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -43,7 +42,9 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command; the trainer has more."""
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each network (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=whole(1), default=3, help="runs of each network (%(default)s)"
+    )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/context"), help="their folder (%(default)s)"
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,15 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import peers, report, timing
+from bench import apart, peers, report, timing
 from bench.loader import write_folder
-from bench.options import add_device, add_json, chosen_device
+from bench.options import add_device, add_json
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
 from encnet_triton.inference import Predictor
 from encnet_triton.inference.precision import fast_dtype
 from encnet_triton.models import create_model
-from encnet_triton.options import whole
+from encnet_triton.options import pick_device, whole
 from encnet_triton.scoring import confusion
 from encnet_triton.scoring.metrics import ConfusionMatrix
 from encnet_triton.weights import ModelInfo
@@ -138,17 +137,9 @@ def differing(dataset: Dataset, device: torch.device) -> Iterator[tuple[int, flo
 
 
 def measure_apart(variant: str, folder: str, device: torch.device) -> Result:
-    """Measure one variant in a fresh process.
-
-    Raises:
-        RuntimeError: with the last line that it printed.
-    """
-    command = [sys.executable, "-m", "bench", "evaluate", "--worker", variant, "--folder", folder]
-    command += ["--device", device.type]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError((run.stderr.strip().splitlines() or ["no message"])[-1])
-    return Result(**json.loads(run.stdout.strip().splitlines()[-1]))
+    """Measure one variant in a fresh process; raises `apart.Failed`."""
+    arguments = ["evaluate", "--worker", variant, "--folder", folder, "--device", device.type]
+    return Result(**apart.measured(arguments))
 
 
 def table(results: dict[str, Result], device: torch.device, ties: str) -> Table:
@@ -182,7 +173,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare labels, measure both in turns, print the table; returns the exit status."""
-    device = chosen_device(options.device)
+    device = pick_device(options.device)
     if options.worker:
         dataset = create_dataset("folder", "val", options.folder)
         print(json.dumps(asdict(measure(options.worker, dataset, device))))

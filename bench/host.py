@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import peers, report
-from bench.options import add_device, add_json, chosen_device
+from bench.options import add_device, add_json
 from bench.static.driver import no_gpu
 from encnet_triton.files import write_json
 from encnet_triton.kernels import encode, upsample_cross_entropy
@@ -33,6 +33,7 @@ from encnet_triton.kernels.runtime import launch
 from encnet_triton.models import create_model
 from encnet_triton.nn import BatchNormAct2d
 from encnet_triton.nn.norm import _BatchNormAct
+from encnet_triton.options import pick_device, whole
 from encnet_triton.train.compiling import compile_obstacle
 
 Call = Callable[[], object]
@@ -287,7 +288,7 @@ def table(found: list[Row], title: str) -> Table:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     add_device(parser)
-    parser.add_argument("--rounds", type=int, default=60, help="default 60")
+    parser.add_argument("--rounds", type=whole(1), default=60, help="default 60")
     parser.add_argument("--backbone", default="resnet50", help="of the step, default resnet50")
     parser.add_argument("--eager", action="store_true", help="leave the compiled step out")
     add_json(parser)
@@ -295,18 +296,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print the table; returns the exit status."""
-    device = chosen_device(options.device)
+    device = pick_device(options.device)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     obstacle = None if options.eager else compile_obstacle(device)
     whole = device.type == "cuda"
     driver: AbstractContextManager[None] = nullcontext() if whole else no_gpu()
-    try:
-        with driver:
-            found = rows(device, options.rounds, options.backbone, not (options.eager or obstacle))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with driver:
+        found = rows(device, options.rounds, options.backbone, not (options.eager or obstacle))
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(report.machine(device), highlight=False)
     how = "whole calls" if whole else "without the driver's launch call"

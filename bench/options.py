@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-import torch
+from encnet_triton.options import refuse_place
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,15 +18,17 @@ class Parser(argparse.ArgumentParser):
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json FILE`."""
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=_place, help="also write the figures to this file")
+
+
+def _place(text: str) -> Path:
+    try:
+        refuse_place(Path(text), "file")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, which `chosen_device` reads."""
+    """`--device`, which `encnet_triton.options.pick_device` reads."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-
-
-def chosen_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one."""
-    cuda = torch.cuda.is_available() if name == "auto" else name == "cuda"
-    return torch.device("cuda" if cuda else "cpu")

@@ -18,7 +18,6 @@ import argparse
 import importlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,13 +31,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import peers, report, timing
+from bench import apart, peers, report, timing
 from bench.gpu.device import event
-from bench.options import add_device, add_json, chosen_device
+from bench.options import add_device, add_json
 from bench.passes import is_compiled
 from encnet_triton.files import write_json
 from encnet_triton.models import SegmentationOutput, create_model
 from encnet_triton.nn import Encoding, SegmentationLoss, presence_target, set_norm_impl
+from encnet_triton.options import pick_device, whole
 from encnet_triton.train.compiling import compile_obstacle
 from encnet_triton.train.config import OptimConfig
 from encnet_triton.train.optim import make_optimizer
@@ -287,13 +287,11 @@ def measure_apart(variant: str, shape: Shape, device: torch.device) -> StepTimes
     """Measure one variant in a fresh process; a sentence where it could not be."""
     if is_compiled(variant) and compile_obstacle(device):
         return "no compiled variants: there is no compiler for torch.compile here"
-    command = [sys.executable, "-m", "bench", "step", "--worker", variant]
-    command += ["--device", device.type, *shape.arguments()]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"{variant} failed: {last[:200]}"
-    return StepTimes(**json.loads(run.stdout.strip().splitlines()[-1]))
+    arguments = ["step", "--worker", variant, "--device", device.type, *shape.arguments()]
+    try:
+        return StepTimes(**apart.measured(arguments))
+    except apart.Failed as error:
+        return f"{variant} failed: {error}"
 
 
 def table(shape: Shape, device: torch.device, results: Results) -> Table:
@@ -329,7 +327,9 @@ def table(shape: Shape, device: torch.device, results: Results) -> Table:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     add_device(parser)
-    for name, kind in (("backbone", str), ("batch", int), ("crop", int), ("classes", int)):
+    for name, kind in (
+        ("backbone", str), ("batch", whole(1)), ("crop", whole(1)), ("classes", whole(1)),
+    ):  # fmt: skip
         shown = ", ".join(f"{getattr(s, name)} on {device}" for device, s in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=kind, help=f"default {shown}")
     parser.add_argument("--precision", choices=tuple(TOLERANCE), help="of our autocast")
@@ -339,7 +339,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure every variant, compare losses, print the table; returns the exit status."""
-    device = chosen_device(options.device)
+    device = pick_device(options.device)
     default = asdict(DEFAULTS[device.type])
     given = {k: getattr(options, k) for k in default if getattr(options, k) is not None}
     shape = Shape(**{**default, **given})

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from bench.apart import last_line
 from bench.static import compile as compiler
 from bench.static.launches import (
     BATCH_NORM_SHAPES,
@@ -123,17 +124,16 @@ def tests(pair: Pair, place: Path, file: str) -> Row:
     command += ["-m", "interpreter or triton"]
     done = _process([*command, f"--junitxml={report}", file], place, TRITON_INTERPRET="1")
     if not report.exists():
-        return {"failed": [_last_line(done)], "passed": 0, "skipped": 0}
+        return {
+            "failed": [last_line(done.stderr.strip() or done.stdout)],
+            "passed": 0,
+            "skipped": 0,
+        }
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [c.get("name") for c in cases if {"failure", "error"} & {e.tag for e in c}]
     skipped = [c for c in cases if c.find("skipped") is not None]
     passed = len(cases) - len(failed) - len(skipped)
     return {"failed": failed, "passed": passed, "skipped": len(skipped)}
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
-    return lines[-1][:200]
 
 
 def compile_apart(pair: Pair, place: Path, op: str) -> Row:
@@ -143,7 +143,7 @@ def compile_apart(pair: Pair, place: Path, op: str) -> Row:
     command = [pair.python, "-m", "bench", "versions", "--compile", op, "--to", str(file)]
     done = _process(command, place)
     if not file.exists():
-        return {"error": _last_line(done)}
+        return {"error": last_line(done.stderr.strip() or done.stdout)}
     found: Row = json.loads(file.read_text())
     return found
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench.apart import first_line
+
 if TYPE_CHECKING:
     from encnet_triton.kernels.runtime.launch import Launch
 
@@ -125,7 +127,7 @@ class Gpu:
         except RuntimeError as error:
             # Ending the capture fails as well, and hides why.
             cause = error.__context__ or error
-            note = f"launched, not replayed: {str(cause).splitlines()[0][:120]}"
+            note = f"launched, not replayed: {first_line(cause)[:120]}"
             self.wait()
             replay = call
         flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=self.kind)

@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench.apart import last_line
 from bench.gpu.job import Job, Outcome
 from encnet_triton.cores import usable_cores
 
@@ -86,9 +87,12 @@ def kill_tree(pid: int) -> None:
             os.kill(one, signal.SIGKILL)
 
 
-def together() -> int:
-    """Jobs that share the device; each holds GiB of its memory, and a core when it compiles."""
-    return max(2, min(8, usable_cores() // 2))
+def together(rehearse: bool = False) -> int:
+    """Jobs that share the device; each holds GiB of its memory, and a core when it compiles.
+
+    In a rehearsal one after the other: starting a process takes longer than its jobs.
+    """
+    return 1 if rehearse else max(2, min(8, usable_cores() // 2))
 
 
 class Worker:
@@ -108,7 +112,8 @@ class Worker:
             env=child_environment(environment),
         )
         self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -150,8 +155,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             return {"status": "failed", "reason": "the process closed its output and went on"}
         cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        last = (self._printed().strip().splitlines() or ["it printed nothing"])[-1]
-        return {"status": "failed", "reason": f"the process ended with {cause}: {last[:300]}"}
+        last = last_line(self._printed())
+        return {"status": "failed", "reason": f"the process ended with {cause}: {last}"}
 
     def _printed(self) -> str:
         self._log.seek(0, os.SEEK_END)
@@ -167,3 +172,14 @@ class Worker:
         if self.alive:
             kill_tree(self._process.pid)
         self._process.wait()
+
+    def close(self) -> None:
+        """`stop`, and close what led to the process: a session has hundreds of them."""
+        self.stop()
+        self._reader.join(5)
+        if self._reader.is_alive():
+            return  # what it started has left it, and holds on to its output
+        for file in (self._process.stdin, self._process.stdout, self._log):
+            assert file is not None
+            with contextlib.suppress(OSError):
+                file.close()

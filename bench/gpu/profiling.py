@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.apart import complaint
 from bench.gpu.device import place
 from bench.gpu.job import LeftOut, Wrong
 from bench.gpu.processes import streamed
@@ -68,7 +69,7 @@ def ncu(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     _, printed = streamed([*command, *_command(arguments)])
     kernels = read_ncu(printed)
     if not kernels:
-        raise LeftOut(f"ncu profiled nothing: {_complaint(printed)}")
+        raise LeftOut(f"ncu profiled nothing: {complaint(printed)}")
     return {"kernels": kernels}
 
 
@@ -86,16 +87,12 @@ def sanitize(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     status, printed = streamed([*command, *_command(arguments)], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     errors = read_sanitizer(printed)
     if errors is None or (status and not errors):
-        raise LeftOut(f"compute-sanitizer did not run: {_complaint(printed)}")
+        raise LeftOut(f"compute-sanitizer did not run: {complaint(printed)}")
     if errors:
-        found = [line for line in printed.splitlines() if line.startswith("========= ")]
-        raise Wrong(f"{arguments['tool']}: {errors} errors; first: {found[1][10:200]}")
+        # The first line of the tool names itself.
+        _, *found = [x for x in printed.splitlines() if x.startswith("========= ")]
+        raise Wrong(f"{arguments['tool']}: {errors} errors; first: {found[0][10:200]}")
     return {"errors": 0}
-
-
-def _complaint(printed: str) -> str:
-    lines = printed.strip().splitlines() or ["it printed nothing"]
-    return next((line for line in lines if "rror" in line), lines[-1])[:200]
 
 
 def read_ncu(printed: str) -> list[dict[str, Any]]:

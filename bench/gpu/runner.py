@@ -40,11 +40,14 @@ class Results:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # such a line
-            if "stage" in record:
-                outcome = Outcome(**record)
-                self.outcomes[outcome.key] = outcome
-            else:
+            try:
+                outcome = Outcome(**record) if "stage" in record else None
+            except TypeError:
+                raise ValueError(f"{self.file} has a line that is no result: {line[:80]}") from None
+            if outcome is None:
                 self.header = record
+            else:
+                self.outcomes[outcome.key] = outcome
 
     def begin(self, header: dict[str, object]) -> None:
         self.header = header
@@ -104,7 +107,8 @@ class Runner:
                     continue
                 self._run_together(group)
         finally:
-            self._stop()
+            for worker in self._workers:
+                worker.close()
 
     def _run_together(self, group: list[Job]) -> None:
         with ThreadPoolExecutor(self._together) as pool:
@@ -170,8 +174,10 @@ class Runner:
         if self._rehearse and worker.alive:
             with self._lock:
                 self._waiting.append(worker)
-        else:
-            worker.stop()
+            return
+        worker.close()
+        with self._lock:
+            self._workers.remove(worker)
 
 
 def _groups(jobs: Iterable[Job]) -> list[list[Job]]:

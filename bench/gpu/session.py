@@ -46,21 +46,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure or publish; returns the exit status: 1 where a result was wrong or a job failed."""
-    try:
-        if options.publish is not None:
-            print(f"published in {publish.publish(options.publish)}")
-            publish.write_documents()
-            return 0
-        _check(options)
-        if not options.rehearse and not torch.cuda.is_available():
-            raise ValueError(
-                f"torch {torch.__version__} finds no CUDA device; --rehearse goes through all "
-                "stages on a CPU"
-            )
-        return measure(options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.publish is not None:
+        print(f"published in {publish.publish(options.publish)}")
+        publish.write_documents()
+        return 0
+    _check(options)
+    if not options.rehearse and not torch.cuda.is_available():
+        raise ValueError(
+            f"torch {torch.__version__} finds no CUDA device; --rehearse goes through all stages "
+            "on a CPU"
+        )
+    return measure(options)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -79,7 +75,8 @@ def measure(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     jobs = jobs_of(options.stage, options.rehearse, options.cifar)
     results = _results(options)
-    for line in plan(jobs, 60 * options.minutes, together()):
+    at_once = together(options.rehearse)
+    for line in plan(jobs, 60 * options.minutes, at_once):
         print(line, flush=True)
 
     def after(outcome: Outcome) -> None:
@@ -90,7 +87,7 @@ def measure(options: argparse.Namespace) -> int:
 
     # What `timeout` or a batch system sends ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    Runner(results, deadline, options.rehearse, together(), after).run(jobs)
+    Runner(results, deadline, options.rehearse, at_once, after).run(jobs)
     _write(options.out, results)
     print(f"report: {options.out / 'report.md'}")
     bad = {o.status for o in results.outcomes.values()} & {"wrong", "failed", "timed out"}

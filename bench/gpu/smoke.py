@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import passes
+from bench.apart import complaint
 from bench.gpu import exact
 from bench.gpu.device import place
 from bench.gpu.job import Wrong
@@ -76,6 +77,5 @@ def ranks(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     command = ["-m", "bench.gpu.ranks", "--device", device.kind, "--backend", backend]
     status, printed = streamed(torchrun(arguments["processes"], command), **LOOPBACK)
     if status:
-        errors = [line for line in printed.splitlines() if "rror" in line]
-        raise Wrong((errors or ["torchrun failed"])[0][:300])
+        raise Wrong(complaint(printed))
     return {"ranks": next(line for line in printed.splitlines() if "right on" in line)}

@@ -79,7 +79,7 @@ def operators(rehearse: bool) -> list[Job]:
     jobs = []
     for ours in (True, False):
         these = [pair for pair in pairs if (pair[1] == "ours") == ours]
-        jobs += [_prepare(*pair) for pair in these if ours or is_compiled(pair[1])]
+        jobs += [_prepare(*pair, rehearse) for pair in these if ours or is_compiled(pair[1])]
         jobs += [
             Job("operators", f"{shape}: {variant}", "bench.gpu.operators:measure",
                 {"shape": shape, "variant": variant}, seconds=8,
@@ -89,9 +89,10 @@ def operators(rehearse: bool) -> list[Job]:
     return jobs
 
 
-def _prepare(shape: str, variant: str) -> Job:
+def _prepare(shape: str, variant: str, rehearse: bool) -> Job:
     # As many jobs compile as share the machine; Inductor would start a process a core in each.
-    few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"} if is_compiled(variant) else {}
+    compiles = is_compiled(variant) and not rehearse
+    few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"} if compiles else {}
     arguments = {"shape": shape, "variant": variant}
     return Job(
         "operators", f"{shape}: {variant}{PREPARED}", "bench.gpu.operators:prepare", arguments,
@@ -102,7 +103,7 @@ def _prepare(shape: str, variant: str) -> Job:
 def tests(rehearse: bool) -> list[Job]:
     """`pytest -m "triton or gpu"`, a share of the tests in each of several processes."""
     select = ["tests/scoring/test_metrics.py"] if rehearse else [*_TESTS, "-m", "triton or gpu"]
-    parts = 1 if rehearse else together()
+    parts = together(rehearse)
     return [
         Job("tests", f"part {i + 1} of {parts}", "bench.gpu.suite:run",
             {"select": select, "part": f"{i}/{parts}"}, seconds=120, limit=420)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.apart import first_line, last_line
 from bench.gpu.job import Wrong
 from bench.gpu.processes import streamed
 
@@ -45,8 +46,7 @@ def run(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
         if status == 5:  # pytest: nothing was selected
             return {"passed": 0, "skipped": {}}
         if status in (3, 4) or not file.exists():  # an error of pytest, or no such test
-            last = printed.strip().splitlines()[-1]
-            raise Wrong(f"pytest ended with exit status {status}: {last}")
+            raise Wrong(f"pytest ended with exit status {status}: {last_line(printed)}")
         found = read(file)
     if found["failed"]:
         first, message = next(iter(found["failed"].items()))
@@ -64,7 +64,7 @@ def read(file: Path) -> dict[str, Any]:
         name = f"{case.get('classname', '')}::{case.get('name', '')}"
         for kind in ("failure", "error"):
             if (found := case.find(kind)) is not None:
-                failed[name] = (found.get("message") or "no message").splitlines()[0][:200]
+                failed[name] = first_line(found.get("message") or "")[:200]
         if (found := case.find("skipped")) is not None:
             reason = found.get("message") or "no reason"
             skipped[reason] = skipped.get(reason, 0) + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import tempfile
@@ -10,10 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.apart import complaint
 from bench.gpu.compiler import ask_for_compiler
 from bench.gpu.device import place
 from bench.gpu.job import Wrong
 from bench.gpu.processes import LOOPBACK, ROOT, child_environment, kill_tree, torchrun
+from encnet_triton.train.log import read_records
 
 _GRACE = 60.0  # seconds to save and end after the signal
 
@@ -38,9 +39,8 @@ def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
         found = {"seconds": round(time.monotonic() - start, 1), "to its end": ended}
         run = Path(folder, "run")
         if not (run / "last.safetensors").exists():
-            lines = [line for line in printed.splitlines() if "rror" in line] or [printed[-200:]]
-            raise Wrong(f"the training left no checkpoint: {lines[0][:300]}")
-        return found | read((run / "metrics.jsonl").read_text())
+            raise Wrong(f"the training left no checkpoint: {complaint(printed)}")
+        return found | read(read_records(run))
 
 
 def _run_for(command: list[str], seconds: float) -> tuple[str, bool]:
@@ -65,9 +65,8 @@ def _run_for(command: list[str], seconds: float) -> tuple[str, bool]:
     return printed, ended
 
 
-def read(metrics: str) -> dict[str, Any]:
-    """The last step, the median rate and the last score of a run's metrics.jsonl."""
-    records = [json.loads(line) for line in metrics.splitlines()]
+def read(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last step, the median rate and the last score of a run's records."""
     training = [r for r in records if r["kind"] == "train"]
     scores = [r for r in records if r["kind"] == "val"]
     found: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench.apart import first_line
 from bench.gpu import exact
 from bench.gpu.device import Gpu, StandIn, place
 from bench.gpu.job import LeftOut, Wrong, so_far
@@ -205,7 +206,7 @@ def _keep(
     try:
         rows[name] = tried()
     except Exception as error:
-        rows[name] = {"reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        rows[name] = {"reason": f"{type(error).__name__}: {first_line(error)}"}
         raise
     finally:
         so_far(found)
@@ -215,7 +216,7 @@ def _obstacle(device: Gpu | StandIn, launches: list[launch.Launch]) -> str | Non
     try:
         return device.obstacle(launches)
     except Exception as error:  # Triton's passes fail in many ways
-        return f"does not compile: {type(error).__name__}: {str(error).strip()[:200]}"
+        return f"does not compile: {type(error).__name__}: {first_line(error)}"
 
 
 def _tried(

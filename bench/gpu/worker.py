@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from bench.apart import first_line
+
 # The others are imported here so that a worker has them before its job comes.
 from bench.gpu import operators, step, tune  # noqa: F401
 from bench.gpu.job import LeftOut, Wrong, listeners
@@ -34,11 +36,10 @@ def run(function: str, arguments: dict[str, Any], rehearse: bool) -> dict[str, A
     except LeftOut as error:
         return {"status": "left out", "reason": str(error)}
     except torch.OutOfMemoryError as error:
-        return {"status": "does not fit", "reason": str(error).splitlines()[0]}
+        return {"status": "does not fit", "reason": first_line(error)}
     except Exception as error:
         traceback.print_exc()
-        lines = str(error).strip().splitlines() or ["no message"]
-        return {"status": "failed", "reason": f"{type(error).__name__}: {lines[0][:300]}"}
+        return {"status": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def main() -> None:

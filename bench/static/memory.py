@@ -30,6 +30,7 @@ from bench.step import Shape, our_loss, stock, stock_loss
 from encnet_triton.files import write_json
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_norm_impl
+from encnet_triton.options import whole
 from encnet_triton.train.config import OptimConfig
 from encnet_triton.train.forecast import Lifetimes
 from encnet_triton.train.optim import make_optimizer
@@ -167,8 +168,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name in SIZES:
         default = getattr(DEFAULT, name)
         parser.add_argument(
-            f"--{name}", type=type(default), default=default, help="default %(default)s"
-        )
+            f"--{name}", type=str if name == "backbone" else whole(1), default=default,
+            help="default %(default)s",
+        )  # fmt: skip
     add_json(parser)
 
 

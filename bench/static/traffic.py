@@ -227,8 +227,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Count, print the table, write the JSON; returns the exit status."""
     if importlib.util.find_spec("triton") is None:
-        print("error: traffic is counted in Triton's interpreter: no triton here", file=sys.stderr)
-        return 1
+        raise ValueError("traffic is counted in Triton's interpreter: no triton here")
     rows = [count(case) for case in cases(options.quick)]
     console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(table(rows))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import compare, context
+from bench import apart, compare, context
 from bench.__main__ import main
 from bench.cases import CASES
 from bench.commands import COMMANDS, module_of
@@ -82,7 +82,15 @@ def test_static_alone_lists_what_needs_no_gpu(capsys) -> None:
         (["loader", "--json", "x"], "unrecognized arguments: --json x; python -m bench loader"),
         (["gpu", "--json", "x"], "unrecognized arguments: --json x; python -m bench gpu --help"),
         (["versions", "--json", "x"], "unrecognized arguments: --json x; python -m bench versions"),
-        (["step", "--batch", "many"], "argument --batch: invalid int value: 'many'; python -m"),
+        (
+            ["step", "--batch", "many"],
+            "argument --batch: 'many' is no whole number of at least 1; ",
+        ),
+        (["host", "--rounds", "0"], "argument --rounds: '0' is no whole number of at least 1; py"),
+        (["static", "memory", "--crop", "-8"], "argument --crop: '-8' is no whole number of at le"),
+        (["context", "--seeds", "0"], "argument --seeds: '0' is no whole number of at least 1; p"),
+        (["encode", "--json", "no/x.json"], "argument --json: file no/x.json: the folder no does"),
+        (["static", "cost", "--json", "/"], "argument --json: file / is a folder, but must be a"),
         (["static", "compile", "--shape", "512"], "argument --shape: '512' is not channels x code"),
         (["static", "memory", "--precision", "float32"], "unrecognized arguments: --precision"),
     ],
@@ -163,7 +171,7 @@ def test_a_comparison_understands_the_processes_it_starts(
         return SimpleNamespace(returncode=main(command[3:]), stdout=capsys.readouterr().out)
 
     monkeypatch.setattr(compare, "worker", worker)
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=start))
+    monkeypatch.setattr(apart, "subprocess", SimpleNamespace(run=start))
     cpu = torch.device("cpu")
     data = "pictures" if name == "crop" else None
     assert compare.measure_apart(name, "ours", cpu, data) == fixed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import runner
+from bench.gpu import runner, worker
 from bench.gpu.job import Job, Outcome, Status
 from bench.gpu.processes import Worker
 from bench.gpu.runner import Results, Runner, _groups
@@ -51,13 +51,16 @@ def test_each_end_of_a_job_is_told_and_the_next_job_runs(tmp_path) -> None:
 
 def test_a_job_that_hangs_is_ended_with_all_it_started(tmp_path) -> None:
     file = tmp_path / "pid"
-    worker = Worker({}, rehearse=True)
-    worker.run(job("fine"), 120.0)  # now its imports are done
-    outcome, _ = worker.run(job("hangs", arguments={"file": str(file)}), 5.0)
-    assert (outcome.status, outcome.reason) == ("timed out", "ended after 5 s")
+    before = set(os.listdir("/proc/self/fd"))
+    made = Worker({}, rehearse=True)
+    made.run(job("fine"), 120.0)  # now its imports are done
+    outcome, _ = made.run(job("hangs", arguments={"file": str(file)}), 2.0)
+    assert (outcome.status, outcome.reason) == ("timed out", "ended after 2 s")
     assert outcome.result == {"found": 2}
     pid = int(file.read_text())
     assert pid != os.getpid() and not runs(pid)
+    made.close()
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 class Scripted:
@@ -75,7 +78,15 @@ class Scripted:
             found[f"try {len(found) + 1}"] = status
         return Outcome(job.stage, job.name, status, result=found), ""
 
-    def stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class InProcess(Scripted):
+    """A worker that is this process."""
+
+    def run(self, job: Job, limit: float) -> tuple[Outcome, str]:
+        found = worker.run(job.function, job.arguments, rehearse=True)
+        return Outcome(job.stage, job.name, **found), ""
 
 
 @pytest.mark.parametrize(
@@ -103,8 +114,8 @@ def test_a_job_that_goes_on_is_tried_again_while_it_finds_more(
         assert again.result == {**outcomes[-1].result, f"try {len(outcomes[-1].result) + 1}": "ok"}
 
 
-@pytest.mark.slow
-def test_resume_runs_what_did_not_end_well(tmp_path) -> None:
+def test_resume_runs_what_did_not_end_well(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "Worker", InProcess)
     results = Results(tmp_path)
     results.begin({"device": "some GPU"})
     results.add(Outcome("planted", "fine", "failed", reason="the machine was taken away"))
@@ -119,6 +130,13 @@ def test_a_cut_line_does_not_swallow_the_next_one(tmp_path) -> None:
     (tmp_path / "results.jsonl").write_text('{"device": "some GPU"}\n{"stage": "planted", "na')
     Results(tmp_path).add(Outcome("planted", "fine", "ok"))
     assert list(Results(tmp_path).outcomes) == [("planted", "fine")]
+
+
+@pytest.mark.parametrize("line", ["3", '{"stage": "smoke", "new": 1}'])
+def test_a_line_that_is_no_result_is_named(line: str, tmp_path) -> None:
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="results.jsonl has a line that is no result: "):
+        Results(tmp_path)
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path) -> None:
