@@ -38,6 +38,7 @@ def measured(arguments: Sequence[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench", *arguments]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise Failed(last_line(run.stderr) if run.stderr.strip() else f"status {run.returncode}")
+        said = last_line(run.stderr) if run.stderr.strip() else f"status {run.returncode}"
+        raise Failed(said.removeprefix("error: "))
     found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     return found

@@ -41,6 +41,20 @@ def revision() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def filled(document: Path, markers: tuple[str, str], made: str) -> str:
+    """The text of a document with the part between its markers replaced.
+
+    Raises:
+        ValueError: it has no such part.
+    """
+    begin, end = markers
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{document} has no part between {begin.strip()!r} and {end.strip()!r}")
+    return f"{before}{begin}{made}{end}{after}"
+
+
 def table(case: Case, results: Results, bandwidth: float = 0.0) -> Table:
     """Times, extra memory, and both as multiples of ours.
 

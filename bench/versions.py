@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from bench import report
 from bench.apart import last_line
 from bench.static import compile as compiler
 from bench.static.launches import (
@@ -35,7 +36,7 @@ from bench.static.launches import (
     encode_calls,
     upsample_calls,
 )
-from encnet_triton.files import write_text
+from encnet_triton.files import make_folder, write_text
 
 ROOT = Path(__file__).parents[1]
 MARKERS = ("<!-- made by: python -m bench versions -->\n", "<!-- end -->\n")
@@ -268,9 +269,7 @@ def _notes(row: Row) -> Iterator[str]:
 
 def publish(file: Path, document: Path) -> None:
     """Put the table between the markers of the document."""
-    before, rest = document.read_text().split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    write_text(before + MARKERS[0] + table(file) + MARKERS[1] + after, document)
+    write_text(report.filled(document, MARKERS, table(file)), document)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -295,7 +294,7 @@ def run(options: argparse.Namespace) -> int:
     if options.compile:
         options.to.write_text(json.dumps(compiled_calls(options.compile)))
         return 0
-    options.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(options.folder, "--folder")
     for version in options.torch if not options.table else ():
         torch, python = torch_of(options.folder, version)
         pairs = [Pair(torch, triton, python) for triton in options.triton]

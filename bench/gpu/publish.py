@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import report
 from bench.gpu import ranking
 from bench.gpu.processes import ROOT
 from bench.gpu.report import Outcomes, markdown, whole
@@ -17,7 +18,10 @@ from encnet_triton.kernels.runtime import tuned
 FOLDER = ROOT / "docs" / "gpu"
 CONFIGURATIONS = ROOT / "kernels" / "runtime" / "tuned"  # where the launcher reads them
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "gpu.md")
-BEGIN, END = "<!-- gpu results: made by `bench gpu --publish` -->", "<!-- end of gpu results -->"
+MARKERS = (
+    "<!-- gpu results: made by `bench gpu --publish` -->\n",
+    "<!-- end of gpu results -->",
+)
 LARGEST = 300 * 1024
 NOTHING = "No GPU has run this yet: every figure for a GPU in these documents is predicted."
 
@@ -68,25 +72,16 @@ def _read(source: Path) -> Results:
 def write_documents() -> None:
     """Put the tables between the marks of each document."""
     for document in DOCUMENTS:
-        write_text(filled(document.read_text(), tables(FOLDER)), document)
-
-
-def filled(text: str, table: str) -> str:
-    """A document with the part between its marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"a document has no part between {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{table}\n{end}{after}"
+        write_text(report.filled(document, MARKERS, tables(FOLDER)), document)
 
 
 def tables(folder: Path) -> str:
     """One table for all published machines, or a sentence where there is none."""
     found = [Results(file.parent) for file in sorted(folder.glob("*/results.jsonl"))]
     if not found:
-        return NOTHING
+        return f"{NOTHING}\n"
     rows = [row for results in found for row in _rows(results.header, results.outcomes)]
-    return "\n".join(markdown(("measured", "ours", "best peer", "ratio"), rows)).rstrip()
+    return "\n".join(markdown(("measured", "ours", "best peer", "ratio"), rows)).rstrip() + "\n"
 
 
 def _rows(header: dict[str, Any], outcomes: Outcomes) -> list[tuple[str, ...]]:

@@ -65,6 +65,12 @@ def test_the_table_says_what_failed_and_what_comes_instead(tmp_path: Path, made:
     assert "upsampling/test_plan.py: test_x failed." in text
 
 
+def test_a_document_without_markers_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.md").write_text("text")
+    with pytest.raises(ValueError, match="text.md has no part between"):
+        versions.publish(tmp_path / "results.jsonl", tmp_path / "text.md")
+
+
 def test_the_documents_markers_are_there() -> None:
     text = (versions.ROOT / "docs" / "versions.md").read_text()
     assert all(text.count(marker) == 1 for marker in versions.MARKERS)

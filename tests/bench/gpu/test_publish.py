@@ -7,6 +7,7 @@ from pathlib import Path
 from bench.gpu import publish, report
 from bench.gpu.job import Outcome
 from bench.gpu.runner import Results
+from bench.report import filled
 
 
 def measured(us: float) -> dict[str, object]:
@@ -45,7 +46,8 @@ def test_results_of_one_machine_are_joined_and_make_the_tables(tmp_path) -> None
 def test_documents_hold_what_the_results_say() -> None:
     for document in publish.DOCUMENTS:
         text = document.read_text()
-        assert publish.filled(text, publish.tables(publish.FOLDER)) == text, document.name
+        made = publish.tables(publish.FOLDER)
+        assert filled(document, publish.MARKERS, made) == text, document.name
 
 
 def test_the_report_names_what_went_wrong() -> None:
