@@ -90,7 +90,7 @@ def module_of(name: str) -> Module:
 
 def parser_of(name: str) -> argparse.ArgumentParser:
     """The options of a command and no others."""
-    from bench.options import Parser  # imports torch, which the list does without
+    from encnet_triton.options import Parser  # imports torch, which the list does without
 
     module, other = module_of(name), COMMANDS[name].passes_on
     made = Parser(

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.apart import Failed
 from bench.options import add_json
 from encnet_triton.files import write_json
 from encnet_triton.options import whole
@@ -29,7 +30,8 @@ def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> dict[str, f
     name = f"{recipe}-seed{seed}"
     command = [sys.executable, "-m", "encnet_triton.train", "--recipe", recipe, "--resume"]
     command += ["--seed", str(seed), "--runs", str(folder), "--name", name, *extra]
-    subprocess.run(command, check=True)
+    if status := subprocess.run(command).returncode:
+        raise Failed(f"the training {name} ended with status {status}")
     return [record for record in read_records(folder / name) if record["kind"] == "val"][-1]
 
 

@@ -1,19 +1,11 @@
-"""Options that several commands have, and how a wrong one is refused."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from encnet_triton.options import refuse_place
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses with one sentence and status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from encnet_triton import options
 from encnet_triton.data import DATASETS
+from encnet_triton.data.files import read_text
 from encnet_triton.weights import convert_backbone, convert_model, export_backbone, load_backbone
 from encnet_triton.weights import load_peer as load_foreign
 from encnet_triton.weights.backbone import is_trunk
@@ -25,7 +26,7 @@ __all__ = ["convert_model", "export_backbone", "load_backbone", "load_foreign"]
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="python -m encnet_triton.convert",
         description="Convert a checkpoint of PyTorch-Encoding, mmsegmentation or torchvision, or "
         "ImageNet weights of a ResNet.",
@@ -90,7 +91,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         crop=given.crop,
         base_size=given.base_size,
         average=given.ema,
-        config=None if given.config is None else given.config.read_text("utf-8"),
+        config=None if given.config is None else read_text(given.config, "configuration"),
         note=lambda text: console.print(f"note: {text}; give --config to say it"),
     )
     count = sum(parameter.numel() for parameter in model.parameters())

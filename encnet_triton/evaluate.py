@@ -22,7 +22,7 @@ from encnet_triton.weights import load_model
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="python -m encnet_triton.evaluate",
         description="Score a checkpoint on a data set.",
         formatter_class=options.Help,

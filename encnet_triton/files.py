@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = [
+    "make_folder",
     "remove_leftovers",
     "replacing",
     "without_nan",
@@ -48,6 +49,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, what: str) -> Path:
+    """A folder that ``what`` describes, made if it is not there.
+
+    Raises:
+        OSError: it cannot be made; names it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{what} {path} cannot be made ({error.strerror})") from error
+    return path
 
 
 def remove_leftovers(folder: Path) -> None:

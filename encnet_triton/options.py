@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -126,6 +127,22 @@ def lost_connection(error: BaseException) -> bool:
 def make_console(**options: Any) -> Console:
     """Where a command prints: names and paths are text, whatever brackets or colons they have."""
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses with one sentence and status 2, and names the option that may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        said = f"{message}{self._meant(message)}"
+        self.exit(2, f"error: {said}; {self.prog} --help lists the options\n")
+
+    def _meant(self, message: str) -> str:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        below = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(one for action in below for one in action.choices.values())]
+        known = [name for one in parsers for name in one._option_string_actions]
+        near = difflib.get_close_matches(unknown[1], known, 1, 0.75) if unknown else []
+        return f" (did you mean {near[0]}?)" if near else ""
 
 
 class Help(argparse.HelpFormatter):

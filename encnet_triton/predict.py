@@ -17,6 +17,7 @@ from torch import nn
 
 from encnet_triton import options
 from encnet_triton.data import DataError
+from encnet_triton.files import make_folder
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier, find_images, read_image
 from encnet_triton.inference.photos import label_photo, refuse_equal_names
 from encnet_triton.models import CifarNet
@@ -27,7 +28,7 @@ __all__ = ["find_images", "main", "read_image"]
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="python -m encnet_triton.predict",
         description="Label photos: writes a palette PNG and an overlay of each. With a classifier: "
         "prints the likeliest classes.",
@@ -53,7 +54,7 @@ def make_labeller(
     if isinstance(model, CifarNet):
         classifier = ImageClassifier(model, info, device)
         return lambda path: classifier.name(read_image(path))
-    given.output.mkdir(parents=True, exist_ok=True)
+    make_folder(given.output, "the output folder")
     predictor = options.make_predictor(given, model, info, device)
     return lambda path: label_photo(predictor, path, given.output)
 

@@ -21,7 +21,7 @@ from encnet_triton.weights import load_model
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="python -m encnet_triton.submit",
         description="Predict a test split and write the archive that its server takes.",
         formatter_class=options.Help,

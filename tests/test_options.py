@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
-from encnet_triton import evaluate
+from encnet_triton import convert, evaluate, predict
+from encnet_triton.data import __main__ as data
+from encnet_triton.models import create_model
 from encnet_triton.options import exit_status, pick_device
+from encnet_triton.train import __main__ as train
+from encnet_triton.weights.checkpoint import save_model
+from tests.support.checkpoints import INFO, OPTIONS
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -76,6 +82,47 @@ def test_a_terminal_without_utf8_ends_no_command(monkeypatch: pytest.MonkeyPatch
     assert exit_status(lambda: print("mIoU · Straße")) == 0
     sys.stdout.flush()
     assert written.getvalue() == b"mIoU \\xb7 Stra\\xdfe\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (train.main, ["--lrr", "1"], "unrecognized arguments: --lrr 1 (did you mean --lr?)"),
+        (train.main, ["--zebra"], "unrecognized arguments: --zebra; "),
+        (train.main, ["--sweep", "table9"], "argument --sweep: invalid choice: 'table9'"),
+        (evaluate.main, [], "the following arguments are required: --checkpoint; "),
+        (evaluate.main, ["--checkpoint", "x", "--jsno", "y"], "--jsno y (did you mean --json?); "),
+        (data.main, ["check", "folder", "--data", "x", "--evry", "2"], "(did you mean --every?)"),
+        (data.main, ["chek"], "argument command: invalid choice: 'chek'"),
+    ],
+)
+def test_a_mistyped_option_is_one_sentence(main, arguments, said, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out == ""
+    assert said in printed.err and len(printed.err.splitlines()) == 1
+    assert " --help lists the options" in printed.err
+
+
+def test_a_file_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin.py").write_bytes(b"a = '\xe9'")
+    torch.save({"head.conv5.0.weight": torch.zeros(1)}, "x.pth")
+    save_model(Path("x.safetensors"), create_model(**OPTIONS), INFO)
+    Image.new("RGB", (40, 40)).save("photo.jpg")
+    convert_it = ["x.pth", "out.safetensors", "--config"]
+    label_it = ["photo.jpg", "--checkpoint", "x.safetensors", "--device", "cpu", "--output"]
+    for main, arguments, said in (
+        (convert.main, [*convert_it, "latin.py"], "configuration latin.py is not UTF-8 text: line"),
+        (convert.main, [*convert_it, "none.py"], "configuration none.py does not exist"),
+        (convert.main, [*convert_it, "."], "configuration . is no file"),
+        (predict.main, [*label_it, "photo.jpg"], "the output folder photo.jpg cannot be made (F"),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, capsys) -> None:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import Field, dataclass
 from typing import Any
 
+from encnet_triton.options import Parser
 from encnet_triton.train.config import (
     REDUCE_OVERHEAD,
     SECTIONS,
@@ -21,7 +22,7 @@ DEFAULT_RECIPE = "scenes"
 
 def parser() -> argparse.ArgumentParser:
     """One option per field, grouped by section, with the field's docstring as its help."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m encnet_triton.train",
         description="Train a network. Without options: the embedded data set, on this machine. "
         "The defaults of fields hold where the recipe says nothing; --print-config shows what a "

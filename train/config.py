@@ -160,6 +160,7 @@ class DataConfig:
     """Processes that prepare samples for each rank; none picks from the number of cores."""
 
     def __post_init__(self) -> None:
+        require(self.data != "", "data", self.data, "a folder")
         one_of("scale_by", self.scale_by, ("short", "long", "image"))
         require(min(self.crop) >= 1, "crop", self.crop, "positive")
         one_of("outside", self.outside, ("mean", "black"))
@@ -292,6 +293,7 @@ class RunConfig:
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         for key in ("log_every", "save_epochs"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         limit = self.timeout
         require(10 <= limit < 1e6, "timeout", limit, "at least 10 and less than a million seconds")
         require(
@@ -388,6 +390,9 @@ def closest(given: str, allowed: typing.Iterable[str]) -> str:
     return f"{hint} Known: {', '.join(names)}" if hint else f"; known: {', '.join(names)}"
 
 
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+
+
 def convert(key: str, value: Any, hint: Any) -> Any:
     """Turn a TOML value or command-line text into the field's type.
 
@@ -412,22 +417,22 @@ def convert(key: str, value: Any, hint: Any) -> Any:
             arguments = arguments[:1] * len(parts)
         if len(parts) == 1:
             parts *= len(arguments)
-        if len(parts) != len(arguments):
-            raise ConfigError(
-                f"{key} = {value!r} is not allowed; it must be {len(arguments)} numbers"
-            )
-        return tuple(convert(key, p, a) for p, a in zip(parts, arguments, strict=True))
+        try:
+            return tuple(convert(key, p, a) for p, a in zip(parts, arguments, strict=True))
+        except ValueError:  # of one of them, or of their number
+            number = _KINDS[arguments[0]].removeprefix("a ")
+            many = f"{number}s joined by commas" if any_count else f"{len(arguments)} {number}s"
+            raise ConfigError(f"{key} = {value!r} is not allowed; it must be {many}") from None
     if hint is bool:
         names = {"true": True, "yes": True, "on": True, "1": True}
         names |= {"false": False, "no": False, "off": False, "0": False}
         found = value if isinstance(value, bool) else names.get(str(value).lower())
         require(found is not None, key, value, "true or false")
         return found
-    kinds = {int: "a whole number", float: "a number", str: "text"}
     wrong = isinstance(value, bool) or (hint is int and isinstance(value, float))
     try:
         if wrong or (hint is str and not isinstance(value, str)):
             raise ValueError
         return hint(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{key} = {value!r} is not allowed; it must be {kinds[hint]}") from None
+        raise ConfigError(f"{key} = {value!r} is not allowed; it must be {_KINDS[hint]}") from None

@@ -102,6 +102,9 @@ def _stage(path: Path, stage: Any, known: Mapping[str, Any]) -> tuple[str, dict[
 def _load(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
+        if name.endswith(".toml"):
+            there = "is no file" if path.exists() else "does not exist"
+            raise ConfigError(f"recipe {path} {there}")
         raise ConfigError(f"unknown recipe {name!r}{closest(name, recipe_names())}")
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from encnet_triton.files import remove_leftovers, write_json
+from encnet_triton.files import make_folder, remove_leftovers, write_json
 from encnet_triton.train.config import SECTIONS, Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, gather
 from encnet_triton.train.run_lock import RunLock
@@ -25,14 +25,17 @@ def open_folder(config: Config, world: World) -> Path:
     """The run's folder; refused if a run is there already and --resume was not given."""
     folder = free_folder(config)
     if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "the run's folder")
     return folder
 
 
 def free_folder(config: Config) -> Path:
     """As `open_folder`, but does not make it."""
     folder = folder_of(config)
-    taken = (folder / "config.json").exists() and not config.run.resume
+    try:
+        taken = (folder / "config.json").exists() and not config.run.resume
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"run {folder} cannot be looked at ({error.strerror})") from error
     if any(gather(taken)):
         raise ConfigError(f"run {folder} exists; add --resume to go on, or another --name")
     return folder
@@ -76,7 +79,7 @@ def note_refusal(config: Config, world: World, reason: str) -> None:
     """Write why a run did not begin where its result would be, unless there is one of another."""
     folder = folder_of(config)
     if world.main and not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "the run's folder")
         write_json({_REFUSED: reason}, folder / RESULT)
 
 

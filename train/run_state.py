@@ -186,7 +186,12 @@ def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -
         CheckpointError: tensors do not fit, or the class count differs without new_head.
     """
     tensors, metadata = checkpoint.read(path, checkpoint.MODEL_PREFIX)
-    theirs = len(checkpoint.model_info(metadata, path).classes)
+    info = checkpoint.model_info(metadata, path)
+    wanted: Any = model.options
+    kind, own = (of.get("name", "classifier") for of in (info.options, wanted))
+    if kind != own:
+        raise CheckpointError(f"{path} holds a network of another kind: {kind}, not {own}")
+    theirs = len(info.classes)
     if theirs != num_classes and not new_head:
         raise CheckpointError(
             f"{path} was trained for {theirs} classes, this data set has {num_classes}; "

@@ -22,7 +22,7 @@ from bench.gpu.processes import together
 from bench.gpu.runner import Results, Runner
 from bench.gpu.stages import STAGES, jobs_of
 from bench.report import machine
-from encnet_triton.files import write_text
+from encnet_triton.files import make_folder, write_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def _results(options: argparse.Namespace) -> Results:
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out, "--out")
     results = Results(options.out)
     if results.header and not options.resume:
         raise ValueError(f"{results.file} is there already: --resume, or another --out")

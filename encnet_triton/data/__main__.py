@@ -35,7 +35,7 @@ PREPARED = ("voc_aug", "pascal_context", "coco_voc")
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m encnet_triton.data")
+    parser = options.Parser(prog="python -m encnet_triton.data")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
         "check", help="count, decode and verify every file of a data set",

@@ -32,6 +32,7 @@ __all__ = [
     "find_root",
     "read_json",
     "read_lines",
+    "read_text",
     "visible",
 ]
 
@@ -166,8 +167,8 @@ def visible(folder: Path, pattern: str) -> list[Path]:
     )
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 text file, or of UTF-16 with its mark; DataError if it is none."""
+def read_text(path: Path, what: str) -> str:
+    """A UTF-8 text file, or one of UTF-16 with its mark; DataError if it is none."""
     content = read_content(path, what)
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
@@ -180,7 +181,12 @@ def read_lines(path: Path, what: str) -> list[str]:
         ) from None
     if "\0" in text:
         raise DataError(f"{what} {path} is no text: it has bytes of zero")
-    return re.split(r"\r\n|\r|\n", text)
+    return text
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file; raises what `read_text` raises."""
+    return re.split(r"\r\n|\r|\n", read_text(path, what))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

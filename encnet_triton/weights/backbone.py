@@ -56,6 +56,8 @@ def _looks_like(tensors: Mapping[str, Tensor], source: str, own: Mapping[str, Te
     """Which backbone a file of other names than these has the weights of."""
     if tensors.keys() == own.keys():
         return ""
+    if "backbone.conv1.weight" in tensors or "backbone.conv1.0.weight" in tensors:
+        return "; it holds a whole network, of which encnet_triton.convert can write the backbone"
     try:
         return f"; it has the weights of {backbone_name(tensors, source)}"
     except ValueError:

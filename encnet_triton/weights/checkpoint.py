@@ -98,7 +98,8 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any
         CheckpointError: the file is missing, damaged, or was not written by this project.
     """
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        there = "is no file" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {there}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             document = file.metadata() or {}

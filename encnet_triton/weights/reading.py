@@ -165,7 +165,7 @@ class _WrongName(ValueError):
 
 def _download(url: str) -> Path:
     if not url.endswith(_SUFFIXES):
-        raise _WrongName(f"{url}: a URL must end in {_suffixes()}")
+        raise _WrongName(f"{url}: a URL must end in one of {_suffixes()}")
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +175,8 @@ def _download(url: str) -> Path:
 
 
 def _load(path: Path) -> Any:
+    if path.exists() and not path.is_file():  # a folder, or a pipe, which would be waited for
+        raise _WrongName(f"{path} is no file")
     if path.suffix == ".safetensors":
         return load_file(path)
     if not path.name.endswith(_SUFFIXES):
@@ -183,4 +185,4 @@ def _load(path: Path) -> Any:
 
 
 def _suffixes() -> str:
-    return f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+    return ", ".join(_SUFFIXES)

@@ -178,6 +178,16 @@ def test_a_comparison_understands_the_processes_it_starts(
     assert measured == [(CASES[name], "ours", cpu, data)]
 
 
+def test_a_training_of_context_that_fails_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    failed = SimpleNamespace(run=lambda command: SimpleNamespace(returncode=2))
+    monkeypatch.setattr(context, "subprocess", failed)
+    assert main(["context"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: the training scenes_fcn-seed0 ended with status 2\n"
+
+
 def test_context_hands_on_what_the_trainer_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from encnet_triton import evaluate, predict
+from encnet_triton.models import create_model
 from encnet_triton.scoring.metrics import Scores
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.segmentation import Segmentation
 from encnet_triton.train.trainer import Trainer
-from encnet_triton.weights.checkpoint import read
+from encnet_triton.weights.checkpoint import read, save_model
+from tests.support.checkpoints import INFO, OPTIONS
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train import launch
 from tests.train.launch import floating
@@ -215,6 +217,30 @@ def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -
     assert "the loss was not finite in 10 steps one after the other" in said
     assert ".jpg" in said
     assert said.endswith("nothing was saved yet\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--init-from", "fcn.safetensors", "--new-head"], "another kind: fcn, not encnet"),
+        (["--init-from", "."], "checkpoint . is no file"),
+        (["--runs", "fcn.safetensors"], "the run's folder fcn.safetensors/x cannot be made (Not a"),
+        (["--name", "x" * 300], "(File name too long)"),
+        (["--recipe", "none.toml"], "recipe none.toml does not exist"),
+        (["--recipe", "folder.toml"], "recipe folder.toml is no file"),
+        (["--pretrained", "folder.pth"], "folder.pth is no file"),
+        (["--pretrained", "fcn.safetensors"], "holds a whole network"),
+    ],
+)
+def test_files_of_another_kind_are_named(
+    options: list[str], sentence: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(Path("fcn.safetensors"), create_model(**OPTIONS), INFO)
+    for name in ("folder.toml", "folder.pth"):
+        Path(name).mkdir()
+    assert train(recipe, "--name", "x", *options) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and len(said.splitlines()) == 1
 
 
 def test_new_head_takes_another_number_of_classes(recipe: Path, folder_data, capsys) -> None:

@@ -109,7 +109,7 @@ def test_unreadable_files_are_named(file: Path, tmp_path: Path) -> None:
         load_backbone(model(), tmp_path / "absent.pth")
     with pytest.raises(ValueError, match=r"weights.h5: weights must be"):
         load_backbone(model(), tmp_path / "weights.h5")
-    with pytest.raises(ValueError, match=r"must end in .pth"):
+    with pytest.raises(ValueError, match=r"must end in one of .pth"):
         load_backbone(model(), "https://example.org/weights.safetensors")
     for name, content in (
         ("cut.pth", file.read_bytes()[:5000]),
