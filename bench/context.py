@@ -13,13 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench.apart import Failed
 from bench.options import add_json
+from encnet_triton.data import create_dataset
 from encnet_triton.files import write_json
+from encnet_triton.inference import compare_checkpoints
 from encnet_triton.options import whole
+from encnet_triton.pictures import save_png
 from encnet_triton.train.log import read_records
 
 RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"}
@@ -50,7 +54,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/context"), help="their folder (%(default)s)"
     )
+    parser.add_argument(
+        "--picture", type=Path, help="also draw what FCN and EncNet+SE of seed 0 predict (PNG)"
+    )
     add_json(parser)
+
+
+def draw(folder: Path, file: Path) -> None:
+    """Image, FCN, EncNet+SE and label of three validation images, in 255 colours."""
+    checkpoints = {
+        heading: folder / f"{RECIPES[label]}-seed0" / "last.safetensors"
+        for heading, label in (("FCN", "FCN"), ("EncNet", "EncNet+SE"))
+    }
+    data = create_dataset("scenes", "val")
+    picture = compare_checkpoints(checkpoints, data, torch.device("cpu"), rows=3)
+    save_png(picture.quantize(255), file)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,4 +96,6 @@ def run(options: argparse.Namespace) -> int:
     console.print(table)
     if options.json is not None:
         write_json(scores, options.json)
+    if options.picture is not None:
+        draw(options.runs, options.picture)
     return 0

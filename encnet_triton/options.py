@@ -191,7 +191,9 @@ def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = T
     else:
         parser.set_defaults(whole_image=False)
     parser.add_argument(
-        "--multi-scale", action="store_true", help="the paper's six scales, and mirror images"
+        "--multi-scale",
+        action="store_true",
+        help="six scales and their mirror images, as in the published code",
     )
     parser.add_argument(
         "--scales", type=_scales, help="for example 0.75,1,1.25 (default: 1, the trained scale)"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 __all__ = ["PAPER_SCALES", "SINGLE_VIEW", "Views"]
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+"""The published code's; the paper says "multiple scales" and names none."""
 
 
 @dataclass(frozen=True)

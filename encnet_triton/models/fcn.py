@@ -83,7 +83,7 @@ def aux_head_of(
 
 
 class FCN(Baseline):
-    """Dilated FCN, the paper's baseline (section 4).
+    """Dilated FCN, the paper's baseline (section 3.1).
 
     Args:
         backbone: name in `encnet_triton.models.BACKBONES`.

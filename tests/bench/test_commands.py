@@ -33,7 +33,7 @@ OPTIONS = {
     "host": {"--device", "--rounds", "--backbone", "--eager", "--json"},
     "loader": {"--data"},
     "evaluate": {"--device", "--rounds", "--json"},
-    "context": {"--seeds", "--runs", "--json"},
+    "context": {"--seeds", "--runs", "--picture", "--json"},
     "versions": {"--folder", "--triton", "--torch", "--redo", "--table", "--document"},
     "gpu": {"--out", "--minutes", "--stage", "--resume", "--rehearse", "--cifar", "--publish"},
     "tune": {"--out", "--minutes", "--resume", "--rehearse", "--publish"},

@@ -9,8 +9,8 @@ import numpy as np
 
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
-from encnet_triton.inference import PAPER_SCALES, Predictor, Views
-from encnet_triton.pictures import comparison, save_png
+from encnet_triton.inference import PAPER_SCALES, Predictor, Views, compare_checkpoints
+from encnet_triton.pictures import save_png
 from encnet_triton.scoring import confusion
 from encnet_triton.scoring.protocols import protocol_scores
 from encnet_triton.train import distributed
@@ -112,19 +112,8 @@ def _draw_curves(planned: list[Planned], measured: list[dict[str, float]], path:
 def _draw_grid(
     names: tuple[str, str], planned: list[Planned], world: distributed.World, path: Path
 ) -> None:
-    """Image, label and the predictions of two runs, for a few validation images (figures 4, 6)."""
+    """Image, the predictions of two runs and the label, for a few validation images (figure 4)."""
     chosen = [next(one for one in planned if one.row.run == name) for name in names]
+    checkpoints = {one.row.label: one.checkpoint for one in chosen}
     data = _validation_set(chosen[0].configs[-1])
-    indices = np.linspace(0, len(data) - 1, min(4, len(data))).round().astype(int).tolist()
-    samples = [data[index] for index in indices]
-    columns = []
-    for one in chosen:
-        model, info = load_model(one.checkpoint, world.device)
-        predictor = Predictor(model, info, device=world.device)
-        columns.append([predictor(np.asarray(s.image)).cpu().numpy() for s in samples])
-    rows = [
-        (np.asarray(s.image), s.label, *predictions)
-        for s, *predictions in zip(samples, *columns, strict=True)
-    ]
-    headings = ("image", "label", *(one.row.label for one in chosen))
-    save_png(comparison(rows, headings, data.classes, data.palette), path)
+    save_png(compare_checkpoints(checkpoints, data, world.device), path)
