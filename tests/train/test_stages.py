@@ -66,6 +66,9 @@ def test_voc_with_coco_is_three_runs_each_from_the_one_before() -> None:
     assert [c.data.dataset for c in (coco, aug, voc)] == ["coco_voc", "voc_aug", "voc"]
     assert [c.data.train_split for c in (coco, aug, voc)] == ["train", "trainval", "train"]
     assert [c.optim.lr for c in (coco, aug, voc)] == [0.01, 0.001, 0.001]
+    # 92,000 images that the paper's rule leaves, for as many steps as 30 epochs of its 6,500.
+    steps = 92_000 * coco.optim.epochs / coco.optim.batch_size
+    assert steps == pytest.approx(6_500 * 30 / 16, rel=0.1)
     assert [c.data.data for c in (coco, aug, voc)] == ["/data/coco"] + 2 * ["/data/VOC2012"]
     assert coco.run.init_from is None
     assert aug.run.init_from == "runs/voc_encnet_r101_coco/1_coco/last.safetensors"
