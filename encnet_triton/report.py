@@ -75,7 +75,7 @@ def report() -> list[tuple[str, str]]:
                     f"{properties.total_memory / 2**30:.0f} GiB",
                 )
             )
+            rows.append((f"kernels {index}", triton_status(torch.device("cuda", index))))
     else:
-        rows.append(("gpu", "none"))
-    rows.append(("kernels", triton_status()))
+        rows += [("gpu", "none"), ("kernels", triton_status())]
     return rows

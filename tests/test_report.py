@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -28,5 +30,31 @@ def test_without_a_gpu_pytorch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Triton has no package here" in report.triton_status()
 
 
-def test_the_report_ends_with_it() -> None:
+def test_every_gpu_has_its_own_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = [(7, 5), (9, 0)]
+    monkeypatch.setattr(report, "versions", lambda: {"triton": "3.6.0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda device: capabilities[torch.device(device).index],
+    )
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda index: SimpleNamespace(
+            name="a GPU",
+            major=capabilities[index][0],
+            minor=capabilities[index][1],
+            total_memory=2**30,
+        ),
+    )
+    said = dict(report.report())
+    assert "the GPU is sm_75" in said["kernels 0"]
+    assert said["kernels 1"].startswith("Triton kernels run")
+
+
+def test_without_a_gpu_the_report_ends_with_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert report.report()[-1] == ("kernels", report.triton_status())
