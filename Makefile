@@ -10,7 +10,7 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # several times the throughput; on an idle one sleeping costs about a tenth.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test fuzz test-float32 test-gpu test-versions check verify clean help
+.PHONY: train test fuzz test-float32 test-gpu test-versions check verify docs clean help
 
 help:
 	@echo "make train    set up, train EncNet on the embedded data set, print where the pictures are"
@@ -21,6 +21,7 @@ help:
 	@echo "              with PYTHON=python3 in the environment of that Python, installing nothing"
 	@echo "make test-versions  the kernels with each supported Triton; hours, goes on where it stopped"
 	@echo "make verify   everything in test, then the checks that take longer"
+	@echo "make docs     the documents and the API as a site, in build/site"
 	@echo "make clean    remove the environment and caches (runs/ is kept)"
 
 train: $(VENV)/.installed
@@ -81,6 +82,16 @@ verify: test
 	$(BIN)/python -m bench static compile --all
 	$(BIN)/python -m bench static traffic
 
+# Docstrings are read without importing anything, so that the site needs no torch.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	@echo "build/site/index.html"
+
+$(VENV)-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encnet-triton needs Python 3.11 or newer; %s is %d.%d. Name another with: make PYTHON=python3.12" % ("$(PYTHON)", *sys.version_info[:2]))'
 	$(PYTHON) -m venv $(VENV)
@@ -95,4 +106,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-versions build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-docs .venv-versions build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
