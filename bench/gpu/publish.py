@@ -17,7 +17,7 @@ from encnet_triton.kernels.runtime import tuned
 
 FOLDER = ROOT / "docs" / "gpu"
 CONFIGURATIONS = ROOT / "kernels" / "runtime" / "tuned"  # where the launcher reads them
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "gpu.md")
+DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gpu.md")
 MARKERS = (
     "<!-- gpu results: made by `bench gpu --publish` -->\n",
     "<!-- end of gpu results -->",

@@ -1,0 +1,130 @@
+"""Links and anchors of the documents resolve, their commands parse, their Python snippets run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import __main__ as bench_main
+from bench import commands as bench_commands
+from encnet_triton import __main__ as console
+from encnet_triton import convert, evaluate, predict, submit
+from encnet_triton.data import __main__ as data
+from encnet_triton.train import cli
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    path
+    for pattern in ("*.md", "docs/**/*.md", "kernels/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+    if path.name not in ("report.md",)  # of a machine, made by `bench gpu --publish`
+]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PLACEHOLDERS = {"NAME": "voc", "HOST:29500": "host:29500"}
+
+
+def each(find: Callable[[str], list[str]]) -> Any:
+    """A test's parameter: what is found in the documents, with the document's name."""
+    found = [
+        pytest.param(path, text, id=f"{path.relative_to(ROOT)}: {' '.join(text.split())[:60]}")
+        for path in DOCUMENTS
+        for text in dict.fromkeys(find(path.read_text(encoding="utf-8")))
+    ]
+    return pytest.mark.parametrize(("path", "text"), found)
+
+
+def links(text: str) -> list[str]:
+    """Targets in this repository."""
+    return [link for link in LINK.findall(FENCE.sub("", text)) if "://" not in link]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.M)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def command_lines(text: str) -> list[str]:
+    """Commands of ours, in blocks of shell and in the text."""
+    blocks = [body.replace("\\\n", " ") for kind, body in FENCE.findall(text) if kind == "sh"]
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+    ours = re.compile(r"-m (encnet_triton|bench)\b|^(encnet|make) \w")
+    return [line for line in lines if ours.search(line) and "..." not in line]
+
+
+def snippets(text: str) -> list[str]:
+    """Blocks of Python."""
+    return [body for kind, body in FENCE.findall(text) if kind == "python"]
+
+
+@each(links)
+def test_a_link_resolves(path: Path, text: str) -> None:
+    file, _, anchor = text.partition("#")
+    target = (path.parent / file) if file else path
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
+
+
+def parse_bench(arguments: list[str]) -> None:
+    """`python -m bench` with these arguments, as far as they are parsed."""
+    count = 2 if arguments[:1] == [bench_main.GROUP] else 1
+    name = " ".join(arguments[:count])
+    if arguments and name != bench_main.GROUP:
+        assert name in bench_commands.COMMANDS
+        options = bench_commands.parse(name, arguments[count:])
+        if bench_commands.COMMANDS[name].passes_on:
+            parse_train(options.extra)
+
+
+def parse_train(arguments: list[str]) -> None:
+    """The trainer's options, and the configuration that they make."""
+    options = cli.parse(arguments)
+    if options.sweep is None:
+        assert cli.stages(options)
+
+
+PARSERS: dict[str, Callable[[list[str]], Any]] = {
+    "train": parse_train,
+    "evaluate": lambda given: evaluate.make_parser().parse_args(given),
+    "predict": lambda given: predict.make_parser().parse_args(given),
+    "submit": lambda given: submit.make_parser().parse_args(given),
+    "convert": convert.parse,
+    "data": data.parse,
+}
+
+
+@each(command_lines)
+def test_a_command_parses(
+    path: Path, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(text, comments=True)]
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert next(word for word in words[1:] if "=" not in word) in targets
+        return
+    if words[0] == "encnet":
+        words = ["-m", f"encnet_triton.{words[1]}", *words[2:]]
+    start = next(i for i, w in enumerate(words) if w.split(".")[0] in ("encnet_triton", "bench"))
+    module, arguments = words[start], words[start + 1 :]
+    if "--help" in arguments:
+        arguments.remove("--help")
+    if module == "bench":
+        parse_bench(arguments)
+        return
+    assert module.partition(".")[2] in console.COMMANDS
+    if arguments:
+        PARSERS[module.partition(".")[2]](arguments)
+
+
+@each(snippets)
+def test_a_snippet_runs(path: Path, text: str) -> None:
+    exec(compile(text, str(path), "exec"), {"__name__": "snippet"})
