@@ -405,8 +405,8 @@ def finish_statistics_kernel(
     """
     channels, s = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BS)
     in_c = channels < C
-    total = tl.zeros((BC,), tl.float64)
-    squares = tl.zeros((BC,), tl.float64)
+    total = tl.zeros((BS, BC), tl.float64)
+    squares = tl.zeros((BS, BC), tl.float64)
     counts = tl.zeros((BS,), tl.float64)
     for begin in range(0, splits, BS):
         slots = begin + s
@@ -415,9 +415,11 @@ def finish_statistics_kernel(
         mask = (slots < splits)[:, None] & in_c[None, :]
         mean = tl.load(at, mask=mask, other=0.0).to(tl.float64)
         m2 = tl.load(at + C, mask=mask, other=0.0).to(tl.float64)
-        total += tl.sum(mean * n[:, None], 0)
-        squares += tl.sum(m2 + mean * mean * n[:, None], 0)
+        of_run = mean * n[:, None]
+        total += of_run
+        squares += m2 + mean * of_run
         counts += n
+    total, squares = tl.sum(total, 0), tl.sum(squares, 0)
     count = tl.sum(counts, 0)
     if ALONE:
         _write_moments(
@@ -474,14 +476,15 @@ def finish_backward_kernel(
     """Sums = sum g and sum g u s of this process in float64; the parameters' gradients."""
     channels, s = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BS)
     in_c = channels < C
-    total = tl.zeros((BC,), tl.float64)
-    product = tl.zeros((BC,), tl.float64)
+    total = tl.zeros((BS, BC), tl.float64)
+    product = tl.zeros((BS, BC), tl.float64)
     for begin in range(0, splits, BS):
         slots = begin + s
         at = P + (slots.to(tl.int64) * 2 * C)[:, None] + channels[None, :]
         mask = (slots < splits)[:, None] & in_c[None, :]
-        total += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float64), 0)
-        product += tl.sum(tl.load(at + C, mask=mask, other=0.0).to(tl.float64), 0)
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        product += tl.load(at + C, mask=mask, other=0.0).to(tl.float64)
+    total, product = tl.sum(total, 0), tl.sum(product, 0)
     product = product / tl.sqrt_rn(
         tl.load(Var + channels, mask=in_c, other=1.0).to(tl.float32) + eps
     )

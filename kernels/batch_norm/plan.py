@@ -33,7 +33,9 @@ _PROGRAMS, _FEW_TILES = 16, 4
 # Said to the compiler of a program with a single tile: left alone it saves registers for more
 # resident programs than there are, and spills some bytes.
 _MOST_REGISTERS = 255
-_CHANNELS_OF_FINISH, _RUNS_OF_FINISH = 16, 64
+# Channels of a program of a finishing kernel, runs it reads at once, and warps; where there are few
+# runs and where there are many: each round of loads waits for memory.
+_FINISH, _FINISH_MANY = (16, 64, 4), (4, 1024, 16)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -172,8 +174,15 @@ class Running:
     momentum: float
 
 
-def _finish_grid(channels: int) -> tuple[int, ...]:
-    return (cdiv(channels, _CHANNELS_OF_FINISH),)
+def _finish(
+    kernel: Any, channels: int, splits: int, arguments: dict[str, Any], **constants: Any
+) -> Launch:
+    """The launch that adds up `splits` partial sums a channel, in four rounds of loads or fewer."""
+    few = splits <= 4 * _FINISH[1]
+    block, runs, warps = _FINISH if few else _FINISH_MANY
+    sizes = {"C": channels, "splits": splits}
+    constants.update(BC=block, BS=runs)
+    return Launch(kernel, (cdiv(channels, block),), arguments | sizes, constants, warps)
 
 
 def _moments_arguments(
@@ -186,13 +195,8 @@ def _moments_arguments(
         "RunningMean": mean if running.mean is None else running.mean,
         "RunningVar": var if running.var is None else running.var,
         "momentum": running.momentum,
-        "C": mean.shape[0],
     }
-    constants = {
-        "BC": _CHANNELS_OF_FINISH,
-        "MEAN": running.mean is not None,
-        "VAR": running.var is not None,
-    }
+    constants = {"MEAN": running.mean is not None, "VAR": running.var is not None}
     return arguments, constants
 
 
@@ -252,12 +256,13 @@ class Statistics(_Pass):
         packed = x.new_empty(2 * channels + 1, dtype=torch.float64)
         moved = running or Running(None, None, 0.0)
         arguments, constants = _moments_arguments(mean, var, count, moved)
-        finish = Launch(
+        finish = _finish(
             kernels.finish_statistics_kernel,
-            _finish_grid(channels),
-            dict(arguments, P=sums_of_runs, PN=counts, Packed=packed, splits=walk.splits),
-            dict(constants, BS=_RUNS_OF_FINISH, ALONE=running is not None),
-            num_warps=4,
+            channels,
+            walk.splits,
+            dict(arguments, P=sums_of_runs, PN=counts, Packed=packed),
+            **constants,
+            ALONE=running is not None,
         )
         first = walk.launch(kernels.statistics_kernel, {"X": x, "P": sums_of_runs, "PN": counts})
         return [first, finish], (packed,) if running is None else (mean, var, count)
@@ -278,7 +283,7 @@ class Moments:
         return problem("batch_norm moments", self.packed.dtype, {}, C=self.packed.shape[0] // 2)
 
     def configs(self, machine: Machine) -> list[Config]:
-        return [Config(1, _CHANNELS_OF_FINISH, 1)]
+        return [Config(1, _FINISH[0], 1)]
 
     candidates = configs
 
@@ -290,9 +295,9 @@ class Moments:
         arguments, constants = _moments_arguments(*made, self.running)
         launch = Launch(
             kernels.moments_kernel,
-            _finish_grid(channels),
-            dict(arguments, Packed=self.packed),
-            constants,
+            (cdiv(channels, _FINISH[0]),),
+            dict(arguments, Packed=self.packed, C=channels),
+            dict(constants, BC=_FINISH[0]),
             num_warps=config.num_warps,
         )
         return [launch], made
@@ -386,9 +391,10 @@ class BackwardSums(_BackwardPass):
             FROZEN=self.frozen,
             RESIDUAL=write_residual,
         )
-        finish = Launch(
+        finish = _finish(
             kernels.finish_backward_kernel,
-            _finish_grid(channels),
+            channels,
+            walk.splits,
             {
                 "P": sums_of_runs,
                 "Var": affine.var,
@@ -396,11 +402,8 @@ class BackwardSums(_BackwardPass):
                 "Sums": sums,
                 "dWeight": grad_weight,
                 "dBias": grad_bias,
-                "C": channels,
-                "splits": walk.splits,
             },
-            dict(affine.constants(), BC=_CHANNELS_OF_FINISH, BS=_RUNS_OF_FINISH),
-            num_warps=4,
+            **affine.constants(),
         )
         return [first, finish], (sums, grad_weight, grad_bias, grad_x, grad_residual)
 

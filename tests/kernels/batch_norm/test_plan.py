@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bench.static.interpreter import Watch
+from bench.static.launches import BatchNormShape, Variant, batch_norm_launches
 from encnet_triton.kernels import batch_norm_act, encode, reference
 from encnet_triton.kernels.batch_norm import plan
 from encnet_triton.kernels.batch_norm.operator import (
@@ -335,6 +336,36 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     names.clear()
     run(batch_norm_act, tensors, training=False)
     assert names == ["normalise_kernel", "backward_sums_kernel", "finish_backward_kernel"]
+
+
+@pytest.mark.parametrize("channels, pixels", [(64, 14400), (64, 57600), (2048, 3600), (8, 9)])
+def test_partial_sums_are_added_in_four_rounds_of_loads(channels: int, pixels: int) -> None:
+    size = BatchNormShape(16, channels, pixels)
+    x = size.empty(torch.bfloat16, "meta")
+    for direction in ("forward", "backward"):
+        finish = batch_norm_launches(x, Variant(), direction, 90)[1]
+        assert finish.kernel.__name__.startswith("finish")
+        assert -(-finish.arguments["splits"] // finish.constants["BS"]) <= 4
+        assert finish.grid[0] * finish.constants["BC"] >= channels
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("finish", [(2, 2, 4), (4, 16, 16)], ids=["rounds", "at once"])
+def test_many_partial_sums(
+    finish: tuple[int, int, int],
+    layout: str,
+    assert_accurate: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "_FINISH", (16, 1, 4))
+    monkeypatch.setattr(plan, "_FINISH_MANY", finish)
+    monkeypatch.setattr(plan, "_TILE_BYTES", 128)
+    monkeypatch.setattr(plan, "_CHANNELS", 8)
+    plan._configs.cache_clear()
+    tensors = example(layout, torch.float32, device=DEVICE)
+    x = tensors["x"].flatten(2)
+    assert plan._walk(*plan._layout(x), 132, plan.configs(x)[0]).splits > 4
+    check(tensors, assert_accurate, training=True)
 
 
 class Walk(Watch):
