@@ -13,44 +13,51 @@ from torch import Tensor
 from ..runtime.tiling import Scratch, accumulation_dtype, tiles
 
 
-def _tile_statistics(tile: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Mean and M2 of one tile, float64."""
-    count = tile.shape[0] * tile.shape[2]
-    # About the mean of a sample that is at least 1/32 of the tile: its distance from the mean is
-    # at most sqrt(31) standard deviations whatever the data, so that M2 below cannot cancel badly.
-    sample = tile[:, :, : -(-tile.shape[2] // 32)]
-    about = sample.sum((0, 2), dtype=scratch.dtype) / (sample.shape[0] * sample.shape[2])
-    deviation = scratch.take("deviation", *tile.shape)
-    if tile.dtype == scratch.dtype:
-        torch.sub(tile, about[:, None], out=deviation)
-    else:  # an operation between two dtypes takes three times as long as a copy that converts
-        deviation.copy_(tile).sub_(about[:, None])
-    rest = deviation.sum((0, 2)).double() / count
-    squares = deviation.square_().sum((0, 2)).double()
-    return about.double() + rest, squares - count * rest.square()
-
-
 def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, M2 and count, float64."""
-    channels = x.shape[1]
-    scratch = Scratch(x, accumulation_dtype(x))
-    counts, means, squares = [], [], []
-    for b, n in tiles(x):
-        mean, m2 = _tile_statistics(x[b, :, n], scratch)
-        counts.append((b.stop - b.start) * (n.stop - n.start))
-        means.append(mean)
-        squares.append(m2)
-    if not counts:
+    images, channels, pixels = x.shape
+    if x.numel() == 0:
         mean, m2, count = x.new_zeros(2 * channels + 1, dtype=torch.float64).split(
             [channels, channels, 1]
         )
         return mean, m2, count
-    total = float(sum(counts))
-    share = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None]
-    of_tile = torch.stack(means)  # [tiles, C]
-    mean = (of_tile * share).sum(0) / total
-    m2 = torch.stack(squares).sum(0) + ((of_tile - mean).square() * share).sum(0)
-    return mean, m2, m2.new_full((1,), total)
+    scratch = Scratch(x, accumulation_dtype(x))
+    # About the mean of a sample that is at least 1/32 of x: its distance from the mean is at most
+    # sqrt(31) standard deviations whatever the data, so that M2 below cannot cancel badly.
+    sample = x[:, :, : -(-pixels // 32)]
+    about = sample.sum((0, 2), dtype=scratch.dtype) / (images * sample.shape[2])
+    nought, one = torch.zeros_like(about), torch.ones_like(about)
+    total, squares = x.new_zeros((2, channels), dtype=torch.float64)
+    for b, n in tiles(x):
+        tile = x[b, :, n]
+        deviation = scratch.take("deviation", *tile.shape)
+        if x.dtype == scratch.dtype:
+            torch.sub(tile, about[:, None], out=deviation)
+        else:  # an operation between two dtypes takes three times as long as a copy that converts
+            deviation.copy_(tile).sub_(about[:, None])
+        # The sum of these is not as precise where the sample lies far off.
+        squares += _sums(deviation, deviation, nought, one)[1]
+        total += deviation.sum((0, 2))
+    count = total.new_full((1,), float(images * pixels))
+    rest = total / count
+    return about.double() + rest, (squares - total * rest).clamp(min=0.0), count
+
+
+def _sums(grad: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> Tensor:
+    """Sums of grad and of grad (x - mean) inv_std over each channel, float64, in one pass."""
+    _, product, plain = torch.ops.aten.native_batch_norm_backward(
+        grad.unsqueeze(2),
+        x.unsqueeze(2),
+        torch.ones_like(mean),
+        mean,
+        inv_std,
+        mean,
+        inv_std,
+        True,
+        0.0,
+        [False, True, True],
+    )
+    return torch.stack([plain.double(), product.double()])
 
 
 def move_running(
@@ -108,19 +115,7 @@ def backward_sums(
         grad = torch.empty_like(x).copy_(grad)
     if x.numel() == 0:
         return x.new_zeros((2, x.shape[1]), dtype=torch.float64), masked
-    _, product, plain = torch.ops.aten.native_batch_norm_backward(
-        grad.unsqueeze(2),
-        x.unsqueeze(2),
-        torch.ones_like(mean),
-        mean,
-        inv_std,
-        mean,
-        inv_std,
-        True,
-        0.0,
-        [False, True, True],
-    )
-    return torch.stack([plain.double(), product.double()]), masked
+    return _sums(grad, x, mean, inv_std), masked
 
 
 def backward_input(
