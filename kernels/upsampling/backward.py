@@ -18,6 +18,7 @@ from .interpolation import (
     classes_of,
     denominator,
     first_after,
+    first_gap,
     first_class_of,
     label_rate,
     mean_weight,
@@ -32,7 +33,7 @@ def _row_of_classes(
     image, i, h, w, left, right, share, chunk, C: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Low row i of a chunk of classes made wide, columns x VEC G."""
-    row = image + tl.minimum(i, h - 1) * (w * C)
+    row = image + tl.maximum(tl.minimum(i, h - 1), 0) * (w * C)
     wide = widen(row, left, right, share, chunk, C, 1, VEC, G)
     return tl.reshape(wide, (wide.shape[0], wide.shape[2]))
 
@@ -135,7 +136,7 @@ def backward_kernel(
     if not MAP:
         scale = tl.load(Grad).to(tl.float32)
 
-    begin = tl.maximum(first_row - 1, 0)
+    begin = tl.maximum(first_row - 1, first_gap(ALIGN))
     below = _row_of_classes(image, begin, h, w, left, right, share, chunk, C, VEC, G)
     sum_above = tl.zeros((BX, BC), tl.float32)
     sum_below = tl.zeros((BX, BC), tl.float32)

@@ -18,43 +18,49 @@ import triton.language as tl
 from .interpolation import (
     LN_2,
     LOWEST,
+    STEEPEST,
     between,
     classes_of,
     first_after,
+    first_gap,
     label_rate,
     logits_of_labels,
     mean_weight,
     row_share,
+    share_between_rows,
     two_rows,
 )
 
 
 @triton.jit
-def _exact_lse(
-    image, i, h, w, left, right, share, down,
-    C: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
+def _chunk(
+    image, i, h, w, left, right, share, chunk,
+    C: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
+    """`two_rows` of one thread a pixel, columns x classes."""
+    above, step = two_rows(image, i, h, w, left, right, share, chunk, C, 1, VEC, G)
+    shape: tl.constexpr = (above.shape[0], above.shape[2])
+    return tl.reshape(above, shape), tl.reshape(step, shape)
+
+
+@triton.jit
+def _exact_lse(
+    image, i, h, w, left, right, share, down, C: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr
+):
     """log2 of the sum of exponentials of a row of output, about each pixel's own maximum.
 
     The row lies `down` below low row i, and each pixel `share` right of low column `left`.
     """
-    peak = tl.full((left.shape[0], L), LOWEST, tl.float32)
-    total = tl.zeros((left.shape[0], L), tl.float32)
-    for chunk in range(tl.cdiv(C, L * VEC * G)):
-        above, step = two_rows(image, i, h, w, left, right, share, chunk, C, L, VEC, G)
+    peak = tl.full(left.shape, LOWEST, tl.float32)
+    total = tl.zeros(left.shape, tl.float32)
+    for chunk in range(tl.cdiv(C, VEC * G)):
+        above, step = _chunk(image, i, h, w, left, right, share, chunk, C, VEC, G)
         values = above + down * step
-        new_peak = tl.maximum(peak, tl.max(values, 2))
+        new_peak = tl.maximum(peak, tl.max(values, 1))
         total = total * tl.exp2(peak - new_peak)
-        total += tl.sum(tl.exp2(values - new_peak[:, :, None]), 2)
+        total += tl.sum(tl.exp2(values - new_peak[:, None]), 1)
         peak = new_peak
-    return _join_lanes(peak, total)
-
-
-@triton.jit
-def _join_lanes(peak, total):
-    """The sum over the threads of a pixel, of which each has its own reference."""
-    highest = tl.max(peak, 1)
-    return highest + tl.log2(tl.sum(total * tl.exp2(peak - highest[:, None]), 1))
+    return peak + tl.log2(total)
 
 
 @triton.jit
@@ -75,9 +81,9 @@ def _finish_row(
         # An ignored pixel then has no probabilities and needs no care backward.
         tl.store(Lse + at, tl.where(labelled, lse, float("inf")), mask=inside)
     valid = labelled & (label >= 0) & (label < C)
-    wrong = (labelled & (valid == 0)).to(tl.float32)
-    label = label.to(tl.int32)
-    value = logits_of_labels(image, label, valid, i, down, left, right, share, w, h, C)
+    wrong = tl.where(labelled & (valid == 0), 1.0, 0.0)
+    label = tl.where(valid, label.to(tl.int32), 0)
+    value = logits_of_labels(image, label, i, down, left, right, share, w, h, C)
     rate = label_rate(Weight, label, valid, WEIGHT)
     loss = tl.where(valid, rate * (lse - value), 0.0)
     if SMOOTH:
@@ -97,8 +103,9 @@ def _own_pixels(
     Then, of each column, the low columns on both sides and the share of the right one.
     """
     strip, part = tl.program_id(0) % strips, tl.program_id(0) // strips % parts
-    i = tl.program_id(0) // strips // parts % h
-    b = (tl.program_id(0) // strips // parts // h).to(tl.int64)
+    gaps = h - first_gap(ALIGN)
+    i = tl.program_id(0) // strips // parts % gaps + first_gap(ALIGN)
+    b = (tl.program_id(0) // strips // parts // gaps).to(tl.int64)
     x, y = strip * BX + tl.arange(0, BX), first_after(i, h, H, ALIGN) + part * R
     rows = tl.minimum(first_after(i + 1, h, H, ALIGN) - y, R)
     left, share = between(tl.minimum(x, W - 1), w, W, ALIGN)
@@ -108,15 +115,15 @@ def _own_pixels(
 
 @triton.jit
 def _means(
-    above, step, Weight, chunk, C: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr,
-    G: tl.constexpr, WEIGHT: tl.constexpr,
+    above, step, Weight, chunk, C: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
+    WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Sums of both over a chunk of classes, weighted, for the label smoothing."""
-    classes, counted = classes_of(chunk, C, L, VEC, G)
+    classes, counted = classes_of(chunk, C, 1, VEC, G)
     factor = counted.to(tl.float32)
     if WEIGHT:
         factor = tl.load(Weight + classes, mask=counted, other=0.0).to(tl.float32)
-    return tl.sum(above * factor[None, :, :], 2), tl.sum(step * factor[None, :, :], 2)
+    return tl.sum(above * factor, 1), tl.sum(step * factor, 1)
 
 
 @triton.jit
@@ -140,9 +147,8 @@ def forward_kernel(
     ALIGN: tl.constexpr,  # corners of both maps coincide
     R: tl.constexpr,  # output rows of a program
     BX: tl.constexpr,  # output columns of a program
-    L: tl.constexpr,  # threads (lanes) that share a pixel
     VEC: tl.constexpr,  # classes side by side that one load reads
-    G: tl.constexpr,  # such loads of a thread in a chunk of L VEC G classes
+    G: tl.constexpr,  # such loads in a chunk of VEC G classes
     WEIGHT: tl.constexpr,  # there are class weights
     SMOOTH: tl.constexpr,  # smoothing is above 0
     LSE: tl.constexpr,  # write Lse
@@ -157,50 +163,45 @@ def forward_kernel(
 
     totals = ()
     for _r in tl.static_range(R):
-        totals = totals + (tl.zeros((BX, L), tl.float32),)
-    peak = tl.full((BX, L), LOWEST, tl.float32)
-    mean = tl.zeros((BX, L), tl.float32)
-    mean_step = tl.zeros((BX, L), tl.float32)
-    chunks = tl.where(rows > 0, tl.cdiv(C, L * VEC * G), 0)
+        totals = totals + (tl.zeros((BX,), tl.float32),)
+    peak = tl.full((BX,), LOWEST, tl.float32)
+    steepest = tl.zeros((BX,), tl.float32)
+    mean = tl.zeros((BX,), tl.float32)
+    mean_step = tl.zeros((BX,), tl.float32)
+    first, onward = row_share(y, i, h, H, ALIGN), share_between_rows(h, H, ALIGN)
+    chunks = tl.where(rows > 0, tl.cdiv(C, VEC * G), 0)
     for chunk in range(chunks):
-        above, step = two_rows(image, i, h, w, left, right, share, chunk, C, L, VEC, G)
+        above, step = _chunk(image, i, h, w, left, right, share, chunk, C, VEC, G)
         if SMOOTH:
-            added, added_step = _means(above, step, Weight, chunk, C, L, VEC, G, WEIGHT)
+            added, added_step = _means(above, step, Weight, chunk, C, VEC, G, WEIGHT)
             mean += added
             mean_step += added_step
-        # Between two low rows no value is larger than both ends, so one reference does for all.
-        new_peak = tl.maximum(peak, tl.max(tl.maximum(above, above + step), 2))
+        steepest = tl.maximum(steepest, tl.max(tl.abs(step), 1))
+        new_peak = tl.maximum(peak, tl.max(above, 1))
         factor = tl.exp2(peak - new_peak)
-        above -= new_peak[:, :, None]
+        power = tl.exp2(above - new_peak[:, None] + first * step)
+        ratio = tl.exp2(onward * step) if R > 1 else power
         new_totals = ()
         for r in tl.static_range(R):
-            down = row_share(y + r, i, h, H, ALIGN)
             total = totals[r] * factor
             # Most programs have all their rows, or all but the last.
             if r < R - 1 or r < rows:
-                total += tl.sum(tl.exp2(above + down * step), 2)
+                if r > 0:
+                    power *= ratio
+                total += tl.sum(power, 1)
             new_totals = new_totals + (total,)
         totals, peak = new_totals, new_peak
 
     loss_sum = tl.zeros((BX,), tl.float32)
     rate_sum = tl.zeros((BX,), tl.float32)
     wrong_sum = tl.zeros((BX,), tl.float32)
-    least = tl.full((BX,), float("inf"), tl.float32)
-    highest = tl.max(peak, 1)
-    part_of_highest = tl.exp2(peak - highest[:, None])
-    joined = ()
-    for r in tl.static_range(R):
-        total = tl.where(r < rows, tl.sum(totals[r] * part_of_highest, 1), 1.0)
-        least = tl.minimum(least, total)
-        joined = joined + (total,)
     at = labels + tl.cast(y, tl.int64) * W + x
-    if tl.min(least) < 1e-20:
-        # So far below the reference sums lose digits, or all of them.
+    if tl.max(steepest) > STEEPEST:
         for row in range(rows):
             down = row_share(y + row, i, h, H, ALIGN)
-            lse2 = _exact_lse(image, i, h, w, left, right, share, down, C, L, VEC, G)
+            lse2 = _exact_lse(image, i, h, w, left, right, share, down, C, VEC, G)
             loss, rate, wrong = _finish_row(
-                image, Target, Weight, Mean, Lse, Loss, lse2, tl.sum(mean + down * mean_step, 1),
+                image, Target, Weight, Mean, Lse, Loss, lse2, mean + down * mean_step,
                 at + row * W, x < W, i, down, left, right, share, w, h, ignore, smoothing, C,
                 WEIGHT, SMOOTH, LSE, MAP,
             )  # fmt: skip
@@ -209,15 +210,16 @@ def forward_kernel(
             wrong_sum += wrong
     else:
         for r in tl.static_range(R):
-            down = row_share(y + r, i, h, H, ALIGN)
-            loss, rate, wrong = _finish_row(
-                image, Target, Weight, Mean, Lse, Loss, highest + tl.log2(joined[r]),
-                tl.sum(mean + down * mean_step, 1), at + r * W, (x < W) & (r < rows), i, down,
-                left, right, share, w, h, ignore, smoothing, C, WEIGHT, SMOOTH, LSE, MAP,
-            )  # fmt: skip
-            loss_sum += loss
-            rate_sum += rate
-            wrong_sum += wrong
+            if r < rows:
+                down = row_share(y + r, i, h, H, ALIGN)
+                loss, rate, wrong = _finish_row(
+                    image, Target, Weight, Mean, Lse, Loss, peak + tl.log2(totals[r]),
+                    mean + down * mean_step, at + r * W, x < W, i, down, left, right, share, w, h,
+                    ignore, smoothing, C, WEIGHT, SMOOTH, LSE, MAP,
+                )  # fmt: skip
+                loss_sum += loss
+                rate_sum += rate
+                wrong_sum += wrong
     programs = tl.num_programs(0)
     tl.store(P + tl.program_id(0), tl.sum(loss_sum, 0))
     tl.store(P + programs + tl.program_id(0), tl.sum(rate_sum, 0))

@@ -21,6 +21,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below every logit; finite, because the difference of two infinities is not a number.
 LOWEST = tl.constexpr(-1e30)
+# How much a value may differ from one low row to the next for exponentials by recurrence.
+STEEPEST = tl.constexpr(46.0)
 
 
 @triton.jit
@@ -61,7 +63,13 @@ def first_after(index, low, high, ALIGN: tl.constexpr):
     """The first output row or column that does not lie before low row or column `index`."""
     number, whole = spacing(low, high, ALIGN)
     first = (index * number + (low - 2 if ALIGN else high + low - 1)) // whole
-    return tl.where(index <= 0, 0, tl.where(index >= low, high, first))
+    return tl.where(index < 0, 0, tl.where(index >= low, high, tl.maximum(first, 0)))
+
+
+@triton.jit
+def first_gap(ALIGN: tl.constexpr):
+    """The gap between low rows where output rows begin: -1 where some lie above all low rows."""
+    return 0 if ALIGN else -1
 
 
 @triton.jit
@@ -150,13 +158,17 @@ def two_rows(
     image, i, h, w, left, right, share, chunk,
     C: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Low row i made wide, and what the next one has more; far below 0 where not to be counted."""
-    above = image + i * (w * C)
+    """Low row i made wide, and what the next one has more; far below 0 where not to be counted.
+
+    Above the first and below the last low row is that row once more.
+    """
+    above = image + tl.maximum(i, 0) * (w * C)
     above = widen(above, left, right, share, chunk, C, L, VEC, G)
     step = image + tl.minimum(i + 1, h - 1) * (w * C)
     step = widen(step, left, right, share, chunk, C, L, VEC, G) - above
     if C % (L * VEC * G) != 0:
-        above = tl.where(classes_of(chunk, C, L, VEC, G)[1][None, :, :], above, LOWEST)
+        if (chunk + 1) * (L * VEC * G) > C:
+            above = tl.where(classes_of(chunk, C, L, VEC, G)[1][None, :, :], above, LOWEST)
     return above, step
 
 
@@ -169,15 +181,21 @@ def row_share(y, i, h, H, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def logits_of_labels(image, label, valid, i, down, left, right, share, w, h, C: tl.constexpr):
+def share_between_rows(h, H, ALIGN: tl.constexpr):
+    """What `row_share` grows by from one output row to the next."""
+    number, whole = spacing(h, H, ALIGN)
+    return tl.cast(whole, tl.float32) / tl.cast(number, tl.float32)
+
+
+@triton.jit
+def logits_of_labels(image, label, i, down, left, right, share, w, h, C: tl.constexpr):
     """The upsampled logit of each pixel's label, from its four low pixels."""
-    above = image + i * (w * C)
+    above = image + tl.maximum(i, 0) * (w * C)
     below = image + tl.minimum(i + 1, h - 1) * (w * C)
-    at_left, at_right = left * C + label, right * C + label
-    value = (1.0 - down) * tl.load(above + at_left, mask=valid, other=0.0).to(tl.float32)
-    value += down * tl.load(below + at_left, mask=valid, other=0.0).to(tl.float32)
-    other = (1.0 - down) * tl.load(above + at_right, mask=valid, other=0.0).to(tl.float32)
-    other += down * tl.load(below + at_right, mask=valid, other=0.0).to(tl.float32)
+    value = (1.0 - down) * tl.load(above + left * C + label).to(tl.float32)
+    value += down * tl.load(below + left * C + label).to(tl.float32)
+    other = (1.0 - down) * tl.load(above + right * C + label).to(tl.float32)
+    other += down * tl.load(below + right * C + label).to(tl.float32)
     return value + share * (other - value)
 
 

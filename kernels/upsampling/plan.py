@@ -39,32 +39,38 @@ class Axis:
     align_corners: bool
 
     def before(self, place: int) -> int:
-        """The low place at or before an output place."""
+        """The low place at or before an output place, -1 where it is before all of them."""
         if self.align_corners:
             return place * (self.low - 1) // max(self.high - 1, 1)
-        return min(max((2 * place + 1) * self.low - self.high, 0) // (2 * self.high), self.low - 1)
+        return max((2 * place + 1) * self.low - self.high, -1) // (2 * self.high)
 
     def first_after(self, index: int) -> int:
         """The first output place that does not lie before low place `index`."""
-        if index <= 0:
+        if index < 0:
             return 0
         if index >= self.low:
             return self.high
         if self.align_corners:
-            return min(cdiv(index * max(self.high - 1, 1), self.low - 1), self.high)
-        return min(cdiv(2 * self.high * index + self.high - self.low, 2 * self.low), self.high)
+            first = cdiv(index * max(self.high - 1, 1), max(self.low - 1, 1))
+        else:
+            first = cdiv(2 * self.high * index + self.high - self.low, 2 * self.low)
+        return min(max(first, 0), self.high)
+
+    @property
+    def gaps(self) -> range:
+        """The low places that outputs may lie at or after."""
+        return range(0 if self.align_corners else -1, self.low)
 
 
 @cache
 def rows_of_part(axis: Axis) -> tuple[int, int]:
     """Output rows of a program of the forward pass, and in how many parts it does the rest.
 
-    A program has rows that lie between the same two low rows. The first and the last low row may
-    have more than the others.
+    A program has rows that lie between the same two low rows, or beyond the first or last one.
     """
-    counts = [axis.first_after(i + 1) - axis.first_after(i) for i in range(axis.low)]
-    rows = max(1, min(max(counts[1:-1] or counts), _MOST_ROWS))
-    return rows, cdiv(max(counts), rows)
+    most = max(axis.first_after(i + 1) - axis.first_after(i) for i in axis.gaps)
+    rows = max(1, min(most, _MOST_ROWS))
+    return rows, cdiv(most, rows)
 
 
 @cache
@@ -141,23 +147,16 @@ def _lanes(classes: int) -> int:
 
 def forward_configs(logits: Tensor, arch: int, smoothing: float = 0.0) -> list[Config]:
     """Columns and classes of a program, the preferred one first, the conservative one last."""
-    lanes = _lanes(logits.shape[1])
-    # With 32 columns, and left alone, the compiler aims at register counts that spill a few bytes.
-    many = logits.dtype == torch.float32 or smoothing > 0
-    columns = 2 * _COLUMNS if many or arch >= 120 else _COLUMNS
-    free = Config(columns, lanes * _OWN_CLASSES, lanes * columns // 32)
-    less = replace(free, block_c=lanes * _OWN_CLASSES // 2)
-    limited = replace(free, max_registers=_REGISTERS)
-    if many:
-        return [limited, free, less]
-    # For Triton 3.8, where the first one spills as well.
-    wide = replace(limited, block_n=2 * _COLUMNS, num_warps=lanes * 2 * _COLUMNS // 32)
-    return [free, wide, less]
+    free = Config(_COLUMNS, _OWN_CLASSES, _COLUMNS // 32)
+    return [free, replace(free, block_c=_OWN_CLASSES // 2)]
 
 
 def argmax_configs(logits: Tensor, arch: int) -> list[Config]:
-    """As `forward_configs`; the compiler needs no limit here."""
-    return [c for c in forward_configs(logits, arch) if c.max_registers is None]
+    """As `forward_configs`."""
+    lanes = _lanes(logits.shape[1])
+    columns = 2 * _COLUMNS if logits.dtype == torch.float32 or arch >= 120 else _COLUMNS
+    free = Config(columns, lanes * _OWN_CLASSES, lanes * columns // 32)
+    return [free, replace(free, block_c=lanes * _OWN_CLASSES // 2)]
 
 
 def backward_configs(
@@ -270,16 +269,16 @@ class Forward:
         logits, options = self.logits, self.options
         _, height, width = self.target.shape
         problem = _Problem(logits, height, width, options.align_corners)
-        rows, parts = rows_of_part(problem.axes[0])
+        rows = problem.axes[0]
+        own_rows, parts = rows_of_part(rows)
         strips = cdiv(problem.width, config.block_n)
-        programs = len(logits) * logits.shape[2] * parts * strips
+        programs = len(logits) * len(rows.gaps) * parts * strips
         lse, losses = (
             problem.new_map() if keep else logits.new_empty(0, dtype=torch.float32)
             for keep in (self.keep_lse, self.keep_losses)
         )
         sums = logits.new_empty((3, programs), dtype=torch.float32)
         total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
-        lanes = _lanes(logits.shape[1])
         main = Launch(
             forward_kernels.forward_kernel,
             (programs,),
@@ -287,9 +286,9 @@ class Forward:
             | {"parts": parts, "strips": strips}
             | problem.arguments()
             | options.arguments(logits),
-            {"R": rows, "BX": config.block_n, "L": lanes}
+            {"R": own_rows, "BX": config.block_n}
             | {"LSE": self.keep_lse, "MAP": self.keep_losses}
-            | problem.constants(config.block_c // lanes)
+            | problem.constants(config.block_c)
             | options.constants(),
             num_warps=config.num_warps,
             max_registers=config.max_registers,
@@ -400,17 +399,18 @@ class ArgMax:
     ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
         logits = self.logits
         problem = _Problem(logits, self.height, self.width, self.align_corners)
-        rows, parts = rows_of_part(problem.axes[0])
+        rows = problem.axes[0]
+        own_rows, parts = rows_of_part(rows)
         strips = cdiv(self.width, config.block_n)
         lanes = _lanes(logits.shape[1])
         labels = problem.new_map(label_dtype(logits.shape[1]))
         probs = problem.new_map() if self.with_prob else logits.new_empty(0, dtype=torch.float32)
         launch = Launch(
             forward_kernels.argmax_kernel,
-            (len(logits) * logits.shape[2] * parts * strips,),
+            (len(logits) * len(rows.gaps) * parts * strips,),
             {"Labels": labels, "Probs": probs, "parts": parts, "strips": strips}
             | problem.arguments(),
-            {"R": rows, "BX": config.block_n, "L": lanes, "PROB": self.with_prob}
+            {"R": own_rows, "BX": config.block_n, "L": lanes, "PROB": self.with_prob}
             | problem.constants(config.block_c // lanes),
             num_warps=config.num_warps,
             max_registers=config.max_registers,
