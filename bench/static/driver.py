@@ -88,8 +88,7 @@ def no_gpu(arch: int = 90, launched: list[Launched] | None = None) -> Iterator[N
     from encnet_triton.kernels.runtime import dispatch, launch
 
     before, interpreting = driver._active, dispatch.interpreting
-    chosen = dict(launch._chosen)
-    launch._chosen.clear()
+    launch.forget()
     driver.set_active(_make(arch, launched))
     dispatch.interpreting = lambda: True  # what makes the kernels take tensors of the CPU
     try:
@@ -97,5 +96,4 @@ def no_gpu(arch: int = 90, launched: list[Launched] | None = None) -> Iterator[N
     finally:
         dispatch.interpreting = interpreting
         driver._active = before
-        launch._chosen.clear()
-        launch._chosen.update(chosen)
+        launch.forget()

@@ -286,11 +286,12 @@ def upsample_pass(
     a_map = options.reduction == "none"
     made: Pass
     if direction == "forward":
-        made = plan.Forward(logits, target, prepared, True, a_map)
+        made = plan.Forward(logits, target, prepared, True, a_map, not a_map)
     else:
         lse = target.new_empty(target.shape, dtype=torch.float32)
-        grad = lse.clone() if a_map else lse.new_empty((), dtype=torch.float64)
-        made = plan.Backward(grad, logits, target, lse, prepared)
+        grad = lse.clone() if a_map else lse.new_empty(())
+        rates = None if a_map else lse.new_empty((), dtype=torch.float64)
+        made = plan.Backward(grad, logits, target, lse, prepared, rates)
     return made
 
 

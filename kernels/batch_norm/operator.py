@@ -25,7 +25,8 @@ x, the mask if any, and two values a channel; the PyTorch code keeps y in place 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -39,9 +40,10 @@ from ..runtime.arguments import (
     check_number,
 )
 from ..runtime.dispatch import plan_of
-from ..runtime.eager import Direct, below_autograd, undisturbed
+from ..runtime.eager import Direct, applied, changed, quiet, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
+from ..runtime.replay import Repeated
 from ..runtime.tiling import accumulation_dtype
 from . import pytorch
 
@@ -361,61 +363,29 @@ _backward_frozen = Direct(backward_frozen)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    _keep(ctx, inputs, *output)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mask: Tensor) -> None:
+    y, mask = output
+    ctx.mark_non_differentiable(mask)
     x, mean, var, count, weight, bias, _, ctx.relu, ctx.eps, pack, ctx.group_name = inputs
-    kept = None
-    if ctx.relu and not plan_of(__package__, x):
-        kept = y
-    elif pack:
-        kept = mask
-    ctx.save_for_backward(x, mean, var, count, weight, bias, kept)
+    kept = _kept(x, y, mask, ctx.relu, pack)
+    ctx.save_for_backward(x, kept, mean, var, count, weight, bias)
+
+
+def _kept(x: Tensor, y: Tensor, mask: Tensor, relu: bool, pack: bool) -> Optional[Tensor]:
+    """What tells the backward pass which values the ReLU let pass, where x alone does not."""
+    if relu and not plan_of(__package__, x):
+        return y
+    return mask if pack else None
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional[Tensor], ...]:
-    return _gradients(ctx, grad, *ctx.saved_tensors)
-
-
-def _gradients(
-    ctx: Any,
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Optional[Tensor],
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    kept: Optional[Tensor],
-) -> tuple[Optional[Tensor], ...]:
-    """Of the arguments of `normalise`; x, grad and kept (if it is y) are B x C x N."""
     need_x, need_weight, need_bias, need_residual = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
     # Without a ReLU the residual's gradient is dy itself.
     write_residual = need_residual and ctx.relu
-    call = (x, kept, mean, var, weight, bias)
-    grad_x = grad_residual = None
-    if count is None:
-        grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
-            grad, *call, ctx.relu, ctx.eps, write_residual
-        )
-    else:
-        sums, grad_weight, grad_bias, masked = _backward_sums(grad, *call, ctx.relu, ctx.eps)
-        if need_x or write_residual:
-            if ctx.group_name:
-                sums = _all_reduce(sums, ctx.group_name)
-            if kept is not None and not plan_of(__package__, x):  # the PyTorch code has made g
-                grad_x, _ = _backward_input(
-                    masked, x, None, *call[2:], sums, count, False, ctx.eps, False
-                )
-                grad_residual = masked
-            else:
-                grad_x, grad_residual = _backward_input(
-                    grad, *call, sums, count, ctx.relu, ctx.eps, write_residual
-                )
+    options = ctx.relu, ctx.eps, ctx.group_name, need_x, write_residual
+    given: tuple[Any, ...] = (grad, *ctx.saved_tensors, *options)
+    grad_x, grad_weight, grad_bias, grad_residual = _gradients(*given)
     return (
-        grad_x if need_x else None,
+        grad_x,
         None,
         None,
         None,
@@ -432,35 +402,173 @@ def _gradients(
 normalise.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-class _Normalise(torch.autograd.Function):
-    """`normalise` and its backward pass round the dispatcher; x, residual and y in x's own shape.
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    group_name: str,
+    need_x: bool,
+    write_residual: bool,
+) -> tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor]]:
+    """Of x, weight, bias and residual; x, grad and kept (if it is y) are B x C x N."""
+    call = (x, kept, mean, var, weight, bias)
+    if count is None:
+        grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
+            grad, *call, relu, eps, write_residual
+        )
+        return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
+    sums, grad_weight, grad_bias, masked = _backward_sums(grad, *call, relu, eps)
+    if not need_x and not write_residual:
+        return None, grad_weight, grad_bias, None
+    if group_name:
+        sums = _all_reduce(sums, group_name)
+    if kept is not None and not plan_of(__package__, x):  # the PyTorch code has made g
+        given = masked, x, None, *call[2:], sums, count, False, eps, False
+        grad_x, grad_residual = _backward_input(*given)[0], masked
+    else:
+        grad_x, grad_residual = _backward_input(grad, *call, sums, count, relu, eps, write_residual)
+    return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
 
-    What is kept is what the operator keeps, and no view stands between these and the network.
+
+def _normalised(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    residual: Optional[Tensor],
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: Optional[str],
+    derived: bool,
+    group: Optional[ProcessGroup],
+    statistics: Optional[tuple[Tensor, Tensor]],
+) -> tuple[Optional[Tensor], ...]:
+    """y in x's own shape, and what `_derived` is given: kept, mean, var and count.
+
+    No mean and var where they are the running ones.
+    """
+    planes, relu = _as_planes(x), activation == "relu"
+    added = None if residual is None else _as_planes(residual)
+    running = running_mean, running_var
+    moments = _moments_of(planes, training, *running, momentum, group, statistics)
+    pack = relu and added is not None and derived
+    y, mask = _normalise(planes, *moments, weight, bias, added, relu, eps, pack, "")
+    # A view that autograd takes for none: else nobody could change it in place.
+    y = torch.ops.aten._unsafe_view(y, x.shape)
+    kept = _kept(planes, y, mask, relu, pack)
+    if moments[0] is running_mean and moments[1] is running_var:
+        return y, kept, None, None, None
+    return y, kept, *moments
+
+
+def _derived(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    *options: Any,
+) -> tuple[Optional[Tensor], ...]:
+    """`_gradients` in x's own shape, None where there is nothing."""
+    if kept is not None and kept.dim() > 1:  # y, and not a mask
+        kept = _as_planes(kept)
+    given = _as_planes(grad), _as_planes(x), kept, mean, var, count, weight, bias
+    grad_x, grad_weight, grad_bias, grad_residual = _gradients(*given, *options)
+    return (
+        None if grad_x is None else grad_x.reshape(x.shape),
+        None if weight is None else grad_weight,
+        None if bias is None else grad_bias,
+        grad_residual.reshape(x.shape) if grad_residual is not None and options[-1] else None,
+    )
+
+
+_forward, _backward = Repeated(_normalised), Repeated(_derived)
+
+
+class _Normalise(torch.autograd.Function):
+    """The layer round the dispatcher, all of a direction at once.
+
+    What is kept is what the operators keep, and no view stands between these and the network.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        residual = rest[5]
-        with below_autograd():
-            added = None if residual is None else _as_planes(residual)
-            y, mask = _normalise.body(_as_planes(x), *rest[:5], added, *rest[6:])
-            # A view that autograd takes for none: else nobody could change it in place.
-            y = torch.ops.aten._unsafe_view(y, x.shape)
-        _keep(ctx, (x, *rest), y, mask)
-        return y
+    def forward(
+        ctx: Any,
+        call: Callable[[], Any],
+        options: tuple[bool, float, str],
+        running: tuple[Optional[Tensor], Optional[Tensor]],
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        residual: Optional[Tensor],
+    ) -> Tensor:
+        y, kept, mean, var, count = call()
+        if mean is None:
+            mean, var = running
+        ctx.options = options
+        ctx.save_for_backward(x, kept, mean, var, count, weight, bias)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, mean, var, count, weight, bias, kept = ctx.saved_tensors
-        shape = x.shape
-        if kept is not None and kept.dim() > 1:  # y, and not a mask
-            kept = _as_planes(kept)
-        given = _as_planes(grad), _as_planes(x), mean, var, count, weight, bias, kept
-        grads = list(_gradients(ctx, *given))
-        for place in (0, 6):
-            if (of_map := grads[place]) is not None:
-                grads[place] = of_map.reshape(shape)
-        return tuple(grads)
+        *_, need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad
+        relu, eps, group_name = ctx.options
+        # Without a ReLU the residual's gradient is dy itself.
+        write = need_residual and relu
+        given = grad, *ctx.saved_tensors, relu, eps, group_name, need_x, write
+        # Second derivatives are the operators' to refuse.
+        direct = not torch.is_grad_enabled() and not group_name and quiet()
+        made = _backward(*given) if direct else _derived(*given)
+        grad_x, grad_weight, grad_bias, grad_residual = made
+        return (
+            None,
+            None,
+            None,
+            grad_x,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            (grad_residual if write else grad) if need_residual else None,
+        )
+
+
+_apply = applied(_Normalise)
+
+
+def _normalise_by(
+    call: Callable[[], Any],
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    residual: Optional[Tensor],
+    training: bool,
+    _: Any,
+    eps: float,
+    activation: Optional[str],
+    derived: bool,
+    group: Optional[ProcessGroup],
+    __: Any,
+) -> Tensor:
+    """y of `_normalised` by this call, given the same arguments."""
+    if training:
+        changed((running_mean, running_var))
+    if not derived:
+        return call()[0]
+    options = activation == "relu", eps, "" if group is None else group.group_name
+    return _apply(call, options, (running_mean, running_var), x, weight, bias, residual)
 
 
 def _check_inputs(
@@ -545,20 +653,23 @@ def _pack_images(x: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([total.sum(0), squares.sum(0), count])
 
 
-def _batch_moments(
+def _moments_of(
     x: Tensor,
+    training: bool,
     running_mean: Optional[Tensor],
     running_var: Optional[Tensor],
     momentum: float,
     group: Optional[ProcessGroup],
     statistics: Optional[tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and count over the group; moves the running statistics."""
-    if running_mean is None and running_var is None:
-        momentum = 0.0
-    else:
-        check_number("batch_norm_act", "momentum", momentum)
-    momentum = float(momentum)
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Mean, variance and count over the group, moving the running statistics, or the running ones.
+
+    They have no count.
+    """
+    if not training:
+        assert running_mean is not None and running_var is not None
+        dtype = accumulation_dtype(x)
+        return running_mean.to(dtype), running_var.to(dtype), None
     if group is None and statistics is None:
         return _moments(x, running_mean, running_var, momentum)
     packed = _statistics_of(x) if statistics is None else _pack_images(x, statistics)
@@ -567,7 +678,31 @@ def _batch_moments(
     return _unpack(packed, x, running_mean, running_var, momentum)
 
 
-def _check_batch(x: Tensor, group: Optional[ProcessGroup]) -> None:
+def _check_all(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    residual: Optional[Tensor],
+    training: bool,
+    eps: float,
+    activation: Optional[str],
+    group: Optional[ProcessGroup],
+    statistics: Optional[tuple[Tensor, Tensor]],
+) -> None:
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check_inputs(x, {"weight": weight, "bias": bias, **running}, residual, activation)
+    _check_options(training, eps, group)
+    _check_statistics(x, statistics)
+    check_derivatives("batch_norm_act", x, weight, bias, residual)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "batch_norm_act: running_mean and running_var are needed when training is False."
+            )
+        return
+    check_no_vmap("batch_norm_act in training", x, weight, bias, residual)
     if group is None and x.numel() // x.shape[1] < 2:
         raise ValueError(
             "batch_norm_act: training needs more than one value per channel, got x of shape "
@@ -575,15 +710,12 @@ def _check_batch(x: Tensor, group: Optional[ProcessGroup]) -> None:
         )
 
 
-def _running_moments(
-    x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor]
-) -> tuple[Tensor, Tensor]:
-    if running_mean is None or running_var is None:
-        raise ValueError(
-            "batch_norm_act: running_mean and running_var are needed when training is False."
-        )
-    dtype = accumulation_dtype(x)
-    return running_mean.to(dtype), running_var.to(dtype)
+def _checked_momentum(training: bool, momentum: Any, *running: Optional[Tensor]) -> float:
+    """As a float; it counts only where there are statistics to move."""
+    if not training or running == (None, None):
+        return 0.0
+    check_number("batch_norm_act", "momentum", momentum)
+    return float(momentum)
 
 
 def batch_norm_act(
@@ -631,36 +763,28 @@ def batch_norm_act(
             missing in evaluation, or there is no more than one value per channel to train on.
         NotImplementedError: forward-mode differentiation, or by torch.func; vmap in training.
     """
-    per_channel = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    _check_inputs(x, per_channel, residual, activation)
-    _check_options(training, eps, group)
-    _check_statistics(x, statistics)
-    check_derivatives("batch_norm_act", x, weight, bias, residual)
-    features = _as_planes(x)
-    if training:
-        check_no_vmap("batch_norm_act in training", x, weight, bias, residual)
-        _check_batch(x, group)
-        with torch.no_grad():
-            mean, var, count = _batch_moments(
-                features.detach(), running_mean, running_var, momentum, group, statistics
-            )
-    else:
-        mean, var = _running_moments(x, running_mean, running_var)
-        count = None
-    relu = activation == "relu"
     derived = _needs_gradient(x, weight, bias, residual)
+    tensors = x, weight, bias, running_mean, running_var, residual
+    options = activation, derived, group, statistics
+    if quiet() and type(eps) is float and eps >= 0.0:
+        given = *tensors, training, momentum, eps, *options
+        again = _forward.again(*given)
+        if again is not None:
+            return _normalise_by(again, *given)
+    _check_all(*tensors, training, eps, activation, group, statistics)
+    eps, momentum = float(eps), _checked_momentum(training, momentum, running_mean, running_var)
+    given = *tensors, training, momentum, eps, *options
+    if undisturbed(*tensors):
+        return _normalise_by(partial(_forward, *given), *given)
+    features, relu = _as_planes(x), activation == "relu"
+    with torch.no_grad():
+        moments = _moments_of(
+            features.detach(), training, running_mean, running_var, momentum, group, statistics
+        )
     pack = relu and residual is not None and derived
-    options = relu, float(eps), pack, "" if group is None else group.group_name
-    affine = mean, var, count, weight, bias
-    if derived and undisturbed(x, *affine, residual):
-        return _Normalise.apply(x, *affine, residual, *options)  # type: ignore[no-any-return, no-untyped-call]
     added = None if residual is None else _as_planes(residual)
-    y, _ = _normalise(features, *affine, added, *options)
+    name = "" if group is None else group.group_name
+    y, _ = _normalise(features, *moments, weight, bias, added, relu, eps, pack, name)
     return y.view(x.shape)
 
 
@@ -670,4 +794,5 @@ def _as_planes(x: Tensor) -> Tensor:
 
 
 def _needs_gradient(*tensors: Optional[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Also asked of arguments that are to be refused."""
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)

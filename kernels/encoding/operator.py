@@ -16,7 +16,8 @@ again. Bytes: forward reads x once, backward reads x once and writes dx once.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional, Union, overload
+from functools import partial
+from typing import Any, Callable, Literal, Optional, Union, overload
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ from torch.utils.flop_counter import register_flop_formula
 from .._namespace import add_op_namespace_prefix
 from ..runtime.arguments import check_dense, check_derivatives, check_flag
 from ..runtime.dispatch import plan_of
-from ..runtime.eager import Direct, below_autograd, undisturbed
+from ..runtime.eager import Direct, applied, quiet, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
+from ..runtime.replay import Repeated
 from ..runtime.tiling import accumulation_dtype
 from . import pytorch
 
@@ -180,54 +182,69 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Optional[Tensor], ...]:
-    return _gradients(ctx, grad, *ctx.saved_tensors)
+    return (*_gradients(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3]), None, None)
 
 
 def _gradients(
-    ctx: Any,
     grad: Tensor,
     x: Tensor,
     codewords: Tensor,
     scale: Tensor,
     backward_scale: Optional[Tensor],
     counters: Tensor,
+    need_x: bool,
+    need_codewords: bool,
+    need_scale: bool,
 ) -> tuple[Optional[Tensor], ...]:
-    """Of the arguments of `_encode_forward`; x is B x C x N."""
-    need_x, need_codewords, need_scale = ctx.needs_input_grad[:3]
+    """Of x, B x C x N, codewords and scale, None where not needed."""
     grad_x, grad_codewords, grad_scale = _backward(
         grad, x, codewords, scale, backward_scale, need_x, need_codewords, counters
     )
-    need_scale = need_scale and backward_scale is None
     return (
         grad_x if need_x else None,
         grad_codewords if need_codewords else None,
-        grad_scale if need_scale else None,
-        None,
-        None,
+        grad_scale if need_scale and backward_scale is None else None,
     )
 
 
 _encode_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
+def _encoded(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """`_encode_forward` of x in its own shape."""
+    return _forward(_as_planes(x), *rest)  # type: ignore[no-any-return]
+
+
+def _derived(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Optional[Tensor], ...]:
+    """`_gradients` of x in its own shape."""
+    grad_x, *others = _gradients(grad, _as_planes(x), *rest)
+    if grad_x is not None:
+        grad_x = grad_x.reshape(x.shape) if x.dim() == 4 else grad_x.transpose(1, 2)
+    return (grad_x, *others)
+
+
+_all_forward, _all_backward = Repeated(_encoded), Repeated(_derived)
+
+
 class _Encode(torch.autograd.Function):
-    """`_encode_forward` and its backward pass round the dispatcher; x in its own shape."""
+    """`_encoded` and `_derived` round the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        with below_autograd():
-            code, total, m2, counters = _forward.body(_as_planes(x), *rest)
-        ctx.save_for_backward(x, *rest[:3], counters)
+    def forward(ctx: Any, call: Callable[[], Any], *inputs: Optional[Tensor]) -> tuple[Tensor, ...]:
+        code, total, m2, counters = call()
+        ctx.save_for_backward(*inputs, counters)
         ctx.mark_non_differentiable(total, m2)
         return code, total, m2
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
-        x, *rest = ctx.saved_tensors
-        grad_x, *others = _gradients(ctx, grad, _as_planes(x), *rest)
-        if grad_x is not None:
-            grad_x = grad_x.reshape(x.shape) if x.dim() == 4 else grad_x.transpose(1, 2)
-        return (grad_x, *others)
+        given = grad, *ctx.saved_tensors, *ctx.needs_input_grad[1:4]
+        # Second derivatives are the operator's to refuse.
+        direct = not torch.is_grad_enabled() and quiet()
+        return (None, *(_all_backward(*given) if direct else _derived(*given)), None)
+
+
+_apply = applied(_Encode)
 
 
 def _as_planes(x: Tensor) -> Tensor:
@@ -316,6 +333,31 @@ def encode(
         ValueError: shapes do not fit, K or C is zero, or tensors are on different devices.
         NotImplementedError: forward-mode differentiation, or by torch.func.
     """
+    inputs = x, codewords, scale, backward_scale
+    call = _all_forward.again(*inputs, return_stats) if quiet() else None
+    if call is None:
+        _check_all(*inputs, return_stats)
+        if undisturbed(*inputs):
+            call = partial(_all_forward, *inputs, return_stats)
+    derived = torch.is_grad_enabled() and (
+        x.requires_grad or codewords.requires_grad or scale.requires_grad
+    )
+    if call is None:
+        code, total, m2, _ = _forward(_as_planes(x), *inputs[1:], return_stats)
+    elif derived:
+        code, total, m2 = _apply(call, *inputs)
+    else:
+        code, total, m2, _ = call()
+    return (code, total, m2) if return_stats else code
+
+
+def _check_all(
+    x: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    backward_scale: Optional[Tensor],
+    return_stats: bool,
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"encode: x must be a tensor, got {type(x).__name__}.")
     if x.dim() not in (3, 4):
@@ -326,12 +368,3 @@ def encode(
     check_flag("encode", "return_stats", return_stats)
     _check_inputs(x, channels, codewords, scale, backward_scale)
     check_derivatives("encode", x, codewords, scale, backward_scale)
-    given = codewords, scale, backward_scale
-    derived = torch.is_grad_enabled() and (
-        x.requires_grad or codewords.requires_grad or scale.requires_grad
-    )
-    if derived and undisturbed(x, *given):
-        code, total, m2 = _Encode.apply(x, *given, return_stats)  # type: ignore[no-untyped-call]
-    else:
-        code, total, m2, _ = _forward(_as_planes(x), *given, return_stats)
-    return (code, total, m2) if return_stats else code

@@ -7,12 +7,14 @@ asked of torch here is not public: a version that has it no more gets the operat
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from .replay import Repeated, watching
 
 _PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float, str, torch.dtype})
 
@@ -28,24 +30,40 @@ _questions = _found(
     "_are_functorch_transforms_active",
     "_get_tracing_state",
 )
-# What torch.library runs a body in: views and changes are not recorded.
+_is_wrapped: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
+)
+# Without it bodies cannot run as torch.library runs them.
 _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+
+
+def quiet() -> bool:
+    """Whether nothing but autograd is to know of the calls that are made now."""
+    if torch.compiler.is_compiling() or _questions is None or _below_autograd is None:
+        return False
+    modes, functions, transforms, tracing = _questions
+    return not (modes() or functions() or transforms() or tracing() is not None)
 
 
 def undisturbed(*arguments: Any) -> bool:
     """Whether nothing but autograd is to know of a call with these arguments."""
-    if torch.compiler.is_compiling() or _questions is None or _below_autograd is None:
-        return False
-    modes, functions, transforms, tracing = _questions
-    if modes() or functions() or transforms() or tracing() is not None:
-        return False
+    return quiet() and plain(*arguments)
+
+
+def plain(*arguments: Any) -> bool:
+    """Whether these are values and tensors as bodies take them: no class of others, no symbol."""
     for value in arguments:
         kind = type(value)
-        if kind not in _PLAIN:  # another tensor than torch's own, a symbol
+        if kind not in _PLAIN:
             return False
-        if (kind is Tensor or kind is Parameter) and (value.is_meta or value.is_neg()):
+        if (kind is Tensor or kind is Parameter) and _is_odd(value):
             return False
     return True
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    """Whether its memory is not to be read, or not as it is; functorch leaves some of those."""
+    return tensor.is_meta or tensor.is_neg() or _is_wrapped(tensor)
 
 
 class Direct:
@@ -57,22 +75,46 @@ class Direct:
     def __init__(self, operator: Any, changes: tuple[int, ...] = ()) -> None:
         self.operator = operator
         self.changes = changes
-        self._body: Optional[Callable[..., Any]] = getattr(operator, "_init_fn", None)
+        body: Optional[Callable[..., Any]] = getattr(operator, "_init_fn", None)
+        self._body = None if body is None else Repeated(body)
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._body is None or _recorded(arguments) or not undisturbed(*arguments):
+        if self._body is None:
             return self.operator(*arguments)
-        return self.body(*arguments)
+        if watching():
+            return self._body.body(*arguments)
+        if _recorded(arguments) or not quiet():
+            return self.operator(*arguments)
+        again = self.again(*arguments)
+        if again is None and not plain(*arguments):
+            return self.operator(*arguments)
+        return self.body(*arguments) if again is None else again()
+
+    def again(self, *arguments: Any) -> Optional[Callable[[], Any]]:
+        """`Repeated.again` of its body, for calls that are `quiet`."""
+        if self._body is None:
+            return None
+        call = self._body.again(*arguments)
+        if call is not None:
+            changed([arguments[place] for place in self.changes])
+        return call
 
     def body(self, *arguments: Any) -> Any:
         """What it computes, below autograd; for calls that are `undisturbed`."""
         assert self._body is not None
-        with _below_autograd():
-            made = self._body(*arguments)
-        changed = [arguments[place] for place in self.changes if arguments[place] is not None]
-        if changed:
-            torch.autograd.graph.increment_version(changed)
+        made = self._body(*arguments)
+        changed([arguments[place] for place in self.changes])
         return made
+
+
+def changed(tensors: Sequence[Optional[Tensor]]) -> None:
+    """Count that these were written, for whoever keeps them."""
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+
+
+def applied(function: Any) -> Callable[..., Any]:
+    """`apply` of an autograd.Function without its look at functorch, for calls that are `quiet`."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
 
 
 def _recorded(arguments: tuple[Any, ...]) -> bool:
@@ -80,8 +122,3 @@ def _recorded(arguments: tuple[Any, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
-
-
-def below_autograd() -> contextlib.AbstractContextManager[Any]:
-    """As torch.library runs the bodies of operators."""
-    return _below_autograd()  # type: ignore[no-any-return]

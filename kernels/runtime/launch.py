@@ -16,14 +16,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional, Protocol, TypeVar, cast
+from typing import Any, Callable, NamedTuple, Optional, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import tuned
 from .dispatch import interpreting
-from .replay import Replay, run_and_record
+from .replay import forget as forget_replays
+from .replay import run_noted
 from .tuned import Entry, Problem
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,9 @@ class Launch:
     def _call(self) -> dict[str, Any]:
         return {**self.arguments, **self.constants, **self.options()}
 
+    def with_arguments(self, arguments: dict[str, Any]) -> Launch:
+        return replace(self, arguments=arguments)
+
     def run(self) -> Any:
         """The program that ran, where Triton says so."""
         return self.kernel[self.grid](**self._call())
@@ -164,7 +168,7 @@ _ANYWHERE = contextlib.nullcontext()
 # Why a program, on a device, is not to be used, or None.
 _obstacles: dict[Any, Optional[str]] = {}
 # What a pass over arguments like these ran with on a device.
-_chosen: dict[Any, Chosen] = {}
+_chosen: dict[Any, tuple[Machine, Config]] = {}
 
 Outputs = TypeVar("Outputs")
 Made = TypeVar("Made", covariant=True)
@@ -175,22 +179,6 @@ class Machine(NamedTuple):
 
     arch: int
     processors: int
-
-
-@dataclass
-class Chosen:
-    """What passes over arguments that are alike run with.
-
-    Attributes:
-        machine, config: what their launches are made with.
-        replay: how to run them without asking the plan, or None.
-        recorded: whether that was looked into.
-    """
-
-    machine: Machine
-    config: Config
-    replay: Optional[Replay] = None
-    recorded: bool = False
 
 
 class Call(Protocol[Made]):
@@ -228,11 +216,7 @@ def run(call: Call[Outputs]) -> Outputs:
 
     It is looked for once for arguments that are alike.
     """
-    pointers: list[int] = []
-    numbers: list[float] = []
-    key = call.device, type(call), _kinds(call, pointers, numbers)
-    outputs: Outputs
-    made: Sequence[Launch]
+    key = call.device, type(call), _kinds(call)
     with on(call.device):
         chosen = _chosen.get(key)
         if chosen is None:
@@ -240,51 +224,38 @@ def run(call: Call[Outputs]) -> Outputs:
             config, made, outputs = choose(
                 _preferred_first(call, here), partial(call.launches, here), call.device
             )
-            _chosen[key] = Chosen(here, config)
+            _chosen[key] = here, config
             if _seen is not None:
                 _seen.append((call, config))
-            run_all(made)
-            return outputs
-        if chosen.replay is not None:
-            replayed = chosen.replay.run(pointers, numbers)
-            if replayed is not None:
-                return cast(Outputs, replayed)
-        if chosen.recorded or interpreting():
-            made, outputs = call.launches(chosen.machine, chosen.config)
-            run_all(made)
-            return outputs
-        chosen.recorded = True
-        outputs, chosen.replay = run_and_record(
-            call, lambda marked: marked.launches(chosen.machine, chosen.config), run_all
-        )
+        else:
+            made, outputs = call.launches(*chosen)
+        run_all(made)
     return outputs
 
 
-def _kinds(arguments: Any, pointers: list[int], numbers: list[float]) -> tuple[Any, ...]:
+def _kinds(arguments: Any) -> tuple[Any, ...]:
     """All of a pass's arguments that decides what it launches, and how that is compiled.
 
-    Of a number that is no size a plan only asks whether it is above 0. The rest is added to the
-    lists: addresses of tensors and numbers, in the order of the fields.
+    Of a number that is no size a plan only asks whether it is above 0.
     """
     found: list[Any] = []
     for value in vars(arguments).values():
         kind = type(value)
-        if kind is Tensor:  # asked first: most of them are, and isinstance takes long
-            pointer = value.data_ptr()
-            pointers.append(pointer)
-            found += value.shape, value.stride(), value.dtype, pointer % 16 == 0
+        if isinstance(value, Tensor):
+            found += value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0
         elif value is None or kind is bool or kind is int:
             found.append(value)
-        elif kind is float:
+        elif kind is float or isinstance(value, float):
             found.append(value > 0)
-            numbers.append(value)
-        elif isinstance(value, Tensor):
-            pointer = value.data_ptr()
-            pointers.append(pointer)
-            found += value.shape, value.stride(), value.dtype, pointer % 16 == 0
         else:
-            found.append(_kinds(value, pointers, numbers))
+            found.append(_kinds(value))
     return tuple(found)
+
+
+def forget() -> None:
+    """What was chosen, and how launches are made again."""
+    _chosen.clear()
+    forget_replays()
 
 
 def _preferred_first(call: Call[Any], here: Machine) -> Sequence[Config]:
@@ -310,12 +281,12 @@ def trial(entries: Sequence[Entry] = ()) -> Iterator[list[tuple[Call[Any], Confi
     """
     global _seen
     before = _seen, tuned.tried
-    _chosen.clear()
+    forget()
     _seen, tuned.tried = [], entries
     try:
         yield _seen
     finally:
-        _chosen.clear()
+        forget()
         _seen, tuned.tried = before
 
 
@@ -324,12 +295,11 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else _ANYWHERE
 
 
-def run_all(launches: Sequence[Launch]) -> list[Any]:
-    """Run them in order, but those without programs: a GPU refuses an empty grid.
-
-    Returns what Triton says that it ran.
-    """
-    return [launch.run() for launch in launches if all(launch.grid)]
+def run_all(launches: Sequence[Launch]) -> None:
+    """Run them in order, but those without programs: a GPU refuses an empty grid."""
+    for launch in launches:
+        if all(launch.grid):
+            run_noted(launch)
 
 
 def choose(

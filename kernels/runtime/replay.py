@@ -1,37 +1,160 @@
-"""The launches of a pass as they were made before, for arguments that are alike.
+"""The launches of a function as they were made before, for arguments that are alike.
 
-A pass over arguments of the same kinds (shapes, strides, dtypes, alignment, options) makes the same
-launches of the same compiled programs; only addresses and numbers differ. So its plan is asked
-once, what it allocates and where its arguments go is written down, and later calls allocate, fill
-in and call the programs' launchers, without Triton's binder. Whatever is not understood leaves the
-pass to its plan and to Triton: a plan that computes something, arguments whose origin is unclear,
-a Triton whose launchers are not known here, hooks that somebody has set. ENCNET_REPLAY=0 in the
-environment leaves all of them to it.
+A body that launches kernels makes the same launches of the same compiled programs for all arguments
+of the same kinds (shapes, strides, dtypes, alignment, options); only addresses and numbers differ.
+So the second time it is watched: what it allocates and where the arguments of its launches come
+from is written down. Later calls allocate, fill in and call the programs' launchers, without the
+checks, plans and views of the body and without Triton's binder. Whatever is not understood leaves
+the call to the body and to Triton: a body that computes something else, arguments whose origin is
+unclear, a Triton whose launchers are not known here, hooks that somebody has set. ENCNET_REPLAY=0
+in the environment leaves all of them to it.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
 from operator import itemgetter
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Versions whose compiled programs are launched as `_Launch` does; in another one Triton launches.
-_KNOWN = ("3.6", "3.7", "3.8", "3.9")
-# Bytes that tensors in one buffer begin at a multiple of.
-_ALIGNED = 256
+from .dispatch import interpreting, takes_triton
 
-# Operators that allocate, or look at a tensor otherwise, and compute nothing.
-_ALLOCATIONS = frozenset(
-    ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-    + ("transpose", "view", "detach")
-)
+# Versions whose compiled programs are launched as `Replay` does; in another one Triton launches.
+_KNOWN = ("3.6", "3.7", "3.8", "3.9")
+# Bytes that buffers within one allocation begin at a multiple of.
+_ALIGNED = 256
+# Calls that are watched for arguments of one kind, at most: two tensors that are the same one, as
+# the arguments may be by chance, are not told apart.
+_WATCHED = 3
+
+# Operators that allocate and compute nothing.
+_ALLOCATE = frozenset(("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"))
+
+_PLAIN = frozenset({type(None), bool, str, torch.dtype})
+# How a number that is no size is known: all that a body asks of it.
+_ABOVE, _NOT_ABOVE = object(), object()
+
+# What torch.library runs a body in: views and changes are not recorded.
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+
+
+def kinds_of(
+    arguments: Sequence[Any], pointers: list[int], numbers: list[float]
+) -> Optional[tuple[Any, ...]]:
+    """All of the arguments that decides what is launched for them, and how it is compiled.
+
+    The rest is added to the lists. None where one of them is no plain tensor or value.
+    """
+    found: list[Any] = []
+    bits = 0
+    for value in arguments:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            try:
+                pointer = value.data_ptr()
+                found += value.shape, value.stride(), value.dtype, value.device
+            except (RuntimeError, NotImplementedError):  # one that is not dense
+                return None
+            if value.is_neg():
+                return None
+            pointers.append(pointer)
+            bits |= pointer
+        elif kind in _PLAIN:
+            found.append(value)
+        elif kind is float:
+            found.append(_ABOVE if value > 0 else _NOT_ABOVE)
+            numbers.append(value)
+        elif kind is int:
+            found += kind, value
+        else:
+            return None
+    if bits & 15:
+        found.append(tuple(pointer & 15 for pointer in pointers))
+    return tuple(found)
+
+
+class Repeated:
+    """A body that launches kernels, with what is known of its calls."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.body = body
+        self._replays: dict[Any, Replay] = {}
+        self._calls: dict[Any, int] = {}
+        _all.append(self)
+
+    def again(self, *arguments: Any) -> Optional[Callable[[], Any]]:
+        """What to call for its outputs where such arguments were seen, or None."""
+        if not self._replays:
+            return None
+        pointers: list[int] = []
+        numbers: list[float] = []
+        replay = self._replays.get(kinds_of(arguments, pointers, numbers))
+        if replay is None or not replay.holds():
+            return None
+        return partial(self._again, replay, pointers, numbers, arguments)
+
+    def _again(
+        self, replay: Replay, pointers: list[int], numbers: list[float], arguments: Sequence[Any]
+    ) -> Any:
+        made = replay.run(pointers, numbers)
+        return self.plain(*arguments) if made is None else made
+
+    def __call__(self, *arguments: Any) -> Any:
+        again = self.again(*arguments)
+        return self._watched(arguments) if again is None else again()
+
+    def plain(self, *arguments: Any) -> Any:
+        """The body itself."""
+        with _below_autograd():
+            return self.body(*arguments)
+
+    def _watched(self, arguments: Sequence[Any]) -> Any:
+        if watching() or not _is_known_here(arguments):
+            return self.plain(*arguments)
+        kinds = kinds_of(arguments, [], [])
+        if kinds is None or kinds in self._replays:
+            return self.plain(*arguments)
+        calls = self._calls[kinds] = self._calls.get(kinds, 0) + 1
+        # The first one chooses and compiles.
+        if not 1 < calls <= 1 + _WATCHED:
+            return self.plain(*arguments)
+        outputs, replay = _watch(self.plain, arguments)
+        if replay is not None:
+            self._replays[kinds] = replay
+        return outputs
+
+    def forget(self) -> None:
+        """Whatever is known of calls."""
+        self._replays.clear()
+        self._calls.clear()
+
+
+_all: list[Repeated] = []
+
+
+def forget() -> None:
+    """What is known of calls, of all bodies: their plans are to be asked again."""
+    for one in _all:
+        one.forget()
+
+
+def _is_known_here(arguments: Sequence[Any]) -> bool:
+    """Whether kernels that Triton compiles run on the first tensor, and are launched as here."""
+    first = next((value for value in arguments if isinstance(value, Tensor)), None)
+    if first is None or interpreting() or not takes_triton(first):
+        return False
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    return version in _KNOWN and os.environ.get("ENCNET_REPLAY") != "0"
 
 
 class _Number(float):
@@ -40,239 +163,293 @@ class _Number(float):
     place: int
 
 
-class _Allocations(TorchDispatchMode):
-    """Sees whether nothing but allocations was done."""
+class _Watching(threading.local):
+    """The launches of the body that is watched on this thread, with what ran, or None."""
 
-    only = True
+    launches: Optional[list[tuple[Any, Any]]] = None
+
+
+_watching = _Watching()
+
+
+def watching() -> bool:
+    """Whether a body runs on this thread of which all is written down."""
+    return _watching.launches is not None
+
+
+def run_noted(launch: Any) -> None:
+    """Run a launch, and note it where the body that makes it is watched."""
+    if _watching.launches is None:
+        launch.run()
+        return
+    _watching.launches.append((launch, launch.with_arguments(_unmarked(launch.arguments)).run()))
+
+
+def _unmarked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Triton asks what type a number has."""
+    return {n: float(v) if type(v) is _Number else v for n, v in arguments.items()}
+
+
+class _Allocations(TorchDispatchMode):
+    """Keeps what is allocated, so that no memory is given out twice; sees what else is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+        self.only = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
     ) -> Any:
-        self.only &= func.overloadpacket.__name__ in _ALLOCATIONS
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in _ALLOCATE:
+            self.tensors.append(made)
+        elif func._schema.is_mutable or not (args and _looks(args[0], made)):
+            self.only = False
+        return made
 
 
-def marked(call: Any, tensors: list[Tensor], numbers: list[float]) -> Any:
-    """The pass, with tensors and numbers that are objects of their own; adds them to the lists.
-
-    In the order of the keys that launch.py makes.
-    """
-    changed: dict[str, Any] = {}
-    for name, value in vars(call).items():
-        kind = type(value)
-        if value is None or kind is bool or kind is int:
-            continue
-        if kind is float:
-            changed[name] = number = _Number(value)
-            number.place = len(numbers)
-            numbers.append(number)
-        elif isinstance(value, Tensor):
-            changed[name] = value.detach()
-            tensors.append(changed[name])
-        else:
-            changed[name] = marked(value, tensors, numbers)
-    return dataclasses.replace(call, **changed)
+def _looks(tensor: Any, made: Any) -> bool:
+    """Whether what was made of a tensor is a view of it."""
+    if not isinstance(tensor, Tensor) or not isinstance(made, Tensor):
+        return False
+    return tensor.untyped_storage().data_ptr() == made.untyped_storage().data_ptr()
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """A compiled program and its arguments, as places in the list of all values."""
-
-    kernel: Any
-    compiled: Any
-    grid: tuple[int, int, int]
-    arguments: Callable[[Sequence[Any]], Sequence[Any]]
-
-
-class NotReplayable(Exception):
-    """Why a pass is left to its plan."""
+@contextlib.contextmanager
+def _launches() -> Iterator[list[tuple[Any, Any]]]:
+    made: list[tuple[Any, Any]] = []
+    _watching.launches = made
+    try:
+        yield made
+    finally:
+        _watching.launches = None
 
 
-class _Values:
-    """Where the arguments of launches come from, when they are written down."""
-
-    def __init__(
-        self, tensors: list[Tensor], numbers: list[float], outputs: Sequence[Tensor]
-    ) -> None:
-        self.inputs, self.numbers = tensors, numbers
-        self.outputs = outputs
-        self.scratch: list[Tensor] = []
-        self.constants: list[Any] = []
-        self._owners = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
-        storages = [t.untyped_storage().data_ptr() for t in outputs if t.numel()]
-        if len(set(storages)) < len(storages) or self._owners & set(storages):
-            raise NotReplayable("an output shares its memory")
-        if any(t.storage_offset() or not _fills(t) for t in outputs):
-            raise NotReplayable("an output is part of something else")
-
-    def place(self, value: Any) -> tuple[str, int]:
-        """The list that a launch's argument is in, and where."""
-        kind = type(value)
-        if kind is _Number:
-            return "number", value.place
-        # A number that is not the call's own may have been made from one of them.
-        fixed = kind is float and not self.numbers
-        if kind is int or kind is bool or value is None or fixed:
-            self.constants.append(value)
-            return "constant", len(self.constants) - 1
-        if not isinstance(value, Tensor):
-            raise NotReplayable(f"an argument is of type {kind.__name__}")
-        for name, known in (("input", self.inputs), ("output", self.outputs)):
-            for i, tensor in enumerate(known):
-                if value is tensor or (name == "output" and _same_memory(value, tensor)):
-                    return name, i
-        if value.untyped_storage().data_ptr() in self._owners and value.numel():
-            raise NotReplayable("an argument is part of another one")
-        for i, tensor in enumerate(self.scratch):
-            if value is tensor:
-                return "scratch", i
-            if value.numel() and _same_storage(value, tensor):
-                raise NotReplayable("two arguments share their memory")
-        if any(_same_storage(value, tensor) for tensor in self.outputs):
-            raise NotReplayable("an argument is part of an output")
-        if value.storage_offset() or not _fills(value):
-            raise NotReplayable("an argument is part of something else")
-        self.scratch.append(value)
-        return "scratch", len(self.scratch) - 1
+def _watch(body: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Optional[Replay]]:
+    """The outputs of the body, and how to make its launches again, or None."""
+    tensors: list[Tensor] = []
+    numbers: list[float] = []
+    marked = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif type(value) is float:
+            value = _Number(value)
+            value.place = len(numbers)
+            numbers.append(value)
+        marked.append(value)
+    with _Allocations() as allocated, _launches() as made:
+        outputs = body(*marked)
+    if not allocated.only or not all(_is_known(*one) for one in made):
+        return outputs, None
+    try:
+        return outputs, Replay(made, _Places(tensors, numbers, allocated.tensors, outputs))
+    except NotReplayable:
+        return outputs, None
 
 
-def _fills(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+def _is_known(launch: Any, program: Any) -> bool:
+    """Whether this is a program that is launched as `Replay` does it."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
 
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    pointer = a.untyped_storage().data_ptr()
-    return pointer != 0 and pointer == b.untyped_storage().data_ptr()
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return _same_storage(a, b) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
-
-
-def _settings(knobs: Any) -> tuple[Any, ...]:
-    """What Triton reads at every launch to choose or change the program."""
+    needed = ("run", "function", "packed_metadata")
     return (
-        knobs.runtime.debug,
-        knobs.runtime.add_stages_inspection_hook,
-        knobs.compilation.instrumentation_mode,
-        getattr(knobs.compilation, "fpsan_homomorphic_casts", None),
+        type(launch.kernel) is JITFunction
+        and type(program) is CompiledKernel
+        and all(hasattr(program, name) for name in needed)
     )
 
 
-def _listens(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+class NotReplayable(Exception):
+    """Why calls are left to the body."""
 
 
-class Replay:
-    """A pass over arguments of some kinds; see the module."""
+class _Places:
+    """Where the arguments of launches come from: places in the list of all values of a call.
+
+    These are the addresses of the arguments, the numbers, the addresses of the outputs and that of
+    one buffer for all else, constants, and addresses that lie behind one of the others.
+    """
 
     def __init__(
         self,
-        device: torch.device,
-        launches: Sequence[Any],
-        compiled: Sequence[Any],
-        tensors: list[Tensor],
-        numbers: list[float],
+        tensors: Sequence[Tensor],
+        numbers: Sequence[float],
+        allocated: Sequence[Tensor],
         outputs: Any,
     ) -> None:
-        """From the launches of a pass that was `marked`, what ran, and what it returned.
+        self.single = isinstance(outputs, Tensor)
+        self.outputs: tuple[Optional[Tensor], ...] = (outputs,) if self.single else outputs
+        self.device = tensors[0].device
+        self._numbers, self._first_number = numbers, len(tensors)
+        self.constants: list[Any] = []
+        self.behind: list[tuple[int, int]] = []
+        self.bytes = 0
+        # Ranges of addresses, and the place of the first or the bytes in front in the buffer.
+        self._known: list[tuple[int, int, int]] = []
+        self._buffers = [_range(tensor.untyped_storage()) for tensor in allocated]
+        self._in_buffer: dict[int, int] = {}
+        for place, tensor in enumerate(tensors):
+            self._know(tensor, place)
+        self.buffer = len(tensors) + len(numbers)
+        for output in self.outputs:
+            if output is not None:
+                self._know_output(output, self.buffer)
+                self.buffer += 1
 
-        Raises NotReplayable.
-        """
+    def _know(self, tensor: Tensor, place: int) -> None:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + _span(tensor)
+        if any(start < other_end and other < end for other, other_end, _ in self._known):
+            raise NotReplayable("arguments or outputs share their memory")
+        self._known.append((start, end, place))
+
+    def _know_output(self, output: Tensor, place: int) -> None:
+        storage = _range(output.untyped_storage())
+        if storage[1] - storage[0] != _span(output) or storage not in self._buffers:
+            raise NotReplayable("an output is part of something else")
+        self._know(output, place)
+
+    def of(self, value: Any) -> int:
+        """The place of a launch's argument; raises NotReplayable where it is unclear."""
+        kind = type(value)
+        if kind is _Number:
+            return self._first_number + value.place
+        # A number that is not the call's own may have been made from one of them.
+        if kind is int or kind is bool or value is None or (kind is float and not self._numbers):
+            return self.constant(value)
+        if not isinstance(value, Tensor):
+            raise NotReplayable(f"an argument is of type {kind.__name__}")
+        if not value.numel():
+            return self.constant(0)
+        pointer = value.data_ptr()
+        for start, end, place in self._known:
+            if start <= pointer < end:
+                return place if pointer == start else self._behind(place, pointer - start)
+        for start, end in self._buffers:
+            if start <= pointer < end:
+                if start not in self._in_buffer:
+                    self._in_buffer[start] = self.bytes
+                    self.bytes += -(-(end - start) // _ALIGNED) * _ALIGNED
+                offset = self._in_buffer[start] + pointer - start
+                return self._behind(self.buffer, offset) if offset else self.buffer
+        raise NotReplayable("an argument is none of the call's")
+
+    def constant(self, value: Any) -> int:
+        """Places of constants are below zero: they are counted from the end."""
+        self.constants.append(value)
+        return -len(self.constants)
+
+    def _behind(self, place: int, offset: int) -> int:
+        if (place, offset) not in self.behind:
+            self.behind.append((place, offset))
+        return self.buffer + 1 + self.behind.index((place, offset))
+
+
+def _range(storage: Any) -> tuple[int, int]:
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from its first element to behind its last."""
+    if not tensor.numel():
+        return 0
+    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    return (steps + 1) * tensor.element_size()
+
+
+class _Program(NamedTuple):
+    """A compiled program, its grid, and the arguments of a launch out of all values."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
+    arguments: Callable[[Sequence[Any]], Sequence[Any]]
+    hooks: Sequence[Any]
+
+
+class Replay:
+    """The launches of a call; see the module."""
+
+    def __init__(self, launches: Sequence[tuple[Any, Any]], places: _Places) -> None:
+        """Raises NotReplayable."""
         from triton import knobs
         from triton.runtime import driver
 
-        self.device, self.knobs, self.driver = device, knobs, driver
-        self.settings = _settings(knobs)
-        self.single = isinstance(outputs, Tensor)
-        made = (outputs,) if self.single else tuple(outputs)
-        values = _Values(tensors, numbers, made)
-        given = [one.places(values) for one in map(_Bound, launches, compiled)]
-        self.outputs = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
-        self.offsets, self.bytes = [], 0
-        for tensor in values.scratch:
-            self.offsets.append(self.bytes)
-            self.bytes += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
-        lengths = {
-            "input": len(tensors),
-            "number": len(numbers),
-            "output": len(made),
-            "scratch": len(values.scratch),
-            "constant": len(values.constants),
-        }
-        starts, start = {}, 0
-        for name, length in lengths.items():
-            starts[name], start = start, start + length
-        self.constants = values.constants
-        self.launches = [
-            _Launch(one.kernel, program, _three(one.grid), _getter(places, starts))
-            for one, program, places in zip(launches, compiled, given)
-            if all(one.grid)
+        self._settings = [
+            (vars(group), dict(vars(group))) for group in (knobs.runtime, knobs.compilation)
         ]
-
-    def run(self, pointers: list[int], numbers: list[float]) -> Any:
-        """The outputs, or None where something has changed and Triton is to launch."""
-        runtime = self.knobs.runtime
-        if _listens(runtime.launch_enter_hook) or _listens(runtime.launch_exit_hook):
-            return None
-        if _settings(self.knobs) != self.settings:
-            return None
-        device = self.device
-        outputs, written = [], []
-        for size, stride, dtype in self.outputs:
-            made = torch.empty_strided(size, stride, dtype=dtype, device=device)
-            outputs.append(made)
-            written.append(made.data_ptr())
-        if self.bytes:
-            buffer = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-            base = buffer.data_ptr()
-            written += [base + offset for offset in self.offsets]
-        for pointer in written:
-            if pointer & 15:
-                return None
-        for launch in self.launches:
-            if launch.kernel.pre_run_hooks:
-                return None
-        values = [*pointers, *numbers, *written, *self.constants]
-        active = self.driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        for launch in self.launches:
-            program = launch.compiled
-            program.run(
-                *launch.grid,
-                stream,
+        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        self._listeners: list[Any] = [_calls_of(hook) for hook in hooks if hook is not None]
+        self._driver = driver.active
+        index = places.device.index
+        self._index = self._driver.get_current_device() if index is None else index
+        self._programs = [
+            _Program(
+                program.run,
+                _three(one.grid),
                 program.function,
                 program.packed_metadata,
-                None,
-                None,
-                None,
-                *launch.arguments(values),
+                itemgetter(*_arguments(one, places)),
+                one.kernel.pre_run_hooks,
             )
-        return outputs[0] if self.single else tuple(outputs)
+            for one, program in launches
+        ]
+        self._listeners += [program.hooks for program in self._programs]
+        self._device, self._single = places.device, places.single
+        self._outputs = [
+            None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in places.outputs
+        ]
+        self._bytes, self._behind = places.bytes, places.behind
+        self._constants = places.constants[::-1]
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that Triton would look at, and the device is the current."""
+        for settings, before in self._settings:
+            if settings != before:
+                return False
+        for listeners in self._listeners:
+            if listeners:
+                return False
+        return bool(self._driver.get_current_device() == self._index)
+
+    def run(self, pointers: list[int], numbers: list[float]) -> Any:
+        """The outputs, or None where memory lies as it did not before."""
+        device = self._device
+        outputs: list[Optional[Tensor]] = []
+        values: list[Any] = [*pointers, *numbers]
+        bits = 0
+        for made in self._outputs:
+            if made is None:
+                outputs.append(None)
+                continue
+            tensor = torch.empty_strided(made[0], made[1], dtype=made[2], device=device)
+            outputs.append(tensor)
+            pointer = tensor.data_ptr()
+            values.append(pointer)
+            bits |= pointer
+        # Held until all is launched; the allocator knows the stream.
+        buffer = torch.empty(self._bytes, dtype=torch.uint8, device=device) if self._bytes else None
+        pointer = 0 if buffer is None else buffer.data_ptr()
+        values.append(pointer)
+        if (bits | pointer) & 15:
+            return None
+        for place, offset in self._behind:
+            values.append(values[place] + offset)
+        values += self._constants
+        stream = self._driver.get_current_stream(self._index)
+        for run, grid, function, metadata, arguments, _ in self._programs:
+            run(*grid, stream, function, metadata, None, None, None, *arguments(values))
+        return outputs[0] if self._single else tuple(outputs)
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """A launch and the program that ran for it."""
-
-    launch: Any
-    compiled: Any
-
-    def places(self, values: _Values) -> list[tuple[str, int]]:
-        """Of all arguments, in the order of the kernel's parameters."""
-        given = {**self.launch.arguments, **self.launch.constants}
-        names = self.launch.kernel.arg_names
-        if set(names) != set(given):
-            raise NotReplayable("an argument has a default")
-        constants = self.launch.constants
-        places = []
-        for name in names:
-            if name in constants:
-                values.constants.append(constants[name])
-                places.append(("constant", len(values.constants) - 1))
-            else:
-                places.append(values.place(given[name]))
-        return places
+def _calls_of(hook: Any) -> Any:
+    """The list of those that listen."""
+    if not hasattr(hook, "calls"):
+        raise NotReplayable("a hook is set")
+    return hook.calls
 
 
 def _three(grid: tuple[int, ...]) -> tuple[int, int, int]:
@@ -280,54 +457,13 @@ def _three(grid: tuple[int, ...]) -> tuple[int, int, int]:
     return first, second, third
 
 
-def _getter(
-    places: list[tuple[str, int]], starts: dict[str, int]
-) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    return itemgetter(*(starts[name] + i for name, i in places))
-
-
-def _is_known(launches: Sequence[Any], compiled: Sequence[Any]) -> bool:
-    """Whether these are programs that are launched as `Replay` does it."""
-    import triton
-    from triton.compiler import CompiledKernel
-    from triton.runtime.jit import JITFunction
-
-    if os.environ.get("ENCNET_REPLAY") == "0":
-        return False
-    if ".".join(triton.__version__.split(".")[:2]) not in _KNOWN:
-        return False
-    needed = ("run", "function", "packed_metadata")
-    return all(
-        type(one.kernel) is JITFunction
-        and type(program) is CompiledKernel
-        and all(hasattr(program, name) for name in needed)
-        for one, program in zip(launches, compiled)
-    )
-
-
-def _plain(launch: Any) -> dict[str, Any]:
-    return {
-        name: float(value) if type(value) is _Number else value
-        for name, value in launch.arguments.items()
-    }
-
-
-def run_and_record(
-    call: Any, launches_of: Callable[[Any], Any], run_all: Callable[[Sequence[Any]], Sequence[Any]]
-) -> tuple[Any, Optional[Replay]]:
-    """Run a pass by its plan; its outputs, and how to replay it, or None.
-
-    `launches_of` makes its launches and outputs, `run_all` runs them and returns the programs.
-    """
-    tensors: list[Tensor] = []
-    numbers: list[float] = []
-    with _Allocations() as seen:
-        made, outputs = launches_of(marked(call, tensors, numbers))
-    # Triton asks what type a number has.
-    compiled = run_all([dataclasses.replace(one, arguments=_plain(one)) for one in made])
-    if not seen.only or not all(all(one.grid) for one in made) or not _is_known(made, compiled):
-        return outputs, None
-    try:
-        return outputs, Replay(call.device, made, compiled, tensors, numbers, outputs)
-    except NotReplayable:
-        return outputs, None
+def _arguments(launch: Any, places: _Places) -> list[int]:
+    """The places of all arguments, in the order of the kernel's parameters."""
+    given, constants = launch.arguments, launch.constants
+    names = launch.kernel.arg_names
+    if set(names) != given.keys() | constants.keys():
+        raise NotReplayable("an argument has a default")
+    return [
+        places.constant(constants[name]) if name in constants else places.of(given[name])
+        for name in names
+    ]

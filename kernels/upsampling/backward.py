@@ -80,7 +80,8 @@ def backward_kernel(
     Weight,  # C, the class weights m; read with WEIGHT
     Mean,  # 1, their mean; read with WEIGHT and SMOOTH
     Lse,  # B x H x W, float32, infinite where ignored
-    Grad,  # with MAP B x H x W, of the losses; else a scalar, of their sum
+    Grad,  # with MAP B x H x W, of the losses; else a scalar, of their sum or mean
+    Rates,  # a scalar, float64, what the mean divides by unless it is 0; read with MEAN
     dLogits,  # B x h x w x C, dense
     h,  # low rows
     w,  # low columns
@@ -101,6 +102,7 @@ def backward_kernel(
     WEIGHT: tl.constexpr,  # there are class weights
     SMOOTH: tl.constexpr,  # smoothing is above 0
     MAP: tl.constexpr,  # Grad is a map
+    MEAN: tl.constexpr,  # Grad is that of the mean
     PRECISION: tl.constexpr,  # of that product: "bf16", "tf32" or "ieee"
 ):
     """dLogits of a program's own low rows and columns, for one chunk of classes."""
@@ -134,7 +136,11 @@ def backward_kernel(
             spread = tl.load(Weight + classes, mask=counted, other=0.0).to(tl.float32)
         spread = spread * (smoothing / C)
     if not MAP:
-        scale = tl.load(Grad).to(tl.float32)
+        scale = tl.load(Grad)
+        if MEAN:
+            rates = tl.load(Rates)
+            scale = scale.to(tl.float64) / tl.where(rates > 0.0, rates, 1.0)
+        scale = scale.to(tl.float32)
 
     begin = tl.maximum(first_row - 1, first_gap(ALIGN))
     below = _row_of_classes(image, begin, h, w, left, right, share, chunk, C, VEC, G)

@@ -229,12 +229,13 @@ def forward_kernel(
 @triton.jit(debug=True)  # for its assertion
 def finish_kernel(
     P,  # 3 x programs, float32: see forward_kernel
-    Total,  # a scalar, float64: the sum of the losses
+    Total,  # a scalar, float32: the sum of the losses, or with MEAN their mean
     Rates,  # a scalar, float64: the sum of the label weights
     programs,  # of forward_kernel
     BN: tl.constexpr,  # entries read at once
+    MEAN: tl.constexpr,  # divide the sum by Rates, unless that is 0
 ):
-    """Total and Rates, float64: the sums of P over the programs; fails where a label is wrong."""
+    """Total and Rates: the sums of P over the programs; fails where a label is wrong."""
     n = tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float64)
     rates = tl.zeros((BN,), tl.float64)
@@ -249,8 +250,11 @@ def finish_kernel(
         tl.sum(wrong, 0) == 0.0,
         "upsample_cross_entropy: target holds a label that is neither a class nor ignore_index",
     )
-    tl.store(Total, tl.sum(total, 0))
-    tl.store(Rates, tl.sum(rates, 0))
+    loss, rate = tl.sum(total, 0), tl.sum(rates, 0)
+    if MEAN:
+        loss = loss / tl.where(rate > 0.0, rate, 1.0)
+    tl.store(Total, loss.to(tl.float32))
+    tl.store(Rates, rate)
 
 
 @triton.jit

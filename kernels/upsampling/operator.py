@@ -32,7 +32,8 @@ Interpolated values are then never positive, and unless some are below -RANGE no
 a maximum of its own.
 """
 
-from typing import Any, Optional, Union
+from functools import partial
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ from ..runtime.arguments import (
     check_number,
 )
 from ..runtime.dispatch import plan_of, takes_triton
-from ..runtime.eager import Direct, below_autograd, undisturbed
+from ..runtime.eager import Direct, applied, quiet, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
 from . import pytorch
@@ -119,10 +120,11 @@ def _run_forward(
     options: tuple[Optional[Tensor], int, bool, float],
     keep_lse: bool,
     keep_losses: bool,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums of the losses and of the label weights, lse and losses; see `plan.Forward`."""
+    """Sum or mean of the losses, sum of the label weights, lse and losses; see `plan.Forward`."""
     given = plan.channels_last(logits.detach()), target.contiguous()
-    return run(plan.Forward(*given, plan.options(*options), keep_lse, keep_losses))
+    return run(plan.Forward(*given, plan.options(*options), keep_lse, keep_losses, mean))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_map"), mutates_args=())
@@ -169,19 +171,23 @@ def _backward_op(
     logits: Tensor,
     target: Tensor,
     lse: Tensor,
+    rates: Optional[Tensor],
     weight: Optional[Tensor],
     ignore_index: int,
     align_corners: bool,
     smoothing: float,
 ) -> Tensor:
-    """The gradient of logits from that of each pixel's loss, or of the sum of all (a scalar)."""
+    """The gradient of logits from that of each pixel's loss, or of the sum of all (a scalar).
+
+    Or, where rates are given, the sum of the label weights, from that of the mean.
+    """
     options = (weight, ignore_index, align_corners, smoothing)
     if plan := _plan_of(logits, target, align_corners):
         given = plan.channels_last(logits.detach()), target.contiguous(), lse
-        made = run(plan.Backward(grad_loss.contiguous(), *given, plan.options(*options)))
+        made = run(plan.Backward(grad_loss.contiguous(), *given, plan.options(*options), rates))
         layout = torch.empty_like(logits)
         return made if made.stride() == layout.stride() else layout.copy_(made)
-    grad_loss = grad_loss.expand(target.shape)
+    grad_loss = _of_sum(grad_loss, rates).expand(target.shape)
     with torch.autocast(logits.device.type, enabled=False):
         return pytorch.backward(grad_loss, logits, target, lse, *options)
 
@@ -192,12 +198,22 @@ def _backward_fake(
     logits: Tensor,
     target: Tensor,
     lse: Tensor,
+    rates: Optional[Tensor],
     weight: Optional[Tensor],
     ignore_index: int,
     align_corners: bool,
     smoothing: float,
 ) -> Tensor:
     return torch.empty_like(logits)
+
+
+def _of_sum(grad: Tensor, rates: Optional[Tensor]) -> Tensor:
+    """The gradient of the sum of the losses, from that of their mean where rates are given."""
+    return grad if rates is None else grad.to(torch.float64) / _divisor(rates)
+
+
+def _divisor(rates: Tensor) -> Tensor:
+    return rates.where(rates > 0, 1.0)
 
 
 def _map_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -208,7 +224,7 @@ def _map_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _map_autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
     logits, target, lse, weight = ctx.saved_tensors
-    grad = _backward(grad_loss, logits, target, lse, weight, *ctx.options)
+    grad = _backward(grad_loss, logits, target, lse, None, weight, *ctx.options)
     return grad, None, None, None, None, None
 
 
@@ -220,25 +236,25 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        with below_autograd():
-            output: tuple[Tensor, ...] = _map.body(*inputs)
+        output: tuple[Tensor, ...] = _map.body(*inputs)
         _map_setup_context(ctx, inputs, output)
         return output
 
     backward = staticmethod(_map_autograd)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_total"), mutates_args=())
-def _sum_op(
+@torch.library.custom_op(add_op_namespace_prefix("upsample_cross_entropy_reduced"), mutates_args=())
+def _reduced_op(
     logits: Tensor,
     target: Tensor,
     weight: Optional[Tensor],
     ignore_index: int,
     align_corners: bool,
     smoothing: float,
+    mean: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of the losses and of the label weights, float64, and what the backward pass is to have.
+    """Sum or mean of the losses, sum of the label weights in float64, and what backward needs.
 
     That is lse, B x H x W, on devices with kernels; else the gradient of the sum, B x C x h x w.
     """
@@ -246,117 +262,113 @@ def _sum_op(
     _check_weight(weight)
     options = (weight, ignore_index, align_corners, smoothing)
     if plan := _plan_of(logits, target, align_corners):
-        made = _run_forward(plan, logits, target, options, with_grad, False)
+        made = _run_forward(plan, logits, target, options, with_grad, False, mean)
         return made[0], made[1], made[2]
     keeps_lse = takes_triton(logits)
     with torch.autocast(logits.device.type, enabled=False):
-        loss, lse, grad = pytorch.forward(
+        losses, lse, grad = pytorch.forward(
             logits, target, *options, with_grad=with_grad and not keeps_lse
         )
-    total, rates = loss.sum(dtype=torch.float64), _total_weight(target, weight, ignore_index)
+    loss, rates = losses.sum(dtype=torch.float64), _total_weight(target, weight, ignore_index)
+    loss = (loss / _divisor(rates) if mean else loss).to(losses.dtype)
     if not with_grad:
-        return total, rates, loss.new_empty(0)
-    return total, rates, lse if grad is None else grad
+        return loss, rates, losses.new_empty(0)
+    return loss, rates, lse if grad is None else grad
 
 
-@register_fake(_sum_op)
-def _sum_fake(
+@register_fake(_reduced_op)
+def _reduced_fake(
     logits: Tensor,
     target: Tensor,
     weight: Optional[Tensor],
     ignore_index: int,
     align_corners: bool,
     smoothing: float,
+    mean: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_inputs(logits, target, weight)
     dtype = pytorch.result_dtype(logits)
-    total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
     if not with_grad:
         saved = logits.new_empty(0, dtype=dtype)
     elif takes_triton(logits):
         saved = logits.new_empty(target.shape, dtype=dtype)
     else:
         saved = torch.empty_like(logits, dtype=dtype)
-    return total, rates, saved
+    return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=torch.float64), saved
 
 
 @torch.library.custom_op(
     add_op_namespace_prefix("upsample_cross_entropy_scale_grad"), mutates_args=()
 )
-def _scale_op(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(grad, grad_total.to(grad.dtype)).to(dtype, copy=False)
+def _scale_op(
+    grad_loss: Tensor, rates: Optional[Tensor], grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    grad_loss = _of_sum(grad_loss, rates).to(grad.dtype)
+    return torch.mul(grad, grad_loss).to(dtype, copy=False)
 
 
 @register_fake(_scale_op)
-def _scale_fake(grad_total: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale_fake(
+    grad_loss: Tensor, rates: Optional[Tensor], grad: Tensor, dtype: torch.dtype
+) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
 
-def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, weight, *ctx.options, with_grad = inputs
+def _reduced_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, rates, saved = output
-    ctx.dtype = logits.dtype
     ctx.mark_non_differentiable(rates, saved)
+    _keep(ctx, *inputs, rates, saved)
+
+
+def _keep(ctx: Any, logits: Tensor, target: Tensor, weight: Optional[Tensor], *rest: Any) -> None:
+    *ctx.options, mean, with_grad, rates, saved = rest
+    ctx.dtype = logits.dtype
     # vmap hides from the caller that a gradient will be asked for: then nothing was kept for it.
     ctx.made = with_grad
     needs_inputs = not with_grad or saved.dim() == 3
-    ctx.save_for_backward(saved, *((logits, target, weight) if needs_inputs else ()))
+    inputs = (logits, target, weight) if needs_inputs else ()
+    ctx.save_for_backward(saved, rates if mean else None, *inputs)
 
 
-def _sum_autograd(
-    ctx: Any, grad_total: Tensor, _: Tensor, __: Tensor
+def _reduced_autograd(
+    ctx: Any, grad_loss: Tensor, _: Tensor, __: Tensor
 ) -> tuple[Optional[Tensor], ...]:
-    saved, *rest = ctx.saved_tensors
+    return (_reduced_gradient(ctx, grad_loss), *[None] * 7)
+
+
+def _reduced_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    saved, rates, *inputs = ctx.saved_tensors
     if not ctx.made:
-        saved = _sum_op(rest[0].detach(), *rest[1:], *ctx.options, True)[2]
-    return _sum_gradient(ctx, grad_total, saved, *rest), None, None, None, None, None, None
-
-
-def _sum_gradient(ctx: Any, grad_total: Tensor, saved: Tensor, *rest: Any) -> Tensor:
+        logits, *rest = inputs
+        saved = _reduced_op(logits.detach(), *rest, *ctx.options, False, True)[2]
     gradient: Tensor
     if saved.dim() == 3:
-        logits, target, weight = rest
-        gradient = _backward(grad_total, logits, target, saved, weight, *ctx.options)
+        logits, target, weight = inputs
+        gradient = _backward(grad_loss, logits, target, saved, rates, weight, *ctx.options)
     else:
-        gradient = _scale(grad_total, saved, ctx.dtype)
+        gradient = _scale(grad_loss, rates, saved, ctx.dtype)
     return gradient
 
 
-_sum_op.register_autograd(_sum_autograd, setup_context=_sum_setup_context)
+_reduced_op.register_autograd(_reduced_autograd, setup_context=_reduced_setup_context)
 
 
 class _Reduced(torch.autograd.Function):
-    """`_sum_op`, or the mean, and the backward pass round the dispatcher."""
+    """`_reduced_op` and its backward pass round the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, mean: bool, logits: Tensor, target: Tensor, *options: Any) -> Tensor:
-        with below_autograd():
-            total, rates, saved = _sum.body(logits, target, *options, True)
-            rates = _divisor(rates) if mean else None
-            loss = _result(total, rates, logits)
-        weight, *ctx.options = options
-        ctx.dtype = logits.dtype
-        needed = (logits, target, weight) if saved.dim() == 3 else ()
-        ctx.save_for_backward(rates, saved, *needed)
-        return loss
+    def forward(ctx: Any, call: Callable[[], Any], *inputs: Any) -> Tensor:
+        loss, *made = call()
+        _keep(ctx, *inputs, *made)
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        rates, saved, *rest = ctx.saved_tensors
-        grad_total = grad.to(torch.float64)
-        if rates is not None:
-            grad_total = grad_total / rates
-        gradient = _sum_gradient(ctx, grad_total, saved, *rest)
-        return None, gradient, None, None, None, None, None
+        return (None, _reduced_gradient(ctx, grad), *[None] * 7)
 
 
-def _divisor(rates: Tensor) -> Tensor:
-    return rates.where(rates > 0, 1.0)
-
-
-def _result(total: Tensor, divisor: Optional[Tensor], logits: Tensor) -> Tensor:
-    return (total if divisor is None else total / divisor).to(pytorch.result_dtype(logits))
+_apply = applied(_Reduced)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("upsample_argmax"), mutates_args=())
@@ -384,7 +396,7 @@ def _argmax_fake(
 
 # As eager code calls the operators.
 _backward, _scale = Direct(_backward_op), Direct(_scale_op)
-_map, _sum, _argmax = Direct(_map_op), Direct(_sum_op), Direct(_argmax_op)
+_map, _reduced, _argmax = Direct(_map_op), Direct(_reduced_op), Direct(_argmax_op)
 
 
 # Counted: the multiplications and additions of the interpolation, of its two taps a direction.
@@ -401,14 +413,15 @@ def _backward_flops(grad_loss: Any, logits: Any, target: Any, *_: Any, **__: Any
     return 2 * _map_flops(logits, target)
 
 
-@register_flop_formula(_sum_op._opoverload.overloadpacket)
-def _sum_flops(
+@register_flop_formula(_reduced_op._opoverload.overloadpacket)
+def _reduced_flops(
     logits: Any,
     target: Any,
     weight: Any,
     ignore_index: int,
     align_corners: bool,
     smoothing: float,
+    mean: bool,
     with_grad: bool,
     **_: Any,
 ) -> int:
@@ -457,6 +470,38 @@ def upsample_cross_entropy(
             a device-side assertion, as in PyTorch).
         NotImplementedError: forward-mode differentiation, or by torch.func.
     """
+    with_grad = torch.is_grad_enabled() and getattr(logits, "requires_grad", False)
+    known = type(reduction) is str and reduction in ("mean", "sum")
+    mean = known and reduction == "mean"
+    options = (weight, ignore_index, align_corners, label_smoothing)
+    call = None
+    if known and type(label_smoothing) is float and 0.0 <= label_smoothing <= 1.0 and quiet():
+        call = _reduced.again(logits, target, *options, mean, with_grad)
+    if call is None:
+        _check_all(logits, target, *options, reduction)
+        options = (weight, ignore_index, align_corners, float(label_smoothing))
+        plain = undisturbed(logits, target, weight)
+        if reduction == "none":
+            losses = _Losses.apply if plain and with_grad else _map
+            of_pixels: Tensor = losses(logits, target, *options)[0]  # type: ignore[no-untyped-call]
+            return of_pixels
+        if plain:
+            call = partial(_reduced.body, logits, target, *options, mean, with_grad)
+    inputs = logits, target, *options, mean, with_grad
+    if call is None:
+        return _reduced(*inputs)[0]  # type: ignore[no-any-return]
+    return _apply(call, *inputs) if with_grad else call()[0]
+
+
+def _check_all(
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    align_corners: bool,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
     name = "upsample_cross_entropy"
     check_integer(name, "ignore_index", ignore_index)
     check_flag(name, "align_corners", align_corners)
@@ -467,18 +512,6 @@ def upsample_cross_entropy(
         raise ValueError(f"{name}: label_smoothing must be 0 to 1, got {label_smoothing}.")
     _check_inputs(logits, target, weight)
     check_derivatives(name, logits, weight)
-    options = (weight, ignore_index, align_corners, float(label_smoothing))
-    with_grad, mean = torch.is_grad_enabled() and logits.requires_grad, reduction == "mean"
-    direct = with_grad and undisturbed(logits, target, *options)
-    if reduction == "none":
-        losses = _Losses.apply if direct else _map
-        of_pixels: Tensor = losses(logits, target, *options)[0]  # type: ignore[no-untyped-call]
-        return of_pixels
-    if direct:
-        reduced: Tensor = _Reduced.apply(mean, logits, target, *options)  # type: ignore[no-untyped-call]
-        return reduced
-    total, rates, _ = _sum(logits, target, *options, with_grad)
-    return _result(total, _divisor(rates) if mean else None, logits)
 
 
 def _total_weight(target: Tensor, weight: Optional[Tensor], ignore_index: int) -> Tensor:

@@ -238,8 +238,8 @@ class _Problem:
 class Forward:
     """The forward pass of the cross-entropy over logits, channels last, and target, contiguous.
 
-    Outputs are the sums of the losses and of the label weights, float64; lse and loss of each
-    pixel, or empty tensors.
+    Outputs are the sum of the losses, or their mean, float32; the sum of the label weights,
+    float64; lse and loss of each pixel, or empty tensors.
     """
 
     logits: Tensor
@@ -247,6 +247,7 @@ class Forward:
     options: Options
     keep_lse: bool
     keep_losses: bool
+    mean: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -278,7 +279,8 @@ class Forward:
             for keep in (self.keep_lse, self.keep_losses)
         )
         sums = logits.new_empty((3, programs), dtype=torch.float32)
-        total, rates = (logits.new_empty((), dtype=torch.float64) for _ in range(2))
+        total = logits.new_empty((), dtype=torch.float32)
+        rates = logits.new_empty((), dtype=torch.float64)
         main = Launch(
             forward_kernels.forward_kernel,
             (programs,),
@@ -297,7 +299,7 @@ class Forward:
             forward_kernels.finish_kernel,
             (1,),
             {"P": sums, "Total": total, "Rates": rates, "programs": programs},
-            {"BN": 1024},
+            {"BN": 1024, "MEAN": self.mean},
             num_warps=4,
         )
         return [main, finish], (total, rates, lse, losses)
@@ -307,8 +309,8 @@ class Forward:
 class Backward:
     """The backward pass of the cross-entropy; its output is the gradient of logits.
 
-    grad is a scalar, that of the sum of the losses, or a map, that of each pixel's loss; the rest
-    is as in the forward pass.
+    grad is a scalar, that of the sum of the losses, or of their mean where rates are given, or a
+    map, that of each pixel's loss; the rest is as in the forward pass.
     """
 
     grad: Tensor
@@ -316,6 +318,7 @@ class Backward:
     target: Tensor
     lse: Tensor
     options: Options
+    rates: Optional[Tensor] = None
 
     @property
     def device(self) -> torch.device:
@@ -346,7 +349,13 @@ class Backward:
         own_rows = cdiv(h, max(1, min(wanted, h // _LEAST_ROWS)))
         segments = cdiv(h, own_rows)
         result = torch.empty_like(logits)
-        tensors = {"Target": self.target, "Lse": self.lse, "Grad": self.grad, "dLogits": result}
+        tensors = {
+            "Target": self.target,
+            "Lse": self.lse,
+            "Grad": self.grad,
+            "Rates": self.grad if self.rates is None else self.rates,
+            "dLogits": result,
+        }
         sizes = {
             "own_rows": own_rows,
             "own_columns": found[0],
@@ -355,7 +364,8 @@ class Backward:
         }
         # Three products in TF32, which would do for float32, need more registers than there are.
         precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(logits.dtype, "ieee")
-        constants = {"BX": config.block_n, "BM": _LOW_COLUMNS, "MAP": self.grad.dim() > 0}
+        constants = {"BX": config.block_n, "BM": _LOW_COLUMNS}
+        constants |= {"MAP": self.grad.dim() > 0, "MEAN": self.rates is not None}
         launch = Launch(
             backward_kernels.backward_kernel,
             (images * segments * strips * chunks,),

@@ -50,5 +50,5 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests give plans other lists of configurations, which neither launches of others nor what was
     measured on this device must decide.
     """
-    monkeypatch.setattr(launch, "_chosen", {})
+    launch.forget()
     monkeypatch.setattr(tuned, "tried", ())

@@ -29,8 +29,8 @@ OPERATORS = {
     "upsample_argmax",
     "upsample_cross_entropy_backward",
     "upsample_cross_entropy_map",
+    "upsample_cross_entropy_reduced",
     "upsample_cross_entropy_scale_grad",
-    "upsample_cross_entropy_total",
 }
 SOURCES = sorted(FOLDER.rglob("*.py"))
 

@@ -39,12 +39,11 @@ def test_a_step_with_kernels_reads_no_value(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     monkeypatch.setattr(Launch, "obstacle", lambda _: None)
     monkeypatch.setattr(Launch, "run", lambda one: launched.append(one.name))
-    monkeypatch.setattr(launch, "_chosen", {})
+    launch.forget()
     # Bodies run under the mode in place of the operators, which would hide what they do.
-    monkeypatch.setattr(eager, "undisturbed", lambda *_: True)
+    monkeypatch.setattr(eager, "quiet", lambda: True)
     for module in ("batch_norm", "encoding", "upsampling"):
-        name = f"encnet_triton.kernels.{module}.operator.undisturbed"
-        monkeypatch.setattr(name, lambda *_: True)
+        monkeypatch.setattr(f"encnet_triton.kernels.{module}.operator.quiet", lambda: True)
     model = create_model("encnet", 5, backbone="resnet18", dropout=0.1).train()
     set_norm_impl(model, "fused")
     criterion, optimizer = SegmentationLoss(5), make_optimizer(model, OptimConfig(lr=0.01))

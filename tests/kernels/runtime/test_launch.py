@@ -50,7 +50,6 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_obstacles", {})
-    monkeypatch.setattr(launch, "_chosen", {})
 
 
 def choose(kernels: dict[Config, Kernel], device: torch.device = CPU, **arguments: Any) -> str:
@@ -312,7 +311,7 @@ UNLIKE = {
 def test_what_is_chosen_holds_for_arguments_that_are_alike(changed: str) -> None:
     def kinds(**given: Any) -> Any:
         call = encoding_plan.Forward(**{**NORMAL, "return_stats": False, **given})
-        return launch._kinds(call, [], [])
+        return launch._kinds(call)
 
     assert (kinds() == kinds(**(LIKE | UNLIKE)[changed])) == (changed in LIKE)
 
@@ -323,7 +322,7 @@ def test_a_number_counts_by_whether_it_is_above_0() -> None:
 
     def kinds(momentum: float, mean: Tensor | None = None) -> Any:
         running = batch_norm_plan.Running(mean, mean, momentum)
-        return launch._kinds(batch_norm_plan.Moments(sums, running), [], [])
+        return launch._kinds(batch_norm_plan.Moments(sums, running))
 
     assert kinds(0.1) == kinds(0.05) != kinds(0.0)
     assert kinds(0.1) != kinds(0.1, torch.zeros(4))

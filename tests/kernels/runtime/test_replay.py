@@ -1,4 +1,4 @@
-"""Launches made again are those that the plan and Triton would make, on any arguments alike."""
+"""Launches made again are those that the body and Triton would make, on any arguments alike."""
 
 from __future__ import annotations
 
@@ -16,81 +16,103 @@ import triton
 from triton.runtime import driver
 
 from bench.static.driver import no_gpu
+from encnet_triton.kernels import batch_norm_act, encode, upsample_argmax, upsample_cross_entropy
+from encnet_triton.kernels.batch_norm import operator as norm_operators
 from encnet_triton.kernels.batch_norm import plan as norms
-from encnet_triton.kernels.encoding import plan as codes
 from encnet_triton.kernels.runtime import launch, replay
 from encnet_triton.kernels.runtime.launch import Launch
-from encnet_triton.kernels.upsampling import plan as maps
+from encnet_triton.kernels.runtime.replay import Repeated
 
 compiles = pytest.mark.skipif(launch.interpreting(), reason="the interpreter compiles nothing")
 pytestmark = compiles
 
 HALF = torch.bfloat16
-
-
-def _planes(channels: int = 16, images: int = 2, dtype: torch.dtype = HALF) -> Tensor:
-    return torch.randn(images, 9, channels).to(dtype).transpose(1, 2)
-
-
-def _affine(channels: int = 16, eps: float = 1e-5) -> Any:
-    return norms.Affine(*(torch.rand(channels) for _ in range(4)), eps)
-
-
-def _double(*size: int) -> Tensor:
-    return torch.rand(*size, dtype=torch.float64)
-
-
-def _running(momentum: float = 0.1) -> Any:
-    return norms.Running(torch.zeros(16), torch.ones(16), momentum)
-
-
-def _logits() -> Tensor:
-    return torch.randn(2, 6, 4, 5).to(HALF).contiguous(memory_format=torch.channels_last)
-
-
-def _target() -> Tensor:
-    return torch.randint(0, 6, (2, 8, 10))
-
-
-def _options(weight: Tensor | None = None, smoothing: float = 0.0) -> Any:
-    return maps.options(weight, 255, True, smoothing)
-
-
-CALLS: dict[str, Callable[[], Any]] = {
-    "statistics": lambda: norms.Statistics(_planes(), _running()),
-    "packed statistics": lambda: norms.Statistics(_planes(), None),
-    "moments": lambda: norms.Moments(_double(33), _running()),
-    "normalise": lambda: norms.Normalise(_planes(), _affine(), None, True, False, False),
-    "residual": lambda: norms.Normalise(_planes(), _affine(), _planes(), True, True, False),
-    "sums": lambda: norms.BackwardSums(
-        _planes(), _planes(), torch.zeros(36, dtype=torch.uint8), _affine(), True, False, False
-    ),
-    "frozen": lambda: norms.BackwardSums(_planes(), _planes(), None, _affine(), True, True, True),
-    "input": lambda: norms.BackwardInput(
-        _planes(), _planes(), None, _affine(), True, _double(2, 16), _double(1), True
-    ),
-    "encode": lambda: codes.Forward(_planes(), torch.rand(3, 16), torch.rand(3), True),
-    "encode backward": lambda: codes.Backward(
-        torch.rand(2, 3, 16), _planes(), torch.rand(3, 16), *2 * (torch.rand(3),), True,
-        torch.zeros(3, dtype=torch.int32),
-    ),
-    "loss": lambda: maps.Forward(_logits(), _target(), _options(), True, False),
-    "losses": lambda: maps.Forward(
-        _logits(), _target(), _options(torch.rand(6), 0.0), True, True
-    ),
-    "smooth": lambda: maps.Forward(_logits(), _target(), _options(None, 0.1), False, False),
-    "loss backward": lambda: maps.Backward(
-        torch.rand(()), _logits(), _target(), torch.rand(2, 8, 10), _options(None, 0.1)
-    ),
-    "argmax": lambda: maps.ArgMax(_logits(), 8, 10, True, True),
-}  # fmt: skip
-
 Launched = tuple[Any, ...]
+# A call and its tensors, whose gradients are asked for where they require them.
+Case = tuple[Callable[..., Any], dict[str, Tensor]]
+
+
+def _last(*size: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """The same in memory that does not begin at a multiple of 16 bytes."""
+    storage = tensor.new_empty(tensor.numel() + 1)[1:]
+    return storage.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
+def _norm(channels: int = 16, images: int = 2, size: int = 3, **options: Any) -> Case:
+    dtype, residual = options.pop("dtype", HALF), options.pop("residual", False)
+    tensors = {"x": _last(images, channels, size, size, dtype=dtype)}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensors[name] = torch.rand(channels)
+    if residual:
+        tensors["residual"] = _last(images, channels, size, size, dtype=dtype)
+    given: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, **options}
+    return lambda **t: batch_norm_act(**t, **given), tensors
+
+
+def _encode(channels: int = 16, stats: bool = True, shake: bool = False) -> Case:
+    tensors = {"x": _last(2, channels, 3, 3), "codewords": torch.rand(3, channels)}
+    tensors |= {"scale": torch.rand(3)}
+    if shake:
+        tensors["backward_scale"] = torch.rand(3)
+    return lambda **t: encode(**t, return_stats=stats), tensors
+
+
+def _loss(height: int = 8, **options: Any) -> Case:
+    target = torch.randint(0, 6, (2, height, 10))
+    tensors = {"logits": _last(2, 6, 4, 5), "target": target}
+    if options.pop("weighted", False):
+        tensors["weight"] = torch.rand(6)
+    return lambda **t: upsample_cross_entropy(**t, **options), tensors
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "norm": _norm,
+    "norm residual": lambda: _norm(residual=True),
+    "norm residual linear": lambda: _norm(residual=True, activation=None),
+    "norm frozen": lambda: _norm(training=False),
+    "norm frozen residual": lambda: _norm(training=False, residual=True),
+    "encode": lambda: _encode(stats=False),
+    "encode statistics": _encode,
+    "encode shake": lambda: _encode(shake=True),
+    "loss": _loss,
+    "loss sum": lambda: _loss(reduction="sum", label_smoothing=0.1),
+    "losses": lambda: _loss(reduction="none"),
+    "argmax": lambda: (
+        lambda logits: upsample_argmax(logits, (8, 10), return_prob=True),
+        {"logits": _last(2, 6, 4, 5)},
+    ),
+}
+cases = pytest.mark.parametrize("name", CASES)
+# There before all that a call allocates.
+GRADS = {dtype: torch.ones(4096, dtype=dtype) for dtype in (HALF, torch.float32, torch.uint8)}
+DIFFERENTIABLE = {"x", "weight", "bias", "residual", "codewords", "scale", "logits"}
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
-    """Launches by whichever way, as a program of that name and those arguments; none compiles."""
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What replays allocate stays, so that addresses tell tensors apart."""
+    made: list[Tensor] = []
+    for name in ("empty", "empty_strided"):
+        allocate = getattr(torch, name)
+
+        def keep(*given: Any, allocate: Any = allocate, **named: Any) -> Tensor:
+            made.append(allocate(*given, **named))
+            return made[-1]
+
+        monkeypatch.setattr(torch, name, keep)
+    return made
+
+
+@pytest.fixture
+def launched(kept: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
+    """Launches by whichever way, with all that Triton compiles for; none compiles.
+
+    Those that a plan and Triton make have a mark in front.
+    """
     made: list[Launched] = []
 
     def run(one: Launch) -> Any:
@@ -99,9 +121,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
 
         assert all(type(v) is not replay._Number for v in one.arguments.values())
         given = {**one.arguments, **one.constants}
-        start(*replay._three(one.grid), 0, one.name, one.num_warps, None, None, None,
+        made.append(("by Triton",))
+        program = one.program()[1:]
+        start(*replay._three(one.grid), 0, program, one.num_warps, None, None, None,
               *(given[name] for name in one.kernel.arg_names))  # fmt: skip
-        return SimpleNamespace(run=start, function=one.name, packed_metadata=one.num_warps)
+        return SimpleNamespace(run=start, function=program, packed_metadata=one.num_warps)
 
     monkeypatch.setattr(Launch, "run", run)
     monkeypatch.setattr(Launch, "obstacle", lambda _: None)
@@ -110,153 +134,270 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
         yield made
 
 
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, Tensor):
-        return [value]
+def _leaves(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         return [leaf for one in value for leaf in _leaves(one)]
-    return (
-        [leaf for one in vars(value).values() for leaf in _leaves(one)]
-        if hasattr(value, "__dict__")
-        else []
-    )
+    return [value] if isinstance(value, Tensor) else []
 
 
-def _said(made: list[Launched], call: Any, outputs: Any) -> list[Launched]:
-    """The launches, with names of the tensors in place of addresses."""
-    names: dict[int, str] = {0: "empty"}
-    for kind, tensors in (("input", _leaves(call)), ("output", _leaves(outputs))):
-        for i, tensor in enumerate(tensors):
-            names.setdefault(tensor.data_ptr(), f"{kind} {i}")
+def _said(made: list[Launched], tensors: dict[str, Tensor]) -> list[Launched]:
+    """The launches, with names in place of addresses."""
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
     found = []
     for name, *given in made:
-        pointers = [v.data_ptr() if isinstance(v, Tensor) else v for v in given]
-        for pointer in pointers:
-            if type(pointer) is int and pointer > 2**32:
-                names.setdefault(pointer, f"scratch {len(names)}")
-        found.append((name, *(names[v] if type(v) is int and v in names and v else v
-                              for v in pointers)))  # fmt: skip
+        values = [v.data_ptr() if isinstance(v, Tensor) else v for v in given]
+        for value in values:
+            if type(value) is int and value > 2**32:
+                names.setdefault(value, f"buffer {len(names)}")
+        found.append((name, *(names.get(v, v) if type(v) is int else v for v in values)))
     return found
 
 
-def _runs(call: Any, launched: list[Launched]) -> tuple[list[Launched], Any]:
+def _runs(case: Case, launched: list[Launched]) -> tuple[list[Launched], list[Tensor]]:
+    """The launches of forward and backward, and all that they return."""
+    call, tensors = case
     launched.clear()
-    outputs = launch.run(call)
-    return _said(list(launched), call, outputs), outputs
+    for name in DIFFERENTIABLE & tensors.keys():
+        tensors[name].requires_grad_()
+    with torch.enable_grad():
+        outputs = _leaves(call(**tensors))
+    grad = GRADS[outputs[0].dtype].as_strided(outputs[0].shape, outputs[0].stride())
+    if outputs[0].requires_grad:
+        outputs[0].backward(grad)
+    outputs += [tensors[n].grad for n in sorted(tensors) if tensors[n].grad is not None]
+    # What launches hold is alive until here, so that no memory is given out twice.
+    return _said(launched, {**tensors, "grad": grad}), outputs
 
 
-@pytest.mark.parametrize("name", CALLS)
+def _by_triton(said: list[Launched]) -> bool:
+    return ("by Triton",) in said
+
+
+def _launches(said: list[Launched]) -> list[Launched]:
+    return [one for one in said if one != ("by Triton",)]
+
+
+@cases
 def test_the_same_programs_get_the_same_arguments(name: str, launched: list[Launched]) -> None:
-    make = CALLS[name]
-    planned, before = _runs(make(), launched)
-    recorded, _ = _runs(make(), launched)
-    (chosen,) = launch._chosen.values()
-    assert chosen.replay is not None
-    replayed, after = _runs(make(), launched)
-    assert planned == recorded == replayed
-    assert isinstance(before, Tensor) == isinstance(after, Tensor)
-    for one, other in zip(_leaves(before), _leaves(after), strict=True):
+    planned, before = _runs(CASES[name](), launched)
+    watched, _ = _runs(CASES[name](), launched)
+    replayed, after = _runs(CASES[name](), launched)
+    assert _by_triton(planned) and _by_triton(watched) and not _by_triton(replayed)
+    assert _launches(planned) == _launches(watched) == replayed
+    for one, other in zip(before, after, strict=True):
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
-def test_a_tensor_in_two_places_does_not_decide_for_two_tensors(launched: list[Launched]) -> None:
-    x = _planes()
-    for _ in range(2):
-        launch.run(norms.Normalise(x, _affine(), x, True, True, False))
-    call = norms.Normalise(_planes(), _affine(), _planes(), True, True, False)
-    launched.clear()
-    launch.run(call)
-    (one,) = launched
-    assert call.x.data_ptr() in one and call.residual.data_ptr() in one
+def _with(case: Case, name: str, change: Callable[[Tensor], Tensor]) -> Case:
+    return case[0], {**case[1], name: change(case[1][name])}
 
 
-def test_numbers_are_those_of_the_call(launched: list[Launched]) -> None:
-    for eps in (1e-5, 1e-5, 1e-3, 2.0):
-        launched.clear()
-        launch.run(norms.Normalise(_planes(), _affine(eps=eps), None, True, False, False))
-        assert [value for value in launched[0] if type(value) is float] == [eps]
-
-
-UNLIKE: dict[str, Callable[[], Any]] = {
-    "images": lambda: _planes(images=3),
-    "channels": lambda: _planes(),
-    "dtype": lambda: _planes(dtype=torch.float32),
-    "layout": lambda: _planes().contiguous(),
-    "alignment": lambda: torch.zeros(2 * 9 * 16 + 1, dtype=HALF)[1:].view(2, 9, 16).transpose(1, 2),
+# Calls whose launches are not those of the case they are named after.
+UNLIKE: dict[str, tuple[str, Callable[[], Case]]] = {
+    "images": ("norm", lambda: _norm(images=3)),
+    "channels": ("norm", lambda: _norm(channels=32)),
+    "pixels": ("norm", lambda: _norm(size=4)),
+    "dtype": ("norm", lambda: _norm(dtype=torch.float32)),
+    "layout": ("norm", lambda: _with(_norm(), "x", Tensor.contiguous)),
+    "activation": ("norm", lambda: _norm(activation=None)),
+    "eps": ("norm", lambda: _norm(eps=0.0)),
+    "x at an odd place": ("norm", lambda: _with(_norm(), "x", _shifted)),
+    "weight at an odd place": ("norm", lambda: _with(_norm(), "weight", _shifted)),
+    "variance at an odd place": ("norm", lambda: _with(_norm(), "running_var", _shifted)),
+    "weight in half precision": ("norm", lambda: _with(_norm(), "weight", Tensor.bfloat16)),
+    "no residual": ("norm residual", _norm),
+    "residual at an odd place": (
+        "norm residual",
+        lambda: _with(_norm(residual=True), "residual", _shifted),
+    ),
+    "training": ("norm frozen", _norm),
+    "x of encode at an odd place": ("encode", lambda: _with(_encode(stats=False), "x", _shifted)),
+    "channels of encode": ("encode", lambda: _encode(channels=32, stats=False)),
+    "statistics": ("encode", _encode),
+    "mean": ("loss sum", lambda: _loss(label_smoothing=0.1)),
+    "smoothing": ("loss", lambda: _loss(label_smoothing=0.1)),
+    "ignored": ("loss", lambda: _loss(ignore_index=1)),
+    "corners": ("loss", lambda: _loss(align_corners=False)),
+    "height": ("loss", lambda: _loss(height=1)),
+    "labels": ("loss", lambda: _with(_loss(), "target", Tensor.byte)),
+    "logits at an odd place": ("loss", lambda: _with(_loss(), "logits", _shifted)),
 }
 
 
 @pytest.mark.parametrize("name", UNLIKE)
 def test_unlike_arguments_are_not_replayed(name: str, launched: list[Launched]) -> None:
-    def call(x: Tensor) -> Any:
-        channels = 8 if name == "channels" else 16
-        return norms.Normalise(x[:, :channels], _affine(channels), None, True, False, False)
-
+    """The first calls decide nothing: the launches are those of a process that made no others."""
+    like, unlike = CASES[UNLIKE[name][0]], UNLIKE[name][1]
+    expected, _ = _runs(unlike(), launched)
+    launch.forget()
     for _ in range(3):
-        launch.run(norms.Normalise(_planes(), _affine(), None, True, False, False))
-    launch.run(call(UNLIKE[name]().clone() if name == "images" else UNLIKE[name]()))
-    assert len(launch._chosen) == 2
+        said, _ = _runs(like(), launched)
+    assert not _by_triton(said)
+    found, _ = _runs(unlike(), launched)
+    assert _launches(found) == _launches(expected)
 
 
-def test_what_a_plan_computes_is_computed_at_every_call(launched: list[Launched]) -> None:
-    """The mean of the class weights."""
+def test_tensors_that_were_one_by_chance_decide_nothing(launched: list[Launched]) -> None:
+    """x itself as the residual, then two tensors."""
+    call, tensors = _norm(residual=True)
+    for _ in range(2):
+        _runs((call, {**tensors, "residual": tensors["x"]}), launched)
+    said = [_runs(_norm(residual=True), launched)[0] for _ in range(3)]
+    assert not _by_triton(said[2]) and _launches(said[0]) == said[2]
+    assert any("residual" in one and "x" in one for one in said[2])
+
+
+def test_numbers_are_those_of_the_call(launched: list[Launched]) -> None:
+    for eps, momentum in ((1e-5, 0.1), (1e-5, 0.1), (1e-3, 0.3), (2.0, 0.9)):
+        said, _ = _runs(_norm(eps=eps, momentum=momentum), launched)
+        assert {v for one in said for v in one if type(v) is float} == {eps, momentum}
+    assert not _by_triton(said)
+
+
+def test_running_statistics_count_their_changes(launched: list[Launched]) -> None:
+    for _ in range(4):
+        call, tensors = _norm()
+        before = tensors["running_mean"]._version
+        _runs((call, tensors), launched)
+        assert tensors["running_mean"]._version > before
+    assert not _by_triton(launched)
+
+
+def test_what_is_refused_stays_refused(launched: list[Launched]) -> None:
     for _ in range(3):
-        launch.run(maps.Forward(_logits(), _target(), _options(torch.rand(6), 0.1), True, False))
-    (chosen,) = launch._chosen.values()
-    assert chosen.recorded and chosen.replay is None
+        _runs(_norm(eps=0.0), launched)
+        _runs(_loss(label_smoothing=0.1), launched)
+    for eps in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="eps must be at least 0"):
+            _runs(_norm(eps=eps), launched)
+    with pytest.raises(ValueError, match="label_smoothing must be 0 to 1"):
+        _runs(_loss(label_smoothing=1.5), launched)
+    for training in (1, torch.tensor(True)):
+        with pytest.raises(TypeError, match="training must be True or False"):
+            _runs(_norm(training=training), launched)
+    with pytest.raises(TypeError, match="must be a dense tensor"):
+        _runs(_with(_norm(), "x", lambda x: x.detach().to_sparse()), launched)
 
 
-@pytest.mark.parametrize("changed", ["hook", "exit hook", "debug", "pre-run hook"])
+def _pass(x: Tensor, *of_channels: Tensor) -> tuple[Tensor, ...]:
+    """A pass of one launch: y and an empty mask."""
+    affine = norms.Affine(*of_channels, eps=1e-5)
+    return launch.run(norms.Normalise(x, affine, None, True, False, False))
+
+
+def _planes() -> Tensor:
+    return torch.randn(2, 9, 16).to(HALF).transpose(1, 2)
+
+
+OTHER = torch.rand(16)
+BODIES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "computes": lambda x, y: _pass(x, y + 1, y, y, y),
+    "changes": lambda x, y: _pass(x, y.add_(1), y, y, y),
+    "copies": lambda x, y: _pass(x.contiguous(), y, y, y, y),
+    "knows another tensor": lambda x, y: _pass(x, y, OTHER, y, y),
+    "returns an argument": lambda x, y: (*_pass(x, y, y, y, y), y),
+    "returns a part": lambda x, y: _pass(x, y, y, y, y)[0][:, :4],
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_that_is_not_understood_runs(name: str, launched: list[Launched]) -> None:
+    repeated = Repeated(BODIES[name])
+    for _ in range(6):
+        launched.clear()
+        repeated(_planes(), torch.rand(16))
+        assert _by_triton(launched)
+
+
+def test_parts_of_arguments_and_buffers_are_found_again(launched: list[Launched]) -> None:
+    def body(x: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+        kept, scratch = both.new_empty(48), both.new_empty(64)
+        y, _ = _pass(x, both[:16], both[16:], kept[4:20], scratch[8:24])
+        _pass(x, both[16:], kept[:16], scratch[:16], scratch[8:24])
+        return y, kept
+
+    repeated = Repeated(body)
+    for _ in range(4):
+        launched.clear()
+        x, both = _planes(), torch.rand(32)
+        y, kept = repeated(x, both)
+        first, second = _launches(_said(launched, {"x": x, "y": y, "both": both, "kept": kept}))
+        places = dict(zip(norms.kernels.normalise_kernel.arg_names, first[10:], strict=True))
+        given = [v.data_ptr() if isinstance(v, Tensor) else v for v in launched[-1]]
+        assert (places["X"], places["Y"], places["Mean"]) == ("x", "y", "both")
+        assert {both.data_ptr() + 64, kept.data_ptr()} <= set(given)
+        assert first[-20:] != second[-20:]
+    assert not _by_triton(launched)
+
+
+@pytest.mark.parametrize("changed", ["hook", "exit hook", "another hook", "debug", "pre-run hook"])
 def test_triton_launches_where_somebody_listens(
     changed: str, launched: list[Launched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = CALLS["normalise"]
-    for _ in range(2):
-        launch.run(call())
-    runs: list[str] = []
-    original = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda one: (runs.append(one.name), original(one))[1])
-    launch.run(call())
-    assert not runs
+    def listen(*_: Any, **__: Any) -> None:
+        pass
+
+    for _ in range(3):
+        said, _ = _runs(_norm(), launched)
+    assert not _by_triton(said)
     runtime = triton.knobs.runtime
+    hooks = norms.kernels.normalise_kernel.pre_run_hooks
     if changed == "hook":
-        monkeypatch.setattr(runtime.launch_enter_hook, "calls", [print])
+        runtime.launch_enter_hook.add(listen)
     elif changed == "exit hook":
-        monkeypatch.setattr(runtime, "launch_exit_hook", print)
+        runtime.launch_exit_hook.add(listen)
+    elif changed == "another hook":
+        monkeypatch.setattr(runtime, "launch_enter_hook", listen)
     elif changed == "debug":
         monkeypatch.setattr(runtime, "debug", not runtime.debug)
     else:
-        monkeypatch.setattr(norms.kernels.normalise_kernel, "pre_run_hooks", [print])
-    launch.run(call())
-    assert runs == ["normalise_kernel"]
+        hooks.append(listen)
+    try:
+        said, _ = _runs(_norm(), launched)
+    finally:
+        runtime.launch_enter_hook.calls.clear() if changed == "hook" else None
+        runtime.launch_exit_hook.remove(listen)
+        hooks.clear()
+    assert _by_triton(said)
 
 
-def test_programs_of_an_unknown_triton_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = norms.kernels.normalise_kernel
-    launches = [SimpleNamespace(kernel=kernel)]
+def test_programs_of_an_unknown_triton_are_left_to_it(
+    launched: list[Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    for _ in range(4):
+        said, _ = _runs(_norm(), launched)
+        assert _by_triton(said)
+
+
+def test_other_launchers_are_left_to_triton() -> None:
+    one = SimpleNamespace(kernel=norms.kernels.normalise_kernel)
     compiled = object.__new__(triton.compiler.CompiledKernel)
     compiled._run, compiled.function, compiled.packed_metadata = print, 1, ()
-    assert replay._is_known(launches, [compiled])
-    assert not replay._is_known(launches, [None])
-    assert not replay._is_known([SimpleNamespace(kernel=print)], [compiled])
-    monkeypatch.setattr(triton, "__version__", "4.0.0")
-    assert not replay._is_known(launches, [compiled])
+    assert replay._is_known(one, compiled)
+    assert not replay._is_known(one, None)
+    assert not replay._is_known(SimpleNamespace(kernel=print), compiled)
+
+
+def test_an_environment_leaves_all_to_triton(
+    launched: list[Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENCNET_REPLAY", "0")
+    for _ in range(4):
+        assert _by_triton(_runs(_norm(), launched)[0])
 
 
 @pytest.mark.slow
-def test_a_compiled_program_gets_what_triton_gives_it() -> None:
+def test_a_compiled_program_gets_what_triton_gives_it(kept: list[Tensor]) -> None:
     """Without a GPU: everything but the launch itself is Triton's own."""
     made: list[Launched] = []
-    x, affine = _planes(), _affine()
-    call = norms.Normalise(x, affine, None, True, False, False)
     with no_gpu(90, made):
-        said = [_runs(call, made)[0] for _ in range(3)]
-        (chosen,) = launch._chosen.values()
-        assert chosen.replay is not None
+        said = [_runs(_norm(), made)[0] for _ in range(3)]
+        assert norm_operators._forward._replays and norm_operators._backward._replays
         assert driver.active.get_current_stream(0) == 0
-    assert len(said[0]) == 1
+    assert [len(one) for one in said] == [6, 6, 6]
     # Triton hands over what hooks would be told, and hooks, empty ones where there is none.
-    for planned, replayed in ((said[0][0], said[2][0]), (said[1][0], said[2][0])):
+    for planned, replayed in zip(said[0] + said[1], 2 * said[2], strict=True):
         assert planned[:7] == replayed[:7] and planned[10:] == replayed[10:]
         assert replayed[7:10] == (None, None, None)
         assert not any(hook.calls for hook in planned[8:10])

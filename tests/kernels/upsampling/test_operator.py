@@ -291,14 +291,15 @@ def test_operators_pass_opcheck(dtype: torch.dtype) -> None:
     logits = logits.to(dtype).to(memory_format=torch.channels_last)
     options = (torch.rand(3), 255, True, 0.1)
     torch.library.opcheck(module._map_op, (logits.clone().requires_grad_(), target, *options))
-    torch.library.opcheck(module._sum_op, (logits.clone().requires_grad_(), target, *options, True))
-    torch.library.opcheck(module._sum_op, (logits, target, *options, False))
+    leaf = logits.clone().requires_grad_()
+    torch.library.opcheck(module._reduced_op, (leaf, target, *options, True, True))
+    torch.library.opcheck(module._reduced_op, (logits, target, *options, False, False))
     loss, lse = module._map_op(logits, target, *options)
     torch.library.opcheck(
-        module._backward_op, (torch.rand_like(loss), logits, target, lse, *options)
+        module._backward_op, (torch.rand_like(loss), logits, target, lse, None, *options)
     )
-    total, _, gradient = module._sum_op(logits, target, *options, True)
-    torch.library.opcheck(module._scale_op, (total, gradient, dtype))
+    loss, rates, gradient = module._reduced_op(logits, target, *options, True, True)
+    torch.library.opcheck(module._scale_op, (loss, rates, gradient, dtype))
     torch.library.opcheck(module._argmax_op, (logits, 12, 10, False, True))
 
 

@@ -381,10 +381,10 @@ def test_mean_and_sum_keep_one_number_a_pixel() -> None:
 
 def test_without_gradients_nothing_is_kept() -> None:
     logits, target = example((1, 4, 3, 3, 9, 9))
-    total, rates, saved = module._sum_op(logits, target, None, 255, True, 0.0, False)
+    total, rates, saved = module._reduced_op(logits, target, None, 255, True, 0.0, False, False)
     assert saved.numel() == 0 and rates == 72
     torch.testing.assert_close(
-        total, formula(logits.double(), target, reduction="sum"), rtol=1e-6, atol=0.0
+        total.double(), formula(logits.double(), target, reduction="sum"), rtol=1e-6, atol=0.0
     )
 
 
@@ -413,11 +413,13 @@ def test_opcheck() -> None:
     options = (torch.rand(3, device=DEVICE), 255, True, 0.1)
     leaf = logits.clone().requires_grad_()
     torch.library.opcheck(module._map_op, (leaf, target, *options))
-    torch.library.opcheck(module._sum_op, (leaf, target, *options, True))
-    torch.library.opcheck(module._sum_op, (logits, target, *options, False))
+    torch.library.opcheck(module._reduced_op, (leaf, target, *options, True, True))
+    torch.library.opcheck(module._reduced_op, (logits, target, *options, False, False))
     loss, lse = module._map_op(logits, target, *options)
-    for grad in (torch.rand_like(loss), torch.ones((), dtype=torch.float64, device=DEVICE)):
-        torch.library.opcheck(module._backward_op, (grad, logits, target, lse, *options))
+    one, rates = (torch.ones((), dtype=dtype, device=DEVICE) for dtype in (None, torch.float64))
+    for grad in ((torch.rand_like(loss), None), (one, None), (one, rates)):
+        given = grad[0], logits, target, lse, grad[1], *options
+        torch.library.opcheck(module._backward_op, given)
     torch.library.opcheck(module._argmax_op, (logits, 4, 3, False, True))
 
 
