@@ -173,7 +173,8 @@ def one_launch(device: torch.device) -> tuple[Call, Call]:
     of_channels = [torch.zeros(CHANNELS, device=device) for _ in range(4)]
 
     def plan(x: Tensor, *of_channels: Tensor) -> Any:
-        affine = batch_norm_plan.Affine(*of_channels, eps=1e-5)
+        mean, var, weight, bias = of_channels
+        affine = batch_norm_plan.Affine(mean, var, weight, bias, 1e-5)
         return batch_norm_plan.Normalise(x, affine, None, True, False, False)
 
     body = Repeated(lambda *tensors: launch.run(plan(*tensors))[0])
