@@ -15,6 +15,10 @@ from encnet_triton.models import create_model
 from encnet_triton.nn import LossTerms, SegmentationLoss, set_norm_impl
 from tests.support.tolerance import assert_alike_in_float32, assert_equal_in_float64, gradients
 
+PAPER: dict[str, Any] = {"num_codewords": 8}
+RELEASED: dict[str, Any] = {"form": "released", "num_codewords": 8, "lateral": True}
+POOLING: dict[str, Any] = {"num_codewords": 0}
+
 
 class TrainingStep(nn.Module):
     def __init__(self, model: nn.Module, criterion: SegmentationLoss) -> None:
@@ -27,13 +31,18 @@ class TrainingStep(nn.Module):
         return terms
 
 
-@pytest.mark.parametrize("impl", ["fused", "torch"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "impl"),
     [
-        pytest.param({"num_codewords": 8}, id="paper"),
-        pytest.param({"form": "released", "num_codewords": 8, "lateral": True}, id="released"),
-        pytest.param({"num_codewords": 0}, id="pooling"),
+        pytest.param(options, impl, id=f"{name}-{impl}", marks=[pytest.mark.verify] * repeats)
+        for name, options, impl, repeats in (
+            ("paper", PAPER, "fused", False),
+            ("released", RELEASED, "fused", False),
+            ("pooling", POOLING, "torch", False),
+            ("paper", PAPER, "torch", True),
+            ("released", RELEASED, "torch", True),
+            ("pooling", POOLING, "fused", True),
+        )
     ],
 )
 def test_training_step_is_one_graph(options: dict[str, Any], impl: Any) -> None:

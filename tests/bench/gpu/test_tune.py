@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -250,6 +251,7 @@ def test_the_file_is_there_while_measuring_goes_on(tmp_path) -> None:
     assert listeners == []
 
 
+@functools.cache  # of layers alike, and of the shapes that are measured
 def problems(operator: str, B: int, C: int, size: int, **more: Any) -> list[Problem]:
     """Those of a training step of an operator on B x C x size x size in bfloat16."""
     found: list[Any] = []
