@@ -67,10 +67,7 @@ class Classification(Task[float]):
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
         size = config.optim.batch_size
-        if size % world.size:
-            raise ConfigError(
-                f"batch_size = {size} must be divisible by the number of processes, {world.size}"
-            )
+        self.refuse_batch(config, world)
         root, seed = data_root(config), config.run.seed
         self.train_set = DeviceImages(load_cifar10(root, "train"), world.device, seed)
         self.test_set = DeviceImages(load_cifar10(root, "test"), world.device, seed)

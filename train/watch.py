@@ -33,6 +33,10 @@ FAILED = "failed"
 Item = TypeVar("Item")
 
 
+def _key(rank: int) -> str:
+    return f"rank/{rank}"
+
+
 @dataclass
 class Peer:
     """What is known of a rank: the numbers of its looks and marks, when each last changed, its
@@ -159,22 +163,26 @@ class Watch:
     def _talk(self) -> None:
         """Say and hear; may wait for the network."""
         assert self._store is not None
-        keys = [f"rank/{rank}" for rank in range(self.size)]
-        host = socket.gethostname()
         while not self._over.is_set():
-            self._looks += 1
-            said = f"{self._looks}|{self._marks}|{self._limit}|{host}|{self._doing}"
             try:
-                self._store.set(keys[self.rank], said)
-                if self._store.check([FAILED]):
-                    self.failure = self._store.get(FAILED).decode()
-                for rank, key in enumerate(keys):
-                    if self._store.check([key]):
-                        self._peers[rank].read(self._store.get(key).decode())
+                self._look(self._store)
                 self._heard, self._refused = time.monotonic(), None
             except RuntimeError:  # torch's errors of a connection are such
                 self._refused = self._refused or time.monotonic()
             self._over.wait(_EVERY)
+
+    def _look(self, store: dist.Store) -> None:
+        """Three requests, however many ranks there are: one store answers all of them."""
+        self._looks += 1
+        host = socket.gethostname()
+        said = f"{self._looks}|{self._marks}|{self._limit}|{host}|{self._doing}"
+        store.set(_key(self.rank), said)
+        if store.check([FAILED]):
+            self.failure = store.get(FAILED).decode()
+        # A rank is asked for by itself until it has said something, which would be waited for.
+        talking = [r for r, peer in enumerate(self._peers) if peer.looks or store.check([_key(r)])]
+        for rank, text in zip(talking, store.multi_get([*map(_key, talking)]), strict=True):
+            self._peers[rank].read(text.decode())
 
     def _judge(self) -> None:
         """Look at what was heard; waits for nothing."""

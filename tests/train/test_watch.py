@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -79,6 +80,30 @@ def test_who_is_missing_is_named(peers: tuple, heard: float, words: str) -> None
     made._heard = heard
     said = made._verdict(NOW)
     assert said is not None and words in said and "for 180 s (--timeout)" in said
+
+
+def test_a_look_asks_a_store_for_all_ranks_at_once() -> None:
+    """The store of hundreds of ranks would else have tens of thousands of requests a second."""
+
+    class Counting:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+            self.store = dist.HashStore()
+
+        def __getattr__(self, name: str) -> object:
+            self.asked.append(name)
+            return getattr(self.store, name)
+
+    store: Any = Counting()
+    watches = [Watch(rank, 40, store, None) for rank in range(40)]
+    for one in watches:
+        one.mark("step 3")
+        one._look(store)
+    watches[0]._look(store)
+    assert [peer.doing for peer in watches[0]._peers] == ["step 3"] * 40
+    store.asked.clear()
+    watches[0]._look(store)
+    assert store.asked == ["set", "check", "multi_get"]
 
 
 def test_a_store_that_refuses_is_gone() -> None:
