@@ -1,4 +1,4 @@
-"""What is measured: inputs, our side and the peers, each variant for a process of its own."""
+"""What is measured: inputs, our side and the peers; each variant runs in its own process."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ class Command:
 
     Attributes:
         title: its line in the list.
-        module: has `add_options` and `run`, see `Module`. Imported when the command runs, so that
-            one needs no more than it uses.
+        module: has `add_options` and `run`, see `Module`. Imported when the command runs, so that a
+            command needs only what it uses.
         interpreted: runs in a process with TRITON_INTERPRET=1, which triton reads when imported.
         passes_on: the command that gets the options it does not know, from `options.extra`.
     """
@@ -47,7 +47,7 @@ COMMANDS = {
         "a training step of the network, phase by phase, against stock code", "bench.step"
     ),
     "host": Command("the host's time of a call and of a step, ours against torch's", "bench.host"),
-    "loader": Command("training batches a second from JPEGs, two workers", "bench.loader"),
+    "loader": Command("training batches per second from JPEGs, two workers", "bench.loader"),
     "evaluate": Command(
         "scoring a data set in windows, against a window at a time", "bench.evaluate"
     ),
@@ -60,7 +60,7 @@ COMMANDS = {
         "the kernels with other versions of Triton and torch; no GPU", "bench.versions"
     ),
     "gpu": Command(
-        "all that is worth measuring on a GPU, in the time there is", "bench.gpu.session"
+        "everything worth measuring on a GPU, in the time there is", "bench.gpu.session"
     ),
     "tune": Command(
         "the fastest configuration of every kernel on a GPU, for the launcher", "bench.gpu.session"
@@ -71,7 +71,7 @@ COMMANDS = {
     "static traffic": Command(
         "bytes the Triton kernels move, counted", "bench.static.traffic", interpreted=True
     ),
-    # Interpreted, fake tensors of the CPU take the ways of a GPU.
+    # Interpreted, fake CPU tensors take the GPU's code paths.
     "static memory": Command(
         "peak memory of a training step on a GPU, predicted",
         "bench.static.memory",

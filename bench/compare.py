@@ -60,7 +60,7 @@ def worker(case: Case, variant: str, device: torch.device, data: str | None) -> 
 def measure_apart(
     name: str, variant: str, device: torch.device, data: str | None
 ) -> Measurement | str:
-    """Measure one variant in a fresh process; a sentence where it could not be."""
+    """Measure one variant in a fresh process; a sentence if that fails."""
     if is_compiled(variant) and compile_obstacle(device):
         return "no compiled peer: there is no compiler for torch.compile here"
     arguments = [name, "--worker", variant]

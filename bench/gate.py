@@ -1,4 +1,4 @@
-"""No speed without correctness: each operator is compared with float64 before it is timed."""
+"""Correctness first: each operator is compared with float64 before it is timed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _compare(
     rest: list[Tensor],
     tolerance: float = TOLERANCE,
 ) -> str | None:
-    """None, or which result is off and by how much."""
+    """None, or which result is wrong and by how much."""
     narrow = [t.clone().requires_grad_() for t in inputs]
     wide = [t.cpu().double().requires_grad_() for t in inputs]
     got = ours(*narrow, *rest)
@@ -110,5 +110,5 @@ CHECKS = {
 
 
 def check(case: str, device: torch.device) -> str | None:
-    """None where the operator of a case is right (or the case has none), else what is wrong."""
+    """None if the operator of a case is right (or the case has none), else what is wrong."""
     return CHECKS[case](device) if case in CHECKS else None

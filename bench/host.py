@@ -1,6 +1,6 @@
 """Microseconds of the host for each call, forward and backward: ours over torch's layers.
 
-Everything is small, so that what is measured is Python and dispatch and not work. On a GPU calls
+All inputs are small, so that Python and dispatch are measured, not work. On a GPU calls
 are whole; without one the kernels are compiled for sm_90, the call of the driver that would launch
 them is left out, and all else counts: checks, plan, choice, buffers, packing of the arguments.
 Torch's layers run on the same device. Each line is the least of several rounds, ours and the peer's
@@ -246,7 +246,7 @@ class CompiledStep:
 
 
 def _pairs(device: torch.device, backbone: str) -> Iterator[tuple[str, Call, Call, str]]:
-    """Name, ours, peer, who the peer is."""
+    """Name, ours, peer, what the peer is."""
 
     def norms(residual: bool) -> tuple[Call, Call]:
         return NormStep("fused", residual, device), NormStep("torch", residual, device)
@@ -279,7 +279,7 @@ def rows(device: torch.device, rounds: int, backbone: str, compiled: bool) -> li
 
 
 def table(found: list[Row], title: str) -> Table:
-    """One line a row."""
+    """One line per row."""
     made = Table(title=title, title_justify="left")
     made.add_column("forward + backward", no_wrap=True)
     for column in ("ours us", "peer us", "ours / peer"):

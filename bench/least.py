@@ -37,7 +37,7 @@ def batch_norm(
 
 
 def upsample(*, B: int, C: int, low: int, high: int, size: int) -> tuple[int, int]:
-    """Logits, labels of a byte and a float32 a pixel; the gradient as well.
+    """Logits, labels of a byte and a float32 per pixel; the gradient as well.
 
     `low` and `high` are pixels of an image before and after.
     """

@@ -1,4 +1,4 @@
-"""Training batches a second, from JPEGs to bytes: ``python -m bench loader [--data DIR]``.
+"""Training batches per second, from JPEGs to bytes: ``python -m bench loader [--data DIR]``.
 
 Crops of 480 x 480 in batches of 8, as a trainer takes them one after the other, by two worker
 processes:
@@ -91,7 +91,7 @@ VARIANTS: dict[str, tuple[Callable[[Dataset, int], Iterator[object]], int]] = {
 
 
 def rate(batches: Iterator[object]) -> float:
-    """Images a second once the queues are full: the median of a few runs of batches."""
+    """Images per second once the queues are full: the median of a few runs of batches."""
     for _ in islice(batches, WARM_UP):
         pass
     rates = []

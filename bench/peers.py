@@ -1,4 +1,4 @@
-"""What today's frameworks do, written the way they do it: the other side of every comparison."""
+"""What today's frameworks do, written their way: the peer of every comparison."""
 
 from __future__ import annotations
 

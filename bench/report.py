@@ -58,7 +58,7 @@ def filled(document: Path, markers: tuple[str, str], made: str) -> str:
 def table(case: Case, results: Results, bandwidth: float = 0.0) -> Table:
     """Times, extra memory, and both as multiples of ours.
 
-    With `bandwidth`, bytes a second of the device's memory, also the rate at which the bytes that
+    With `bandwidth`, bytes per second of the device's memory, also the rate at which the bytes that
     must move at least were moved, and its share of that limit.
     """
     made = Table(title=case.title, title_justify="left")

@@ -1,4 +1,4 @@
-"""A training step of the whole network: what people write today against ours, phase by phase.
+"""A training step of the whole network, phase by phase: stock code against ours.
 
 Four variants, each in a fresh process, with the same weights, batch and optimiser:
 
@@ -54,7 +54,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained: network, images of a step, edge of the crop in pixels, classes.
+    """What is trained: network, images per step, edge of the crop in pixels, classes.
 
     precision is that of our autocast, "bfloat16", or "float32" for none.
     """
@@ -75,7 +75,7 @@ DEFAULTS = {"cpu": Shape("resnet18", 4, 256, 150), "cuda": Shape("resnet50", 16,
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What one variant took.
+    """Times and memory of one variant.
 
     Attributes:
         losses: of the first steps, from the same weights.
@@ -108,7 +108,7 @@ class StockEncoding(nn.Module):
 
 
 def stock(model: nn.Module) -> None:
-    """Put today's formulas in place of our operators, with the same parameters."""
+    """Put today's formulas instead of our operators, with the same parameters."""
     set_norm_impl(model, "torch")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -284,7 +284,7 @@ def disagreement(results: Results, tolerance: float) -> str | None:
 
 
 def measure_apart(variant: str, shape: Shape, device: torch.device) -> StepTimes | str:
-    """Measure one variant in a fresh process; a sentence where it could not be."""
+    """Measure one variant in a fresh process; a sentence if that fails."""
     if is_compiled(variant) and compile_obstacle(device):
         return "no compiled variants: there is no compiler for torch.compile here"
     arguments = ["step", "--worker", variant, "--device", device.type, *shape.arguments()]
@@ -295,7 +295,7 @@ def measure_apart(variant: str, shape: Shape, device: torch.device) -> StepTimes
 
 
 def table(shape: Shape, device: torch.device, results: Results) -> Table:
-    """One line a variant; the last column compares images per second with stock code, eager."""
+    """One line per variant; the last column compares images per second with stock code, eager."""
     formats = f"{shape.precision}, channels_last"
     if device.type == "cpu":
         formats = f"ours {formats}, stock float32, contiguous"
@@ -344,7 +344,7 @@ def run(options: argparse.Namespace) -> int:
     given = {k: getattr(options, k) for k in default if getattr(options, k) is not None}
     shape = Shape(**{**default, **given})
     if options.worker:
-        # A training process has this in memory whatever it compiles.
+        # A training process has this in memory anyway.
         importlib.import_module("torch._dynamo")
         print(json.dumps(asdict(measure(options.worker, shape, device))))
         return 0

@@ -93,7 +93,7 @@ def measure(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy of 1 GiB on the GPU reads and writes: the limit in practice."""
+    """Bytes per second that a copy of 1 GiB on the GPU reads and writes: the limit in practice."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * 2**30 / (measure(lambda: target.copy_(source), device, 1.0).median / 1e3)

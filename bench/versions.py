@@ -1,6 +1,6 @@
 """``python -m bench versions``: the kernels with other versions of Triton and torch; no GPU.
 
-For each pair of versions, Triton beside this environment's torch, or beside a torch installed
+For each pair of versions, Triton with this environment's torch, or beside a torch installed
 whole: the interpreter's tests, and for sm_90 what the compiler makes of one shape a kernel. Each
 result is a line of FOLDER/results.jsonl as soon as it is there, and what is there is not done
 again. The table goes between two markers of docs/versions.md.
@@ -150,7 +150,7 @@ def compile_apart(pair: Pair, place: Path, op: str) -> Row:
 
 
 def compiled_calls(op: str) -> Row:
-    """How many kernels one shape takes, and what comes in place of a configuration that is bad.
+    """How many kernels one shape takes, and what comes instead of a configuration that is bad.
 
     The launcher goes on to the first configuration whose kernels neither spill nor fail.
     """
@@ -241,7 +241,7 @@ def _cell(row: Row | None) -> str:
 
 
 def table(file: Path) -> str:
-    """Markdown: a line for each pair, then what failed and what comes in place of a bad default."""
+    """Markdown: a line for each pair, then what failed and what comes instead of a bad default."""
     found = read(file)
     heads = [
         s.removeprefix("tests/kernels/").removesuffix(".py").replace("test_", "") for s in STAGES

@@ -1,7 +1,7 @@
 """The command ``encnet``, and ``python -m encnet_triton``: the package's commands by name.
 
-``encnet train ...`` is ``python -m encnet_triton.train ...``. Nothing is imported but the module
-that is asked for.
+``encnet train ...`` is ``python -m encnet_triton.train ...``. Only the requested module is
+imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a network",
     "evaluate": "score a checkpoint on a data set",
     "predict": "label photos",
-    "convert": "read weights that others have trained, or write a backbone",
+    "convert": "convert weights trained elsewhere, or export a backbone",
     "submit": "write the archive of predictions that a test server takes",
     "data": "check a data set, or prepare its labels",
     "environment": "print what a bug report needs",

@@ -1,4 +1,4 @@
-"""Weights that others have trained: ``python -m encnet_triton.convert in.pth out.safetensors``.
+"""Convert weights trained elsewhere: ``python -m encnet_triton.convert in.pth out.safetensors``.
 
 Read are EncNet, FCN, PSPNet and DeepLabV3 of PyTorch-Encoding and mmsegmentation, FCN and DeepLabV3
 of torchvision, all on ResNets, and ImageNet weights of ResNets under the names of torchvision, timm
@@ -41,14 +41,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset", choices=named, help="for class names and colours (default: none)"
     )
     parser.add_argument(
-        "--crop", type=_size, help="of its training, in pixels: 480 or 512x1024 "
-        "(default: what the file says, else what is usual where it comes from)",
+        "--crop", type=_size, help="training crop in pixels: 480 or 512x1024 "
+        "(default: from the file, else that project's usual one)",
     )  # fmt: skip
     parser.add_argument(
-        "--base-size", type=options.whole(1), help="of its images' edge (default: as for --crop)"
+        "--base-size",
+        type=options.whole(1),
+        help="edge length that images are scaled to (default: as for --crop)",
     )
     parser.add_argument(
-        "--ema", action="store_true", help="the moving average of the weights that is beside them"
+        "--ema",
+        action="store_true",
+        help="take the moving average of the weights, stored beside them",
     )
     parser.add_argument(
         "--config", type=Path, help="mmsegmentation's configuration, as its trainer writes it "
@@ -56,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--export-backbone", action="store_true",
-        help="the other way: the backbone of a checkpoint of this project, in torchvision's names",
+        help="the reverse: a checkpoint's backbone, with torchvision's names",
     )  # fmt: skip
     return parser.parse_args(arguments)
 
@@ -64,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def _size(text: str) -> tuple[int, int]:
     numbers = text.split("x")
     if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 480 or 512x1024")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 480 or 512x1024")
     return int(numbers[0]), int(numbers[-1])
 
 

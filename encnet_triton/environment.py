@@ -6,7 +6,7 @@ from encnet_triton.report import report
 
 
 def main() -> None:
-    """Print the report, one fact a line, ready to paste."""
+    """Print the report, one fact per line, ready to paste."""
     for name, value in report():
         print(f"{name + ':':<15}{value}")
 

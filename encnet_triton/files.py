@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under another name, then renamed."""
+"""Atomic writes: a file is written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _LONG_GONE = 24 * 3600.0  # seconds
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a name in the folder of ``path`` to write to, and renames it when the block ends.
+    """A temporary name beside ``path`` to write to; renamed to it when the block ends.
 
-    The content is on disk before it gets its name. Where the block or the writing fails, a file
-    that was at ``path`` is untouched and nothing else is left. The file's permissions follow the
-    umask, whatever the block gives it.
+    The content is flushed to disk before the rename. If the block or the writing fails, the file
+    that was at ``path`` is untouched and no temporary file is left. The file's permissions follow
+    the umask, whatever the block gives it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -65,7 +65,7 @@ def make_folder(path: Path, what: str) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `replacing` left in a folder when its process was killed."""
+    """Remove temporary files that `replacing` left in a folder when its process was killed."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():

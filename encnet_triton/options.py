@@ -1,4 +1,4 @@
-"""What the commands of this package share: options, what they print to, and how they end."""
+"""Shared by the commands of this package: options, output and exit status."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FOR_SEGMENTATION = (
 
 
 def print_anything() -> None:
-    """A file name may have bytes that are no text, and a terminal may lack UTF-8: print them all
+    """A file name may have bytes that are not text, and a terminal may lack UTF-8: print them all
     the same."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -44,15 +44,15 @@ def exit_status(
     action: Callable[[], int | None],
     less: str = "; a smaller --batch or smaller --scales need less",
 ) -> int:
-    """Run a command: what it returns (None is 0), or 2 after one sentence for what a user can put
-    right.
+    """Run a command: returns its status (None is 0), or 2 after one sentence for an error that a
+    user can fix.
 
-    A process of several that fails does not return: it ends at once, for the others may wait for
+    A failing process of several does not return: it ends at once, because the others may wait for
     it, and torchrun then ends them.
 
     Args:
         action: the command.
-        less: what to say of its options where memory runs out.
+        less: advice about its options for when memory runs out.
     """
     print_anything()
     try:
@@ -67,7 +67,7 @@ def exit_status(
         if sentence := worker_failure(error):
             return _failed(sentence)
         if _together() and lost_connection(error):
-            # That of the others which fails first has said why.
+            # The process that failed first has given the reason.
             return _failed(f"another process is gone ({str(error).splitlines()[0]})")
         _end_others()
         raise
@@ -97,14 +97,14 @@ def _failed(sentence: str, status: int = 2) -> int:
 
 
 def _end_others() -> None:
-    """After a mistake of ours: its traceback now, for this process does not return."""
+    """After a bug of ours: print the traceback now, because this process does not return."""
     if _together():
         traceback.print_exc()
         _end_at_once(1)
 
 
 def _end_at_once(status: int) -> None:
-    """To leave the group would wait for the others, and they for this process."""
+    """Leaving the group would wait for the others, and they wait for this process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -125,7 +125,8 @@ def lost_connection(error: BaseException) -> bool:
 
 
 def make_console(**options: Any) -> Console:
-    """Where a command prints: names and paths are text, whatever brackets or colons they have."""
+    """The console of a command; names and paths are plain text, whatever brackets or colons they
+    have."""
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
 
@@ -146,7 +147,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    """Every option that takes a value says its default; None and False are for its text to say."""
+    """Every option that takes a value shows its default; for None and False its text does."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
@@ -166,7 +167,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
         except ValueError:
             number = least - 1
         if number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {allowed}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {allowed}")
         return number
 
     return convert
@@ -259,10 +260,10 @@ def pick_device(name: str) -> torch.device:
     """This process's device, made the current one: "auto" is its GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: CUDA was asked for and is not there, or there are more processes than GPUs.
+        ValueError: CUDA was requested but is not available, or there are more processes than GPUs.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch sees no CUDA GPU here")
+        raise ValueError("--device cuda was requested, but torch sees no CUDA GPU here")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -296,7 +297,7 @@ def gathered(own: list[str]) -> list[str]:
 def refuse_segmentation_options(
     options: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> None:
-    """A ValueError for the first option that was given and means nothing for a classifier."""
+    """A ValueError for the first given option that has no meaning for a classifier."""
     for name, value in vars(options).items():
         if name in _FOR_SEGMENTATION and value != parser.get_default(name):
             raise ValueError(
@@ -310,4 +311,5 @@ def _scales(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.75,1") from None
+        message = f"{text!r} is not a list of numbers such as 0.75,1"
+        raise argparse.ArgumentTypeError(message) from None

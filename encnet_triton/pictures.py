@@ -1,4 +1,4 @@
-"""Pictures for people: label maps in colour, overlays, and image | label | prediction panels."""
+"""Pictures: label maps in colour, overlays, and image | label | prediction panels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def panel(
 ) -> Image.Image:
     """image | label | prediction side by side, with the names of the classes that occur below.
 
-    Small images are enlarged without smoothing so that a person can see them.
+    Small images are enlarged without smoothing.
     """
     height, width = label.shape
     factor = max(1, round(300 / width))

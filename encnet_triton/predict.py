@@ -1,7 +1,7 @@
 """Label photos: ``python -m encnet_triton.predict --checkpoint FILE photo.jpg``.
 
-Under torchrun the processes share the photos. One that cannot be read does not keep the others
-from being labelled; the exit status is then 1.
+Under torchrun the processes share the photos. If one cannot be read, the others are labelled all
+the same and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER",
-        help="of a folder all images, but not those of folders in it",
+        help="a folder stands for its images, without subfolders",
     )  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write")

@@ -1,4 +1,4 @@
-"""What this machine is, for the records of runs and measurements and for bug reports."""
+"""Facts about this machine, for the records of runs and measurements and for bug reports."""
 
 from __future__ import annotations
 

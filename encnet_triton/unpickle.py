@@ -1,4 +1,4 @@
-"""Pickles of strangers, read without running anything that is in them.
+"""Read untrusted pickles without running anything in them.
 
 Python's own unpickler calls what a file names, sets attributes of what it finds, and hands bytes to
 C code that trusts them. This one makes numbers, texts, bytes, lists, tuples, sets and dictionaries
@@ -64,14 +64,14 @@ def load_pickle(
     persistent: Callable[[Any], Any] | None = None,
     encoding: str = "utf-8",
 ) -> Any:
-    """The object of the pickle that begins where ``file`` stands; ``file`` is then at its end.
+    """The object of the pickle at the position of ``file``, which is then at the pickle's end.
 
     Args:
         file: opened for reading bytes.
         allowed: (module, name) -> what stands for that global, for example `NUMBERS` and more. A
             callable is called with whatever arguments the file has, so it must check them; it may
             raise ValueError or TypeError. What is only named can be a `Placeholder`.
-        placeholders: leave a `Placeholder` where a global is not in ``allowed``, in place of an
+        placeholders: leave a `Placeholder` where a global is not in ``allowed``, instead of an
             error.
         persistent: gives the object of a persistent id; without it, these are an error.
         encoding: of texts that Python 2 wrote; "bytes" leaves them bytes.
@@ -93,7 +93,7 @@ def load_pickle(
 
 
 def printable(text: str, most: int = 200) -> str:
-    """One line for a person, of text that a file of strangers brings."""
+    """One printable line of untrusted text."""
     line = "".join(letter if letter.isprintable() else " " for letter in text[: most + 1])
     return line if len(line) <= most else line[:most] + " ..."
 
@@ -242,7 +242,7 @@ class _Machine:
     def _stack_global(self, _: None) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("the name of a global is no text")
+            raise TypeError("the name of a global is not text")
         self.stack.append(self._find(module, name))
 
     def _find(self, module: str, name: str) -> Any:
@@ -261,7 +261,7 @@ class _Machine:
         elif id(what) in self.functions:
             made = what(*arguments)
         else:
-            raise TypeError("it calls something that is no function")
+            raise TypeError("it calls something that is not a function")
         self.stack.append(made)
 
     def _reduce(self, _: None) -> None:
@@ -297,7 +297,7 @@ class _Machine:
 
     def _persid(self, identity: Any) -> None:
         if self.persistent is None:
-            raise pickle.UnpicklingError("it asks for an object that is kept elsewhere")
+            raise pickle.UnpicklingError("it asks for an object that is stored elsewhere")
         self.stack.append(self.persistent(identity))
 
     def _binpersid(self, _: None) -> None:
@@ -331,7 +331,7 @@ def _extend(target: Any, values: list[Any]) -> None:
     elif isinstance(target, set):
         target.update(_key(value) for value in values)
     else:
-        raise TypeError("it appends to something that is no list")
+        raise TypeError("it appends to something that is not a list")
 
 
 # NumPy's arrays and scalars, of types of numbers alone: an array of objects made from bytes holds
@@ -346,7 +346,7 @@ def _text(value: Any) -> str:
 
 def _dtype(name: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
     if not isinstance(name, str | bytes) or not _NUMBER.fullmatch(_text(name)):
-        raise pickle.UnpicklingError("it has an array of something else than numbers")
+        raise pickle.UnpicklingError("it has an array of something other than numbers")
     # A copy: its order of bytes is set afterwards.
     return np.dtype(_text(name), copy=True)
 

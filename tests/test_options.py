@@ -1,4 +1,4 @@
-"""How the commands of the package end, and what they refuse before any work."""
+"""How the commands of the package end, and what they refuse before doing any work."""
 
 from __future__ import annotations
 

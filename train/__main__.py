@@ -31,7 +31,7 @@ def show_list() -> None:
 
 
 def start(options: cli.Options) -> None:
-    """Do what the command line asks for."""
+    """Run what the command line asks for."""
     if options.sweep:
         rows = plan.configurations(options.sweep, options.overrides)
         configs = [config for row in rows for config in row.configs]
@@ -54,7 +54,7 @@ def start(options: cli.Options) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status.
 
-    A process that others wait for does not return from a failure: it ends at once.
+    If other processes wait for this one, a failure ends it at once instead of returning.
     """
     print_anything()
     options = cli.parse(arguments)
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def failed(sentence: str, lost: bool = False, status: int = 2) -> int:
-    """Say why; returns the exit status where no other process waits for this one."""
+    """Print the reason; returns the exit status if no other process waits for this one."""
     if distributed.in_group():
         distributed.fail(sentence, lost, status)
     print_error(sentence)

@@ -11,8 +11,8 @@ from torch import Tensor
 from encnet_triton.data import Dataset
 from encnet_triton.train.config import ConfigError
 
-# What a weight may be at least and at most: a class with a handful of pixels would otherwise decide
-# the gradient of a whole batch.
+# Smallest and largest weight: without them a class with a handful of pixels would dominate the
+# gradient of a whole batch.
 LIMITS = (0.2, 5.0)
 IMAGES = 500
 

@@ -89,7 +89,7 @@ class Classification(Task[float]):
 
     @classmethod
     def outlook(cls, config: Config, world: World) -> Iterator[str]:
-        """The data need not be there."""
+        """The data need not exist."""
         count = sum(p.numel() for p in CifarNet(**config.model.options()).parameters())
         images = COUNT["train"]
         if config.data.data is not None:
@@ -115,7 +115,7 @@ class Classification(Task[float]):
         return [step.epoch.batch(step.start, step.stop)]
 
     def compute(self, network: nn.Module, part: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
-        """Mean cross-entropy of this rank's images, and the share that is named wrongly."""
+        """Mean cross-entropy of this rank's images, and the share that is classified wrongly."""
         images, labels = part
         logits = self._logits(network, images)
         smoothing = self.config.optim.label_smoothing
@@ -142,7 +142,7 @@ class Classification(Task[float]):
 
     @torch.no_grad()
     def validate(self, watch: Watch) -> float:
-        """Share of the test images that are named wrongly."""
+        """Share of the test images that are classified wrongly."""
         self.model.eval()
         wrong = torch.zeros((), device=self.world.device, dtype=torch.float64)
         stride = TEST_BATCH * self.world.size

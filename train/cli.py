@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="python -m encnet_triton.train",
         description="Train a network. Without options: the embedded data set, on this machine. "
-        "The defaults of fields hold where the recipe says nothing; --print-config shows what a "
-        "recipe and the options make of them.",
+        "Fields that the recipe does not set have their defaults; --print-config shows the "
+        "resulting configuration.",
         allow_abbrev=False,
     )
     made.add_argument(
@@ -70,7 +70,7 @@ def _words(field: Field[Any]) -> str:
 
 
 def _default(section: str, field: Field[Any], text: str) -> str:
-    """The end of a field's help, where it does not say it by itself."""
+    """The default, for the end of a field's help that does not state it."""
     if "default" in text:
         return ""
     value = field.default

@@ -15,7 +15,8 @@ from encnet_triton.train.config import REDUCE_OVERHEAD
 def compile_obstacle(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, in one sentence, or None.
 
-    It looks for what Inductor and Triton look for: they fail in the middle of the first step.
+    Checks what Inductor and Triton need, which would otherwise fail in the middle of the first
+    step.
     """
     what = None
     if device.type == "cuda":

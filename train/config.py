@@ -132,7 +132,7 @@ class DataConfig:
     label_map: str | None = None
     """Label values in the files and their classes, such as 255=1,7=0 (folder data sets)."""
     classes_file: str | None = None
-    """File with one class name a line (folder data sets; default classes.txt)."""
+    """File with one class name per line (folder data sets; default classes.txt)."""
     labels_folder: str | None = None
     """Folder of the label PNGs (pascal_context)."""
     label_order: str | None = None
@@ -146,7 +146,7 @@ class DataConfig:
     base_size: int | None = 520
     """Edge length that scale 1 stands for; none keeps the image's own size."""
     scale_by: str = "short"
-    """Edge that base_size is about: short, long, or image (each image's own size)."""
+    """Which edge base_size sets: short, long, or image (each image's own size)."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Range of random scaling."""
     rotation: float = 10.0
@@ -186,10 +186,10 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """Losses, SGD and its schedule (paper section 3.1)."""
+    """Losses, SGD and its schedule (paper, section 3.1)."""
 
     lr: float = 0.001
-    """Base learning rate of the global batch; never scaled silently."""
+    """Base learning rate for the global batch; never scaled automatically."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 1e-4
@@ -197,7 +197,7 @@ class OptimConfig:
     decay_norm_bias: bool = True
     """Apply the penalty to batch-norm parameters and biases too, as the paper's code does."""
     schedule: str = "poly"
-    """Course of the rate: poly, or cosine (half a period, to zero)."""
+    """Learning-rate schedule: poly, or cosine (half a period, to zero)."""
     power: float = 0.9
     """Exponent of the poly schedule lr (1 - step / steps)^power."""
     eta_min: float = 0.0
@@ -238,7 +238,7 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """Where and how the run is carried out."""
+    """Where and how the run executes."""
 
     name: str = free("")
     """Folder of the run below runs; the recipe's name by default."""
@@ -258,7 +258,7 @@ class RunConfig:
     sync_bn: bool = True
     """Synchronise batch normalisation over the processes."""
     resume: bool = free(False)
-    """Go on from the run's last checkpoint if there is one, else start."""
+    """Continue from the run's last checkpoint if there is one, else start."""
     stop_at: int | None = free(None)
     """Save and stop after this many steps; the schedule stays that of the whole run."""
     init_from: str | None = None
@@ -277,12 +277,12 @@ class RunConfig:
     pictures: int = free(6)
     """Validation images drawn into predictions/."""
     timeout: float = free(180.0)
-    """Seconds without progress after which several processes give up; it counts from the end of
-    the first step on, which may take 30 minutes, as a validation and a save may."""
+    """Seconds without progress after which several processes give up. It applies after the first
+    step; that step, a validation and a save may take 30 minutes each."""
     take_over: bool = free(False)
-    """Write to the run's folder although its lock names another process, which you know is gone."""
+    """Write to the run's folder although its lock names another process, known to be gone."""
     whole_image: bool = free(False)
-    """Validate on whole images in place of windows of the crop."""
+    """Validate on whole images instead of windows of the crop."""
 
     def __post_init__(self) -> None:
         one_of("device", self.device, ("auto", "cpu", "cuda"))
@@ -370,7 +370,7 @@ def all_fields() -> dict[str, tuple[str, Field[Any]]]:
 
 
 def field_docs() -> dict[str, str]:
-    """The docstring under each field, read from this file."""
+    """The docstring below each field, read from this file."""
     docs = {}
     for cls in SECTIONS.values():
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

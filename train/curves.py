@@ -16,13 +16,13 @@ _KINDS = (("train", "train_error", "--"), ("val", "error", "-"))
 
 
 def errors(folder: Path, kind: str, key: str) -> NDArray[np.float64]:
-    """One error an epoch, in percent, from a run's ``metrics.jsonl``."""
+    """One error per epoch, in percent, from a run's ``metrics.jsonl``."""
     found: list[Any] = [r.get(key) for r in read_records(folder) if r["kind"] == kind]
     return np.array([100 * value if is_number(value) else np.nan for value in found])
 
 
 def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
-    """Draw the mean over the runs of each label; runs that differ in length to the shortest.
+    """Draw the mean over the runs of each label, up to the shortest run.
 
     Args:
         runs: label -> folders of runs.

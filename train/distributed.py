@@ -25,7 +25,7 @@ from encnet_triton.train.watch import FIRST, Watch
 
 # A first step may compile for many minutes on one rank while the others wait.
 TIMEOUT = timedelta(seconds=FIRST)
-# How long a rank may be waited for is for `Watch` to say, which names it.
+# `Watch` limits how long a rank is waited for, and names it.
 _COLLECTIVES = timedelta(days=7)
 
 
@@ -46,7 +46,7 @@ class World:
         rank, size: number of this process and of all, over all hosts.
         local_rank, local_size: the same on this host.
         device: where this process computes.
-        watch: what ends this process if its run cannot go on.
+        watch: ends this process if its run cannot continue.
         job: names the torchrun that started this process, restarts included; "" without one.
     """
 
@@ -65,21 +65,21 @@ class World:
 
 
 def start(device: str) -> World:
-    """Join the process group that torchrun describes, or be a world of one.
+    """Join the process group that torchrun describes, or run alone.
 
     Args:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        WorldError: CUDA was asked for and is not there, there are more processes than GPUs, or the
-            processes do not find each other.
+        WorldError: CUDA was requested but is not available, there are more processes than GPUs, or
+            the processes do not find each other.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise WorldError("device = 'cuda' was asked for, but torch sees no CUDA GPU here")
+        raise WorldError("device = 'cuda' was requested, but torch sees no CUDA GPU here")
     if cuda and local_size > torch.cuda.device_count():
         raise WorldError(
             f"{local_size} processes were started on a host with {torch.cuda.device_count()} GPUs; "
@@ -129,9 +129,8 @@ def meeting_point() -> tuple[dist.Store, int, int]:
 
 
 def second_connection(store: dist.Store, rank: int) -> tuple[dist.Store, str]:
-    """A store for the `Watch`, whose calls wait for no other's, and the name of this job.
-
-    The name lies in the store that torchrun offers, and so outlives the processes that it starts.
+    """A store for the `Watch`, whose calls do not wait for others, and the name of this job. The
+    name is kept in torchrun's store and so outlives the processes that torchrun starts.
     """
     looking, _, _ = meeting_point()
     job = looking.compare_set("job", "", uuid.uuid4().hex).decode()
@@ -141,12 +140,12 @@ def second_connection(store: dist.Store, rank: int) -> tuple[dist.Store, str]:
 
 
 def fresh_store() -> dist.Store:
-    """A key-value store of the processes that start now, empty whatever was there before.
+    """A key-value store for the processes that start now, empty whatever an earlier start left.
 
-    The store that torchrun offers outlives its processes: in a group that it starts again, gloo and
-    NCCL would find the addresses of the group that died, and wait for it. The number of restarts
-    would not tell the two apart, since every agent counts its own. So rank 0 draws a name for this
-    start, and hands it to whoever asks now.
+    torchrun's store outlives its processes: in a restarted group, gloo and NCCL would find the
+    addresses of the group that died, and wait for it. The number of restarts cannot tell the two
+    apart, because every agent counts its own. So rank 0 draws a name for this start and gives it to
+    every rank that asks now.
 
     Raises:
         WorldError: some ranks did not appear in time.
@@ -162,8 +161,8 @@ def fresh_store() -> dist.Store:
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         for other in missing:
-            # What stands here may have been asked by a process that is gone: answer until the
-            # one that lives says that it has the name.
+            # This request may be from a process that is gone: answer until the live one confirms
+            # that it has the name.
             if store.check([f"asks/{other}"]):
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
         missing = {other for other in missing if not store.check([f"{own}/has/{other}"])}
@@ -178,8 +177,8 @@ def stop() -> None:
 
     Where another rank has failed, NCCL would wait for it here: see `fail`.
 
-    The group's threads end with the last reference to it. One that outlived this would crash a
-    process that is about to exit well: freeing a tensor takes the interpreter, which is gone.
+    The group's threads end with the last reference to it. A thread that outlived it would crash a
+    process that is about to exit normally: freeing a tensor needs the interpreter, which is gone.
     """
     global _watch, _sync_group
     if _watch is not None:
@@ -209,7 +208,7 @@ def in_group() -> bool:
 
 
 def fail(sentence: str | None, lost: bool = False, status: int = 2) -> NoReturn:
-    """End this process at once, and let the others end.
+    """End this process at once, so that the others end too.
 
     Args:
         sentence: why; None for the exception that is being handled, which is shown as a traceback.
@@ -256,8 +255,8 @@ def digests(model: nn.Module) -> dict[str, bytes]:
 def check_same_weights(model: nn.Module) -> None:
     """Make sure that all ranks start from the same parameters and buffers, bit for bit.
 
-    DDP sends rank 0's weights to the others without a word, which would hide that they had been
-    built from another seed or read from another file.
+    DDP silently sends rank 0's weights to the others, which would hide that they were built from
+    another seed or read from another file.
 
     Raises:
         WorldError: names the ranks and the first tensor that differ from rank 0's.

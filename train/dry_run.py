@@ -1,4 +1,4 @@
-"""What a run would be, without starting it."""
+"""A dry run: what a run would do, without starting it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from encnet_triton.weights.checkpoint import load_model
 
 
 def dry_run(config: Config, world: World, before: Collection[Path] = ()) -> None:
-    """Refuse what a run would refuse, else print what it would be.
-
-    Data sets that are published need not be there; if they are, the run is built as it would be.
+    """Refuse what a run would refuse, else print what it would do. Published data sets need not
+    exist; if they do, the run is built in full.
 
     Args:
         config: of the run.

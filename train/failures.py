@@ -1,4 +1,4 @@
-"""Sentences for failures that libraries report in words of their own."""
+"""Sentences for failures that libraries report in their own words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells: a live progress line or plain lines, and ``metrics.jsonl``."""
+"""The log of a run: a live progress line or plain lines, and ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Log:
         self._progress = Progress(
             TextColumn(f"{{task.completed:>{len(str(steps))}}}/{{task.total}}"),
             BarColumn(bar_width=_BAR, table_column=Column(min_width=_BAR)),
-            # The time left comes with the status: rich's own estimate would count compilation
-            # and validation as steps that were slow.
+            # The time left is part of the status: rich's own estimate would count compilation and
+            # validation as slow steps.
             TextColumn("{task.fields[status]}", markup=False),
             console=self.console,
         )
@@ -69,7 +69,7 @@ class Log:
         if self._progress is None or self._task is None:
             self.say(f"step {record['step']:>6}/{steps}  {'  '.join(parts)}")
             return
-        # What does not fit is left out, from the end: rich would cut the step and the bar.
+        # Drop what does not fit, from the end: rich would cut the step and the bar.
         room = self.console.width - 2 * len(str(steps)) - _BAR - 4
         status = ""
         for part in parts:
@@ -79,7 +79,7 @@ class Log:
         self._progress.update(self._task, status=status)
 
     def watch(self, items: Iterable[Item], count: int, text: str) -> Iterator[Item]:
-        """The items, with a bar of their own below the live line while they last."""
+        """Iterate over the items, with a progress bar below the live line."""
         if self._progress is None:
             yield from items
             return
@@ -100,8 +100,8 @@ class Log:
                 file.write(line + "\n")
 
     def rewind(self, step: int, validated: int) -> None:
-        """Drop what a resumed run makes again: the records of steps after ``step``, and of
-        validations after step ``validated``."""
+        """Drop what a resumed run writes again: records after ``step``, validations after
+        ``validated``."""
         path = self.folder / METRICS
         if not self.enabled or not path.exists():
             return
@@ -113,7 +113,7 @@ class Log:
         write_text("".join(kept), path)
 
     def end(self) -> None:
-        """Take the live line away; safe to call twice."""
+        """Remove the live line; safe to call twice."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -122,7 +122,7 @@ class Log:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, each with its kind and step.
 
-    What else is in the file is left out, such as a line that a killed process did not finish.
+    Anything else in the file is skipped, such as a line that a killed process did not finish.
     """
     text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
     records = []
@@ -137,12 +137,12 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number of a JSON file, and no truth value."""
+    """Whether it is a finite number from a JSON file, not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _parts(record: dict[str, Any], eta: float | None) -> list[str]:
-    """What a line says of a record, what matters most first."""
+    """The parts of a record's line, the most important first."""
     loss = record["loss"]
     parts = ["loss not finite" if loss is None else f"loss {loss:.3f}"]
     if eta is not None:

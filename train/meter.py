@@ -46,7 +46,7 @@ class Meter:
         self._wait += time.perf_counter() - start
 
     def add(self, terms: Sequence[Tensor]) -> None:
-        """Add what one micro-batch adds to the sums over a step, without looking at it."""
+        """Add one micro-batch to the sums over a step, without reading it back."""
         values: list[Tensor] = [t.detach() for t in terms]
         self._of_step += torch.stack([v.to(self._losses.dtype) for v in values])
 

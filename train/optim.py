@@ -13,7 +13,7 @@ from encnet_triton.train.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> Iterator[dict[str, Any]]:
-    """Backbone and head, each split into what weight decay applies to and what it does not.
+    """Backbone and head, each split into parameters with and without weight decay.
 
     Every group carries ``scale``, its learning rate relative to the schedule's.
     """
@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
 
 
 def rate_at(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of a step (counted from 0): a linear warm-up to lr, and from its end the schedule.
+    """Rate of a step (counted from 0): linear warm-up to lr, then the schedule.
 
     With p the share of the schedule that is done, from 0 to 1, the rate is eta_min + (lr - eta_min)
     times (1 - p)^power (poly) or (1 + cos(pi p)) / 2 (cosine).
@@ -57,6 +57,6 @@ def rate_at(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share of the schedule's rate."""
+    """Set every group's rate, a multiple of the schedule's."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]

@@ -1,8 +1,8 @@
 """TOML recipes by name, their stages, and what the command line changes in them.
 
-A recipe may build on another (``extends`` in its [about] section) and may have several stages, each
-started from the weights of the one before. Recipes whose name starts with an underscore are there
-to be built on.
+A recipe may extend another (``extends`` in its [about] section) and may have several stages, each
+started from the weights of the one before. Recipes whose name starts with an underscore exist only
+to be extended.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_recipe(
     """
     path, document = _load(name)
     if name in above:
-        raise ConfigError(f"recipe {path} builds on itself, by way of {', '.join(above)}")
+        raise ConfigError(f"recipe {path} extends itself, by way of {', '.join(above)}")
     about = document.get("about", {})
     own_stages = document.get("stage", [])
     for key, value, kind in (("about", about, dict), ("stage", own_stages, list)):
@@ -91,7 +91,7 @@ def _stage(path: Path, stage: Any, known: Mapping[str, Any]) -> tuple[str, dict[
         raise ConfigError(f"recipe {path}: each [[stage]] needs a stage_name")
     name = str(stage["stage_name"])
     if not name.isprintable() or "/" in name or not name:
-        raise ConfigError(f"recipe {path}: stage_name {name!r} is no name of a folder")
+        raise ConfigError(f"recipe {path}: stage_name {name!r} is not the name of a folder")
     fields = {key: value for key, value in stage.items() if key != "stage_name"}
     for key in fields:
         if key not in known:
@@ -127,7 +127,7 @@ def build(recipe: str, overrides: Mapping[str, Any]) -> Config:
 def build_stages(recipe: str, overrides: Mapping[str, Any]) -> list[Config]:
     """The configurations of all stages, in order; one for a recipe without stages.
 
-    Stages are runs ``1_<stage>``, ``2_<stage>``, ... inside of the run's own folder, each started
+    Stages are runs ``1_<stage>``, ``2_<stage>``, ... inside the run's own folder, each started
     from the last weights of the one before. Overrides apply to every stage. The field ``data`` may
     name a folder for each data set: ``coco_voc=/data/coco,voc=/data/VOC2012``.
 

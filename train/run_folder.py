@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, its configuration, and whether it is complete."""
+"""The folder of a run: its lock, its configuration, and whether the run is complete."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def free_folder(config: Config) -> Path:
     except OSError as error:  # a name that is too long
         raise ConfigError(f"run {folder} cannot be looked at ({error.strerror})") from error
     if any(gather(taken)):
-        raise ConfigError(f"run {folder} exists; add --resume to go on, or another --name")
+        raise ConfigError(f"run {folder} exists; add --resume to continue, or give another --name")
     return folder
 
 
 @contextmanager
 def locked(folder: Path, config: Config, world: World) -> Iterator[RunLock | None]:
-    """Inside, this run alone writes to its folder, from which what dead processes left is removed.
+    """Inside, only this run writes to its folder; leftovers of dead processes are removed.
 
-    Gives the lock, on the main rank.
+    Yields the lock, on the main rank.
 
     Raises:
         ConfigError: another process writes there; on all ranks.
@@ -76,7 +76,7 @@ def write_config(config: Config, folder: Path) -> None:
 
 
 def note_refusal(config: Config, world: World, reason: str) -> None:
-    """Write why a run did not begin where its result would be, unless there is one of another."""
+    """Write why a run did not begin into its result file, unless that holds another run's."""
     folder = folder_of(config)
     if world.main and not (folder / "config.json").exists():
         make_folder(folder, "the run's folder")
@@ -84,7 +84,7 @@ def note_refusal(config: Config, world: World, reason: str) -> None:
 
 
 def finished(config: Config) -> bool:
-    """Whether this very run is complete.
+    """Whether this run is complete.
 
     Raises:
         ConfigError: it is, but was made with other values of fields that alter a run.

@@ -1,4 +1,4 @@
-"""One writer a run: a file in the run's folder that names the process which writes there."""
+"""One writer per run: a file in the run's folder names the process that writes there."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from encnet_triton.train.config import ConfigError
 LOCK = "lock.json"
 
 _EVERY = 10.0  # seconds between two touches of the file
-_STALE = 300.0  # seconds without one after which a process of another host is called gone
+_STALE = 300.0  # seconds without a touch after which a process of another host counts as gone
 
 
 class RunLock:
-    """Says that this process writes to a folder, until `release`.
-
-    A file that is left is taken over if its process is gone: on this host, if no process has its
-    number and start; on another, if the file was not touched for five minutes. So it is if it was
-    left by the processes of the same torchrun, which start again only when those have ended.
+    """Marks a folder as written by this process, until `release`. A leftover file is taken over if
+    its process is gone: on this host, if no process has its number and start time; on another, if
+    the file was not touched for five minutes. A file left by processes of the same torchrun is
+    taken over too, because torchrun restarts only when those have ended.
 
     Args:
         folder: of the run; exists.
@@ -53,7 +52,7 @@ class RunLock:
         return bool(read(self.path).get("id") == self._own["id"])
 
     def release(self) -> None:
-        """Give the folder free; safe to call twice."""
+        """Release the folder; safe to call twice."""
         self._over.set()
         if self.held():
             self.path.unlink(missing_ok=True)
@@ -72,7 +71,7 @@ class RunLock:
         return True
 
     def _remove(self, take_over: bool) -> None:
-        """Take away the file that is there if its process is gone."""
+        """Remove the existing file if its process is gone."""
         found = read(self.path)
         for _ in range(5):
             if found:
@@ -83,9 +82,9 @@ class RunLock:
             host, process = found.get("host", "unknown"), found.get("process", "unknown")
             raise ConfigError(
                 f"run {self.path.parent} is being written by process {process} on host {host}; "
-                "end that first, give another --name, or add --take-over if it is gone"
+                "stop that process first, give another --name, or add --take-over if it is gone"
             )
-        # Under another name first: what another starter has made since is not to be removed.
+        # Rename it first: a file that another process has made since must not be removed.
         aside = self.path.with_name(f".{LOCK}.{os.getpid()}.tmp")
         with suppress(FileNotFoundError):
             os.replace(self.path, aside)
@@ -118,7 +117,7 @@ class RunLock:
             probe.unlink()
 
     def _keep(self) -> None:
-        """Touch the file; a thread, since a network file system may keep one waiting."""
+        """Touch the file; a thread, because a network file system may block."""
         missed = 0
         while not self._over.wait(_EVERY):
             try:
@@ -161,7 +160,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """What tells hosts of one name, and containers of one host, apart: their process numbers mean
+    """Distinguishes hosts of the same name, and containers of one host, whose process numbers mean
     different processes."""
     parts = []
     with suppress(OSError):

@@ -84,7 +84,7 @@ class Progress:
 
 
 def on_all_ranks(path: Path) -> bool:
-    """Whether the ranks see a file: all of them, or none.
+    """Whether the ranks see a file: all of them or none.
 
     Raises:
         WorldError: names the ranks that do not see it while others do.
@@ -303,5 +303,5 @@ def _restore_random_state(path: Path, world: World, tensors: dict[str, Tensor]) 
             torch.cuda.set_rng_state(cuda, world.device)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is damaged: random.{world.rank} is no random state ({error})"
+            f"{path} is damaged: random.{world.rank} is not a random state ({error})"
         ) from error

@@ -116,7 +116,7 @@ class Segmentation(Task[Scores]):
 
     @classmethod
     def outlook(cls, config: Config, world: World) -> Iterator[str]:
-        """The data need not be there for published data sets."""
+        """Published data sets need not exist."""
         images, classes, where = image_count(config)
         optim, data = config.optim, config.data
         model = create_model(num_classes=classes, **config.model.options())
@@ -230,7 +230,7 @@ class Segmentation(Task[Scores]):
         log.say(f"pictures: {folder / 'predictions'}")
 
     def warning(self) -> str | None:
-        """About windows that training did not have, and labels that look wrong."""
+        """Warnings about windows unlike those of training, and labels that look wrong."""
         said = []
         if self.config.run.whole_image:
             said.append(f"Warning: {WHOLE_IMAGE_WARNING}")

@@ -1,4 +1,4 @@
-"""A notice that a run must end, from a scheduler or a person, and how the ranks agree on it."""
+"""A request to stop a run, from a scheduler or a user, and how the ranks agree on it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from encnet_triton.train.distributed import all_reduce_sum
 
 _SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
-_SHOW_CURSOR = "\x1b[?25h"  # the progress line hides it, and would not bring it back
-_NOTICE = "stopping after this step, then saving; Ctrl-C once more ends at once\n"
+_SHOW_CURSOR = "\x1b[?25h"  # the progress line hides the cursor and would not restore it
+_NOTICE = "stopping after this step, then saving; press Ctrl-C again to stop at once\n"
 
 
 class StopRequest:
-    """Inside of it, SIGTERM, SIGUSR1 and the first Ctrl-C only set ``requested``."""
+    """Inside it, SIGTERM, SIGUSR1 and the first Ctrl-C only set ``requested``."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -28,7 +28,7 @@ class StopRequest:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
-            # No handler of Python's runs while this process waits for another inside of a library.
+            # Python runs no signal handler while this process waits for another inside a library.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if os.isatty(2):
                 os.write(2, (_SHOW_CURSOR + _NOTICE).encode())

@@ -1,4 +1,4 @@
-"""What a task is to the trainer: what it builds, computes and measures, and the fields it reads."""
+"""A task as the trainer sees it: what it builds, computes and measures, the fields it reads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Task(ABC, Generic[Score]):
 
     @classmethod
     def refuse_unread(cls, config: Config, given: Iterable[str]) -> None:
-        """Refuse a field that somebody gave and nobody would read.
+        """Refuse a field that was given but would not be read.
 
         Raises:
             ConfigError: names the fields.
@@ -136,10 +136,10 @@ class Task(ABC, Generic[Score]):
 
     @abstractmethod
     def tell(self, score: Score, record: dict[str, Any], log: Log) -> None:
-        """Write down a validation, and show it."""
+        """Record a validation and show it."""
 
     def draw(self, folder: Path) -> None:  # noqa: B027
-        """Pictures after a validation; the main rank alone."""
+        """Pictures after a validation; on the main rank only."""
 
     @abstractmethod
     def result(self, score: Score, progress: Progress) -> dict[str, Any]:
@@ -147,14 +147,14 @@ class Task(ABC, Generic[Score]):
 
     @abstractmethod
     def conclude(self, score: Score, progress: Progress, folder: Path, log: Log) -> None:
-        """Show a person what came out of a complete run; the main rank alone."""
+        """Show the results of a complete run; on the main rank only."""
 
     def warning(self) -> str | None:
-        """What a person should know before the run starts."""
+        """Warnings to show before the run starts."""
         return None
 
     def close(self) -> None:  # noqa: B027
-        """Give back processes, if there are any."""
+        """End worker processes, if there are any."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of the network's forward pass."""

@@ -140,13 +140,13 @@ class Trainer:
         if self.progress.step < self.steps or score is None:
             self.log.say(
                 f"stopped at step {self.progress.step} of {self.steps}, saved in {self.folder}; "
-                "go on with --resume"
+                "continue with --resume"
             )
             return None
         return score
 
     def _wrap(self, model: nn.Module) -> nn.Module:
-        # Compiled inside of DDP, not around it: DDP's own code would only break the graph. Dynamo
+        # Compiled inside DDP, not around it: DDP's own code would only break the graph. Dynamo
         # then sees the DDP it runs in and cuts the graph where DDP's buckets end, so that gradients
         # travel while the rest is computed: docs/multi_node.md has the figures.
         run = self.config.run
@@ -194,7 +194,7 @@ class Trainer:
             if stop or (inside and self._saver.due(step)):
                 self._saver.save(self.progress, ending=stop or step == last)
             if stop:
-                # A scheduler's grace is short: no validation, even at the end of an epoch.
+                # A scheduler's grace period is short: no validation, even at the end of an epoch.
                 self._stopping = True
                 return
 
@@ -233,13 +233,13 @@ class Trainer:
         return stop
 
     def _skip(self, given: Any, loss: Tensor) -> None:
-        """Leave weights and running statistics as they were before this step, and count it."""
+        """Undo the step: weights and running statistics stay as they were; count it as skipped."""
         self._statistics.restore()
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if broken := run_state.not_finite(dict(self.model.named_parameters())):
-            # No step can mend them, and no image is to blame.
+            # No later step can repair them, and no image caused it.
             raise TrainingError(
                 f"the weights are not finite at step {progress.step} ({broken} for one); a smaller "
                 f"--lr or --amp off may help; {self._saver.kept()}"
@@ -324,7 +324,7 @@ class Trainer:
 
 
 def train(config: Config, world: World) -> bool:
-    """Build, restore, run, and tell what came out; returns whether the run is complete."""
+    """Build, restore and run, then report the result; returns whether the run is complete."""
     try:
         task = task_of(config)(config, world)
     except UnlabelledError as error:
@@ -358,7 +358,8 @@ def _train(
         log.end()
         if world.size == 1:
             task.close()
-        # Of several, none waits for its loader where others wait for it; workers notice its end.
+        # With several processes, a failing one does not wait for its loader while others wait for
+        # it; the workers notice its end.
         raise
     task.close()
     if score is None:
@@ -386,7 +387,7 @@ def train_all(configs: list[Config], world: World) -> bool:
     """Train stages one after the other; a stage that is complete is left as it is."""
     if len(configs) > 1:
         for config in configs:
-            open_folder(config, world)  # before hours are spent on the first
+            open_folder(config, world)  # before spending hours on the first
     for number, config in enumerate(configs, start=1):
         if len(configs) > 1:
             log = Log(Path(), world.main)

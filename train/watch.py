@@ -1,8 +1,8 @@
-"""What ends a process whose run cannot go on: other ranks that failed or are silent, no torchrun.
+"""Ends a process whose run cannot continue: other ranks failed or are silent, or torchrun is gone.
 
-A process that waits for another inside of a library runs no code of ours, so threads look after it.
-One tells the store of the run every second how far this rank is and reads how far the others are.
-Another, which never waits for the network, looks at what was read and ends the process.
+A process that waits for another inside a library runs none of our code, so threads watch it. One
+writes this rank's progress to the run's store every second and reads that of the others. Another,
+which never waits for the network, checks what was read and ends the process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What only a GPU can do: graphs, events, clocks, profilers. Each has a stand-in on a CPU.
+"""What only a GPU can do: graphs, events, clocks, profilers; each with a stand-in for CPUs.
 
-A rehearsal runs every line of the benchmark but those of `Gpu`.
+A rehearsal runs every line of the benchmark except those of `Gpu`.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Gpu:
         return max(0, torch.cuda.max_memory_allocated() - before)
 
     def obstacle(self, launches: Sequence[Launch]) -> str | None:
-        """Compile launches; why they are not to be used, or None."""
+        """Compile launches; returns why they cannot be used, or None."""
         found = (launch.obstacle() for launch in launches)
         return next((reason for reason in found if reason), None)
 
@@ -201,7 +201,7 @@ class _Replay:
 
 
 class StandIn:
-    """A CPU in place of the GPU: the same methods, simple ways."""
+    """A CPU standing in for the GPU: the same methods, done simply."""
 
     kind = "cpu"
     stands_for = (
@@ -209,7 +209,7 @@ class StandIn:
         "peak memory of the allocator: not measured",
         "nvidia-smi: no clocks",
         "the compiler of kernels: they run in Triton's interpreter where a job needs them",
-        "ncu and compute-sanitizer: sentences as they print them",
+        "ncu and compute-sanitizer: sample output",
         "NCCL: gloo",
     )
 

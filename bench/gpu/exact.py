@@ -31,7 +31,7 @@ _LABELS = {
 
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """New memory is not what an earlier call left there, which may be right."""
+    """Fill new memory, which could hold an earlier call's correct result."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

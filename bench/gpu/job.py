@@ -1,4 +1,4 @@
-"""A piece of work for a process of its own, and what came of it."""
+"""A job, which runs in its own process, and its outcome."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ Status = Literal["ok", "wrong", "failed", "timed out", "does not fit", "left out
 
 
 class Wrong(Exception):
-    """The result of a job is not right; the message says what differs, and by how much.
-
-    `result` is what the job found all the same.
+    """The result of a job is wrong; the message says what differs and by how much. `result` is what
+    the job found anyway.
     """
 
     def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
@@ -28,7 +27,7 @@ listeners: list[Callable[[dict[str, Any]], None]] = []
 
 
 def so_far(result: dict[str, Any]) -> None:
-    """Hand in what a job has found until now, which counts if its process ends or hangs."""
+    """Report what a job has found so far, which counts if its process ends or hangs."""
     for listener in listeners:
         listener(result)
 
@@ -42,12 +41,13 @@ class Job:
         function: "module:function"; called with (arguments, rehearse), returns
             what JSON can hold.
         arguments: what JSON can hold.
-        seconds: what it takes on a current GPU, about.
+        seconds: its approximate time on a current GPU.
         limit: seconds after which it is ended.
         alone: whether it measures time, so that nothing else may run beside it.
         environment: variables of its process.
-        goes_on: it hands in what it has `so_far` and finds in arguments["before"] what an earlier
-            try had; where its process ends or hangs, it is tried again as long as there is more.
+        goes_on: it reports what it has `so_far` and finds an earlier try's results in
+            arguments["before"]; if its process ends or hangs, it is retried as long as more is
+            left.
     """
 
     stage: str

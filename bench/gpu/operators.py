@@ -28,7 +28,7 @@ class Shape:
         small: the same for a rehearsal.
         peers: whether the peers are measured as well.
         predicted: microseconds forward and backward that were predicted for an H100, with where
-            the prediction comes from; None where there is none.
+            the prediction comes from; None if there is none.
     """
 
     operator: str
@@ -78,7 +78,7 @@ def _built(name: str, variant: str, rehearse: bool) -> Callable[[], Pass]:
 
 
 def prepare(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """Call a variant once, so that what the compilers make of it is in their caches."""
+    """Call a variant once, to fill the compilers' caches."""
     variant = arguments["variant"]
     if is_compiled(variant):
         ask_for_compiler(rehearse)

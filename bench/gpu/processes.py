@@ -1,4 +1,4 @@
-"""Worker processes with time limits, of which nothing is left behind."""
+"""Worker processes with time limits that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def streamed(command: list[str], **variables: str) -> tuple[int, str]:
 
 
 def torchrun(processes: int, command: list[str]) -> list[str]:
-    """The command that runs a module as some ranks on this host, whatever its name resolves to."""
+    """The command that runs a module as several ranks on this host, whatever its name resolves
+    to."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes), *command]
 
@@ -79,8 +80,8 @@ def descendants(pid: int) -> list[int]:
 def kill_tree(pid: int) -> None:
     """Kill a process and all its descendants.
 
-    By descent: torchrun gives each of its processes a session of its own, so that killing its group
-    would leave them.
+    By descent: torchrun gives each of its processes its own session, so killing its group would
+        miss them.
     """
     for one in (pid, *descendants(pid)):
         with contextlib.suppress(ProcessLookupError):
@@ -96,7 +97,7 @@ def together(rehearse: bool = False) -> int:
 
 
 class Worker:
-    """A process that has imported what jobs need and waits for one."""
+    """A process that has imported what jobs need and waits for a job."""
 
     def __init__(self, environment: dict[str, str], rehearse: bool) -> None:
         self.environment = environment
@@ -122,7 +123,7 @@ class Worker:
         self._answers.put("")
 
     def run(self, job: Job, limit: float) -> tuple[Outcome, str]:
-        """What came of the job, and the end of what it printed; no later than after `limit`."""
+        """The job's outcome and the end of its output, at the latest after `limit`."""
         start = time.monotonic()
         line = {"function": job.function, "arguments": job.arguments, "rehearse": self._rehearse}
         line["until"] = time.time() + limit
@@ -153,7 +154,7 @@ class Worker:
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": "the process closed its output and went on"}
+            return {"status": "failed", "reason": "the process closed its output but kept running"}
         cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         last = last_line(self._printed())
         return {"status": "failed", "reason": f"the process ended with {cause}: {last}"}

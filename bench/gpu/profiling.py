@@ -81,9 +81,9 @@ def sanitize(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     program = place(rehearse).tool("compute-sanitizer")
     if program is None:
         raise LeftOut("there is no compute-sanitizer on the path")
-    # Torch and Triton ask the driver for functions that it may not have: no errors of ours.
+    # Torch and Triton ask the driver for functions that it may lack; these are not our errors.
     command = [program, "--tool", arguments["tool"], "--report-api-errors", "no"]
-    # One allocation a tensor, so that what lies beyond a tensor is nobody's.
+    # One allocation per tensor, so that memory beyond a tensor belongs to none.
     status, printed = streamed([*command, *_command(arguments)], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     errors = read_sanitizer(printed)
     if errors is None or (status and not errors):
@@ -96,7 +96,7 @@ def sanitize(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 
 
 def read_ncu(printed: str) -> list[dict[str, Any]]:
-    """A row a kernel, out of ncu's page of raw values as CSV."""
+    """One row per kernel, from ncu's page of raw values as CSV."""
     lines = printed.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -130,7 +130,7 @@ def _number(text: str) -> float | None:
 
 
 def read_sanitizer(printed: str) -> int | None:
-    """The number in the last line of a tool of compute-sanitizer; None where there is none."""
+    """The number in the last line of a tool of compute-sanitizer; None if there is none."""
     found = _SUMMARY.findall(printed)
     return int("".join(found[-1])) if found else None
 

@@ -29,7 +29,7 @@ NOTHING = "No GPU has run this yet: every figure for a GPU in these documents is
 def publish(
     sources: Sequence[Path], folder: Path = FOLDER, configurations: Path = CONFIGURATIONS
 ) -> Path:
-    """Join results of one machine in docs/gpu/<device>; what a later folder measured again counts.
+    """Merge results of one machine in docs/gpu/<device>; a later folder's results win.
 
     The configurations that were the fastest go to where the launcher reads them.
 
@@ -76,7 +76,7 @@ def write_documents() -> None:
 
 
 def tables(folder: Path) -> str:
-    """One table for all published machines, or a sentence where there is none."""
+    """One table for all published machines, or a sentence if there is none."""
     found = [Results(file.parent) for file in sorted(folder.glob("*/results.jsonl"))]
     if not found:
         return f"{NOTHING}\n"
@@ -85,7 +85,7 @@ def tables(folder: Path) -> str:
 
 
 def _rows(header: dict[str, Any], outcomes: Outcomes) -> list[tuple[str, ...]]:
-    """Each operator's forward + backward, and images a second of each training step."""
+    """Each operator's forward + backward, and images per second of each training step."""
     device, rows = str(header["device"]), []
     good = {o.key: o.result for o in outcomes.values() if o.status == "ok"}
     for stage, least in (("operators", True), ("step", False)):

@@ -1,4 +1,4 @@
-"""From what the tune stage measured to the file that the launcher reads."""
+"""Turns the results of the tune stage into the file that the launcher reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.gpu.job import Outcome
 from encnet_triton.files import write_json
 from encnet_triton.kernels.runtime import tuned
 
-# How much faster than the plan's own a configuration must be: below, the order may be chance.
+# How much faster than the plan's own a configuration must be; below that, the order may be chance.
 _MARGIN = 0.02
 
 Measured = dict[str, Any]
@@ -25,7 +25,7 @@ def measured(outcomes: Mapping[tuple[str, str], Outcome]) -> Iterator[tuple[str,
 
 
 def best(one: Measured) -> str | None:
-    """The fastest configuration of those that were right, or None where there is none.
+    """The fastest configuration of those that were right, or None if there is none.
 
     It is the plan's own one unless another is clearly faster.
     """

@@ -116,7 +116,7 @@ def tests(outcomes: Outcomes) -> list[str]:
 
 
 def step(outcomes: Outcomes) -> list[str]:
-    """Images a second, phases, host time, and peak memory beside the predicted one."""
+    """Images per second, phases, host time, and peak memory beside the predicted one."""
     found = _good(outcomes, "step")
     columns = ("", "images/s", "ms", *PHASES, "host ms", "peak MiB", "predicted MiB", "first s")
     rows = []
@@ -180,10 +180,10 @@ def train(outcomes: Outcomes) -> list[str]:
 
 
 def missing(outcomes: Outcomes) -> list[str]:
-    """Everything that did not end well, the worst first."""
+    """Everything that failed, the worst first."""
     order = ("wrong", "failed", "timed out", "does not fit", "left out")
     good = {o.name for o in outcomes.values() if o.status == "ok"}
-    # What compiled a variant in vain is of no interest where the variant was measured.
+    # A failed compilation of a variant does not matter if the variant was measured.
     bad = [
         o for o in outcomes.values()
         if o.status != "ok" and o.name.removesuffix(PREPARED) not in good

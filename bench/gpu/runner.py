@@ -1,4 +1,4 @@
-"""Run jobs within the time there is; results are on the disk as they come."""
+"""Run jobs within the given time; results are written to disk at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.gpu.job import Job, Outcome
 from bench.gpu.processes import Worker
 
 _LOG_BYTES = 8_000_000  # of log.txt, at most
-# Seconds without which no job is begun, whatever it is said to take.
+# With less time left, in seconds, no job is started, whatever its estimate.
 _LEAST = 5.0
 
 
@@ -70,10 +70,9 @@ class Results:
 
 
 class Runner:
-    """Gives jobs to workers, those that measure time one by one.
-
-    A worker is started before it is needed, so that the seconds of its imports pass beside the job
-    before. In a rehearsal, where no CUDA error can poison it, it is used again.
+    """Gives jobs to workers; those that measure time run one by one. A worker is started early, so
+    that its imports overlap with the previous job. In a rehearsal, where no CUDA error can poison
+    it, it is reused.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Runner:
         return self._deadline - time.monotonic()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run what is not done yet, in order; neighbours that may run together do."""
+        """Run the remaining jobs in order; neighbours run together if they may."""
         todo = [job for job in jobs if not self._done(job)]
         try:
             for group in _groups(todo):
@@ -144,7 +143,8 @@ class Runner:
                 return
 
     def _tried(self, job: Job) -> tuple[Outcome, str]:
-        """What came of a job, and the end of what it printed; what it had, if it gets no time."""
+        """A job's outcome and the end of its output; its earlier results if there is no time for
+        it."""
         left = self.left()
         if left < max(job.seconds, _LEAST):
             need = f"needs about {job.seconds:.0f} s, {max(left, 0):.0f} s were left"

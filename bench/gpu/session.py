@@ -1,4 +1,4 @@
-"""`python -m bench gpu`: measure everything worth measuring on this GPU, the best first.
+"""`python -m bench gpu`: measure everything worth measuring on this GPU, the most useful first.
 
 `python -m bench tune` is its stage `tune` alone: the fastest configuration of every kernel.
 """
@@ -121,7 +121,7 @@ def _header(rehearse: bool) -> dict[str, Any]:
 
 
 def plan(jobs: list[Job], seconds: float, at_once: int) -> list[str]:
-    """A line a stage: what it takes, and from where on the time will not do."""
+    """One line per stage: what it takes, and from where on the time will not do."""
     lines, used = [], 0.0
     for stage in dict.fromkeys(job.stage for job in jobs):
         of_stage = [job for job in jobs if job.stage == stage]

@@ -1,4 +1,4 @@
-"""Does anything work at all: the device, each operator against float64, collectives."""
+"""Smoke test: the device, each operator against float64, collectives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def environment(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 
 
 def limits(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """What the device can do at most: bytes copied, bfloat16 products, the shortest replay."""
+    """The device's limits: bytes copied, bfloat16 products, the shortest replay."""
     device = place(rehearse)
     kind, size = device.kind, arguments["bytes"]
     source = torch.empty(size, dtype=torch.uint8, device=kind)

@@ -1,4 +1,4 @@
-"""The jobs of every stage, the most valuable first."""
+"""The jobs of every stage, the most useful first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.step import Shape
 
 PREPARED = ", compile"  # ends the name of a job that only fills the compilers' caches
 
-# Programs that use wgmma have run nowhere yet: they come first. Then the shapes of the budgets,
+# Programs with wgmma have never run yet, so they come first. Then the shapes of the budgets,
 # then sizes that fit no tile.
 _OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "encode C16 K16, whole images": ("encode", "bfloat16", {"B": 2, "C": 16, "size": 32, "K": 16}),

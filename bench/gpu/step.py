@@ -21,7 +21,7 @@ def _shape(arguments: dict[str, Any], rehearse: bool) -> step.Shape:
 
 
 def measure(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """What `bench step` measures of one variant, and images a second."""
+    """What `bench step` measures of one variant, and images per second."""
     device, variant = place(rehearse), arguments["variant"]
     if is_compiled(variant):
         ask_for_compiler(rehearse)

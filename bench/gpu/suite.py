@@ -56,7 +56,7 @@ def run(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """What a JUnit file says: names and first lines of failures, reasons of what was skipped."""
+    """Read a JUnit file: names and first lines of failures, reasons for skipped tests."""
     failed: dict[str, str] = {}
     skipped: dict[str, int] = {}
     cases = list(ElementTree.parse(file).getroot().iter("testcase"))

@@ -20,7 +20,7 @@ _GRACE = 60.0  # seconds to save and end after the signal
 
 
 def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """A recipe for some seconds: steps, samples a second and the last score.
+    """A recipe for some seconds: steps, samples per second and the last score.
 
     Arguments: recipe; options of the trainer; seconds; in a rehearsal, a few steps instead.
     """

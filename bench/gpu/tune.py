@@ -64,8 +64,7 @@ def _argmax(C: int) -> dict[str, Shape]:
 
 
 # Training crops of 480 x 480 (576 of the released ADE20K recipes) at output stride 8, 16 images, on
-# ResNet-50 and -101; 128 images of CIFAR-10. A shape that is near to another one takes what was
-# measured there.
+# ResNet-50 and -101; 128 images of CIFAR-10. A shape near another one uses what was measured there.
 SHAPES: dict[str, Shape] = {
     **_encode(16, 512, 60, 32),  # the Context Encoding Module
     **_encode(16, 1024, 60, 32),  # that of the SE loss on stage 3
@@ -198,7 +197,7 @@ def measure(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 def _keep(
     rows: dict[str, Any], found: dict[str, Any], name: str, tried: Callable[[], dict[str, Any]]
 ) -> None:
-    """Note what comes of a candidate, whatever comes of this process."""
+    """Record a candidate's outcome, whatever happens to this process."""
     if time.time() > float(os.environ.get("ENCNET_JOB_UNTIL", "inf")) - _TO_END:
         raise LeftOut("the time of the job was over before all configurations were measured")
     rows[name] = {"reason": "its process ended or hung"}
@@ -222,7 +221,7 @@ def _obstacle(device: Gpu | StandIn, launches: list[launch.Launch]) -> str | Non
 def _tried(
     device: Gpu | StandIn, subject: _Operator | _ArgMax, call: Pass, config: launch.Config
 ) -> dict[str, Any]:
-    """What comes of one candidate of a pass."""
+    """The outcome of one candidate of a pass."""
     made, _ = call.launches(launch.machine(call.device), config)
     if obstacle := _obstacle(device, made):
         return {"reason": obstacle}

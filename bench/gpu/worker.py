@@ -1,4 +1,4 @@
-"""The process that runs jobs: `python -m bench.gpu.worker`, one job a line on its input.
+"""The process that runs jobs: `python -m bench.gpu.worker`, one job per line on its input.
 
 Each answer is a line of JSON on its output, after lines of what the job has so far, if it says so;
 whatever else the job prints goes to its error output.
@@ -43,9 +43,9 @@ def run(function: str, arguments: dict[str, Any], rehearse: bool) -> dict[str, A
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answer jobs until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keep libraries' output out of the answers
     logging.basicConfig(level=logging.INFO)  # which file of configurations is used
 
     def say(answer: dict[str, Any]) -> None:

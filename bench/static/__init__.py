@@ -1,1 +1,1 @@
-"""What needs no GPU: kernels are compiled or interpreted, networks counted on fake tensors."""
+"""Reports without a GPU: kernels are compiled or interpreted, networks counted on fake tensors."""

@@ -1,4 +1,4 @@
-"""``python -m bench static compile``: what every kernel takes of a GPU, on machines without one.
+"""``python -m bench static compile``: what every kernel needs of a GPU, on machines without one.
 
 The launches are made on meta tensors as the operators make them; nothing runs.
 """
@@ -140,7 +140,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _result(future: Future[Report], kernel: Kernel) -> Report:
-    """What the worker found; where a worker died of any kernel, this one again, alone."""
+    """The worker's result; if a worker died from any kernel, compile this one again, alone."""
     with contextlib.suppress(BrokenProcessPool):
         return future.result()
     try:

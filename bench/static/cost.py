@@ -1,4 +1,4 @@
-"""What global context costs: ``python -m bench static cost``.
+"""The cost of global context: ``python -m bench static cost``.
 
 Multiply-accumulates of a forward pass in evaluation at 480 x 480, counted by torch's FLOP counter
 on tensors without values: of each form of EncNet, beside those of the FCN with the same trunk.

@@ -43,7 +43,7 @@ class OutOfBounds(RuntimeError):
 
 
 class Misaligned(RuntimeError):
-    """A kernel touched an address that is no multiple of the element's size; a GPU stops at it."""
+    """A kernel used an address that is not a multiple of the element's size; a GPU stops there."""
 
 
 class Race(RuntimeError):
@@ -120,7 +120,7 @@ class _Region:
 class Watch:
     """While it is entered, every launch is checked and recorded in ``launches``.
 
-    An access at an address that is no multiple of its element's size raises Misaligned.
+    An access at an address that is not a multiple of its element's size raises Misaligned.
 
     Args:
         order: order of the programs: None as launched, "reverse", or a seed to shuffle them.
@@ -271,7 +271,7 @@ class Watch:
         if np.bitwise_or.reduce(addresses) % size:
             bad = addresses[addresses % size != 0]
             what, near = self._describe(kind, bad, size)
-            raise Misaligned(f"{what} at an address that is no multiple of {size}, {near}")
+            raise Misaligned(f"{what} at an address that is not a multiple of {size}, {near}")
 
     def _owners(
         self, kind: Kind, addresses: Integers, size: int
@@ -307,7 +307,7 @@ class Watch:
 
 
 def quicken() -> None:
-    """Let the interpreter prepare a module once, and mend its ranges; a second call does nothing.
+    """Let the interpreter prepare a module once, and fix its ranges; a second call does nothing.
 
     As shipped it replaces the language's functions at every call of a kernel or of tl.sum, which
     takes a third of the time, and puts them back at the end of a launch. Nothing but kernels calls

@@ -181,7 +181,7 @@ BATCH_NORM_SHAPES = (
     BatchNormShape(16, 32, 512, channels_last=False),
     BatchNormShape(128, 32, 256),
 )
-# Where sizes are no multiple of the tiles or of 16 bytes.
+# Where sizes are not a multiple of the tiles or of 16 bytes.
 MORE_BATCH_NORM_SHAPES = (
     BatchNormShape(16, 100, 900),
     BatchNormShape(16, 2048, 3481, channels_last=False),
@@ -247,7 +247,7 @@ class UpsampleShape:
 
 # ADE20K: a training crop.
 UPSAMPLE_SHAPES = (UpsampleShape(16, 150, 60, 60, 480, 480),)
-# An odd number of classes, few, many; PASCAL VOC and Cityscapes; ratios that are no integers.
+# An odd number of classes, few, many; PASCAL VOC and Cityscapes; ratios that are not integers.
 MORE_UPSAMPLE_SHAPES = (
     UpsampleShape(16, 59, 65, 65, 512, 520),
     UpsampleShape(4, 21, 33, 33, 500, 375),

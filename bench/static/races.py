@@ -1,9 +1,9 @@
-"""Which programs of a launch disturb one another: an order of events, from what programs exchange.
+"""Which programs of a launch race: an order of events, from what programs exchange.
 
-What a program does is ordered after what another did only if it acquired, by an atomic operation,
-what the other released at the same address; everything else may happen at any time. It does not
-matter in which order the programs really ran. Atomic operations never race with one another, but
-they do with loads and stores.
+A program's accesses come after another's only if it acquired, by an atomic operation, what the
+other released at the same address; all others may happen at any time. It does not matter in which
+order the programs really ran. Atomic operations never race with one another, but they do with loads
+and stores.
 """
 
 from __future__ import annotations

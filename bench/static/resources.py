@@ -1,4 +1,4 @@
-"""What one kernel launch takes of a GPU, read off the compiled program: no GPU, no driver.
+"""What one kernel launch needs of a GPU, read from the compiled program: no GPU, no driver.
 
 A launch is specialised as Triton would specialise it when run (16-byte alignment, multiples of 16,
 ones folded in) and compiled to machine code; `ptxas -v` says registers, stack and spills, the
@@ -66,8 +66,8 @@ class Report:
         instructions: of the program, without padding.
         dots: matrix products in the kernel as written, loops not unrolled.
         mma: matrix instructions by name, counted in the program text.
-        load_widths, store_widths: global accesses, "LDG.16" for 16 bytes a thread, counted.
-        accesses: bytes a thread of each access to a tensor argument, counted; only plain loads,
+        load_widths, store_widths: global accesses, "LDG.16" for 16 bytes per thread, counted.
+        accesses: bytes per thread of each access to a tensor argument, counted; only plain loads,
             stores and asynchronous copies, which name an address.
         fits: it can be launched, stores something, and hands over what it stored.
         note: why not; else empty.
@@ -92,7 +92,7 @@ class Report:
 
 
 def require_compiler() -> None:
-    """A ValueError that says what stands in the way of compiling kernels in this process."""
+    """A ValueError that says what prevents compiling kernels in this process."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
         raise ValueError("TRITON_INTERPRET is set, so Triton compiles nothing here; unset it")
     try:
@@ -138,7 +138,7 @@ def _source(launch: Launch, arch: int) -> tuple[Any, Any, Any]:
         for name, value in launch.arguments.items()
     }
     asked = launch.options() | {"debug": bool(kernel.debug)}
-    # What JITFunction.run does before it compiles; it cannot be called, for it wants a driver.
+    # What JITFunction.run does before it compiles; it cannot be called, because it needs a driver.
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**given, **launch.constants)
     options, signature, constants, attributes = kernel._pack_args(
@@ -155,7 +155,7 @@ def identity(launch: Launch, arch: int) -> str:
 
 @contextlib.contextmanager
 def _compiler_settings() -> Iterator[io.StringIO]:
-    """Gives the log of ptxas; leaves nothing in the user's cache unless one was asked for."""
+    """Yields the log of ptxas; leaves nothing in the user's cache unless one is set."""
     from triton import knobs
 
     log = io.StringIO()
@@ -184,7 +184,7 @@ def report(launch: Launch, arch: int) -> Report:
     try:
         with _compiler_settings() as log:
             compiled = triton.compile(source, target=target, options=options.__dict__)
-    except Exception as error:  # the compiler's passes raise what they like
+    except Exception as error:  # the compiler's passes can raise anything
         lines = str(error).strip().splitlines() or ["no message"]
         said = next((line for line in lines if re.search(r"error\s*:|fatal", line)), lines[-1])
         note = f"does not compile: {type(error).__name__}: {said[:200]}"
@@ -274,7 +274,7 @@ def _is_matrix(op: str) -> bool:
 
 
 def widths(program: list[str], names: tuple[str, ...]) -> dict[str, int]:
-    """Count of accesses by name and bytes a thread; TMA moves boxes and has a name alone."""
+    """Count of accesses by name and bytes per thread; TMA moves boxes and has a name alone."""
     found: Counter[str] = Counter()
     for op in program:
         name, *modifiers = op.split(".")
@@ -303,7 +303,7 @@ _ACCESS = re.compile(
 
 
 def accesses(ptx: str, pointers: dict[int, str]) -> dict[str, dict[int, int]]:
-    """Bytes a thread of each global access, by the argument that its address comes from."""
+    """Bytes per thread of each global access, by the argument that its address comes from."""
     origin: dict[str, set[str]] = {}
     for register, place in _PARAMETER.findall(ptx):
         if int(place) in pointers:

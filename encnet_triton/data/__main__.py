@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     check.add_argument("dataset", choices=[name for name in DATASETS if name != "scenes"])
     check.add_argument("--data", required=True, help="its folder")
     check.add_argument("--split", action="append", help="split to check (default: train and val)")
-    check.add_argument("--every", type=options.whole(1), default=1, help="look at one of so many")
+    check.add_argument("--every", type=options.whole(1), default=1, help="check every n-th image")
     check.add_argument(
         "--workers", type=options.whole(1, 1024), default=min(16, usable_cores()),
         help="images decoded at once",
@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="any option of the data set, for example label_order=alphabetical (default: none)",
     )  # fmt: skip
     made = commands.add_parser(
-        "prepare", help="turn official masks that are no PNGs into PNGs",
+        "prepare", help="convert official masks that are not PNGs to PNGs",
         formatter_class=options.Help,
     )  # fmt: skip
     made.add_argument("dataset", choices=PREPARED)
@@ -88,7 +88,7 @@ def dataset_options(given: argparse.Namespace) -> dict[str, Any]:
         if not separator:
             raise DataError(f"--option {text!r} must be NAME=VALUE")
         if name in ("name", "root", "split"):
-            raise DataError(f"--option {text!r} is no option of the data set; see --help")
+            raise DataError(f"--option {text!r} is not an option of the data set; see --help")
         found[name] = value
     return {
         name: int(value) if name not in _NAMES and re.fullmatch("-?[0-9]{1,9}", value) else value

@@ -1,6 +1,6 @@
-"""What a data set is to the rest of the package, and what all data sets share.
+"""The interface of data sets, and what all of them share.
 
-A data set is a sequence of `Sample`s plus the facts that a model trained on it must carry along:
+A data set is a sequence of `Sample`s plus what a model trained on it must know:
 class names, palette, mean and standard deviation. Labels are uint8 everywhere: 0..n-1 are classes,
 255 is ignored.
 """
@@ -78,7 +78,7 @@ class Dataset(Protocol):
         ...
 
     def name_of(self, index: int) -> str:
-        """What a person would look for: the image's path, or the split and number of drawn data."""
+        """How to find the sample: the image's path, or the split and number of drawn data."""
         ...
 
 
@@ -86,11 +86,11 @@ def read_content(path: Path, what: str) -> bytes:
     """The bytes of a file that ``what`` describes.
 
     Raises:
-        DataError: it is missing, no file, or cannot be read; names it.
+        DataError: it is missing, not a file, or cannot be read; names it.
     """
     try:
-        if not path.is_file():  # reading a pipe would wait for ever
-            there = "is no file" if path.exists() else "does not exist"
+        if not path.is_file():  # reading a pipe would never end
+            there = "is not a file" if path.exists() else "does not exist"
             raise DataError(f"{what} {path} {there}")
         return path.read_bytes()
     except OSError as error:
@@ -113,7 +113,7 @@ def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
 
 
 def default_palette(count: int) -> NDArray[np.uint8]:
-    """`count` x 3 distinct RGB colours, always the same; used where a data set brings none."""
+    """`count` x 3 distinct RGB colours, always the same; used for data sets without colours."""
     # Hue by the golden ratio keeps any prefix of the list well spread; brightness alternates
     # between neighbours.
     hue = (0.58 + 0.618034 * np.arange(count)) % 1.0

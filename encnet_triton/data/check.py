@@ -1,4 +1,4 @@
-"""Look at every file of a data set before a run does: ``python -m encnet_triton.data check``."""
+"""Check every file of a data set before a run does: ``python -m encnet_triton.data check``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SplitReport:
         ignored: pixels of no class.
         problems: one sentence each, at most `MOST_PROBLEMS` of ``bad``.
         bad: images that cannot be used.
-        notes: what a person should know, which is no error.
+        notes: warnings that are not errors.
     """
 
     images: int
@@ -69,9 +69,9 @@ def check_split(
     Args:
         dataset: the split.
         expected: numbers of images that the published split has; none where it is not known.
-        every: look at one of so many images.
+        every: look at every n-th image.
         workers: threads that decode.
-        progress: wraps what is found, to show how far it is.
+        progress: wraps the results, to show progress.
     """
     if every < 1 or workers < 1:
         raise ValueError(f"every {every} and workers {workers} must be at least 1")
@@ -123,7 +123,7 @@ def has_labels(dataset: Dataset) -> bool:
 
 
 def label_of(dataset: Dataset, index: int) -> NDArray[np.uint8]:
-    """A label, without a look at its image where it is a file of its own."""
+    """A label; does not open the image if the label has its own file."""
     read = getattr(dataset, "label", None)
     label: NDArray[np.uint8] = dataset.open(index).label if read is None else read(index)
     return label
@@ -142,7 +142,7 @@ def refuse_unlabelled(dataset: Dataset, what: str) -> None:
 
 
 def first_look(dataset: Dataset) -> str | None:
-    """What `FIRST_LOOK` label files, evenly spaced, show that a person should know before a run."""
+    """Warnings from `FIRST_LOOK` label files, evenly spaced, before a run."""
     if not hasattr(dataset, "label"):  # drawn
         return None
     indices = np.linspace(0, len(dataset) - 1, min(FIRST_LOOK, len(dataset))).round().astype(int)
@@ -167,7 +167,7 @@ def _nothing_labelled(dataset: Dataset, count: int) -> str:
 
 
 def _lone_class(dataset: Dataset, pixels: NDArray[np.int64], ignored: int) -> str | None:
-    """About labels that name one class of several, as masks of 0 and 255 do."""
+    """A warning about labels with only one of several classes, such as masks of 0 and 255."""
     (present,) = pixels.nonzero()
     if len(dataset.classes) == 1 or len(present) != 1:
         return None

@@ -75,7 +75,7 @@ def _joined(parts: list[Images]) -> Images:
 
 
 def _checked(images: NDArray[np.uint8], labels: NDArray[np.uint8], path: Path) -> Images:
-    """The images and labels of a file; DataError if they are no whole batch."""
+    """The images and labels of a file; DataError if they are not a complete batch."""
     count = len(labels) if labels.ndim == 1 else 0
     shapes = [(count, 3 * SIDE * SIDE), (count, 3, SIDE, SIDE)]
     if not count or images.shape not in shapes:
@@ -91,19 +91,19 @@ def _checked(images: NDArray[np.uint8], labels: NDArray[np.uint8], path: Path) -
 def _read_binary(path: Path) -> Images:
     content = read_content(path, _BATCH)
     if len(content) % _RECORD:
-        raise DataError(f"{path} is cut short: {len(content)} bytes are no whole records")
+        raise DataError(f"{path} is cut short: {len(content)} bytes are not whole records")
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
     return _checked(records[:, 1:], records[:, 0], path)
 
 
 def _read_pickle(path: Path) -> Images:
     try:
-        # The official files are of Python 2, those that people wrote again of Python 3.
+        # The official files are from Python 2; copies that people re-saved are from Python 3.
         document = load_pickle(io.BytesIO(read_content(path, _BATCH)), NUMBERS, encoding="bytes")
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path} is no batch of CIFAR-10: {error}") from error
+        raise DataError(f"{path} is not a batch of CIFAR-10: {error}") from error
     if not isinstance(document, dict):
-        raise DataError(f"{path} is no batch of CIFAR-10: it holds no dictionary")
+        raise DataError(f"{path} is not a batch of CIFAR-10: it holds no dictionary")
     images, labels = (_small(document, name, path) for name in ("data", "labels"))
     return _checked(images, labels, path)
 
@@ -117,7 +117,7 @@ def _small(document: dict[Any, Any], name: str, path: Path) -> NDArray[np.uint8]
         small: NDArray[np.uint8] = value.astype(np.uint8)
         if (small == value).all():
             return small
-    raise DataError(f"{path} is no batch of CIFAR-10: its {name!r} are no numbers of 0 to 255")
+    raise DataError(f"{path} is not a batch of CIFAR-10: its {name!r} are not numbers of 0 to 255")
 
 
 def _read_folder(folder: Path) -> Images:

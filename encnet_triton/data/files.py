@@ -1,4 +1,4 @@
-"""What the data sets that read files share: pairs of an image and a label file."""
+"""Shared by data sets that read files: pairs of an image and a label file."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class FileDataset:
     Args:
         pairs: the files, in order.
         classes: names of the n classes.
-        values: label value in the files -> class 0..n-1, or 255 for what is no class. Any other
-            value in a file is an error.
-        allowed: the end of that error's sentence: what the values stand for.
+        values: label value in the files -> class 0..n-1, or 255 for no class. Any other value in a
+            file is an error.
+        allowed: the end of that error's sentence: what the values mean.
         palette: n x 3 colours; `default_palette` if None.
         mean, std: RGB statistics in 0..1 for normalisation, ImageNet's by default.
 
@@ -103,7 +103,7 @@ class FileDataset:
         return Sample(image, label)
 
     def label(self, index: int) -> NDArray[np.uint8]:
-        """The label alone, without a look at its image if it has a file of its own."""
+        """The label alone; does not open the image if the label has its own file."""
         path = self._pairs[index][1]
         return self.open(index).label if path is None else self._read_label(path)
 
@@ -154,12 +154,12 @@ class FileDataset:
 
 
 def composed(name: str) -> str:
-    """A name as most systems write it: é is one letter, where macOS has e and an accent."""
+    """A name in the usual Unicode form: é is one character; macOS stores e and an accent."""
     return unicodedata.normalize("NFC", name)
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """What matches a pattern below a folder, by name; without the hidden, such as macOS's ._x."""
+    """Files that match a pattern below a folder, by name; no hidden ones such as macOS's ._x."""
     return sorted(
         path
         for path in folder.glob(pattern)
@@ -168,7 +168,7 @@ def visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """A UTF-8 text file, or one of UTF-16 with its mark; DataError if it is none."""
+    """A UTF-8 text file, or of UTF-16 with a byte order mark; DataError otherwise."""
     content = read_content(path, what)
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
@@ -180,7 +180,7 @@ def read_text(path: Path, what: str) -> str:
             f"0x{content[error.start]:02x}; save it as UTF-8"
         ) from None
     if "\0" in text:
-        raise DataError(f"{what} {path} is no text: it has bytes of zero")
+        raise DataError(f"{what} {path} is not text: it has bytes of zero")
     return text
 
 
@@ -196,17 +196,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} {path} is no JSON ({error})") from error
+        raise DataError(f"{what} {path} is not JSON ({error})") from error
     if not isinstance(document, dict):
         raise DataError(f"{what} {path} holds no JSON object")
     return document
 
 
 def check_present(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
-    """The pairs with their names as they are on disk, which may write an é in another way.
+    """The pairs with their names as on disk, which may store an é in another form.
 
     Raises:
-        DataError: files of the list do not exist; now rather than hours into a run.
+        DataError: files of the list do not exist; found now rather than hours into a run.
     """
     disk = _Disk()
     missing: list[Path] = []
@@ -225,8 +225,8 @@ def check_present(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
 
 
 class _Disk:
-    """Looks names up; one listing a folder is far cheaper than one look-up a file on network
-    storage."""
+    """Looks names up; on network storage, one listing per folder is far cheaper than one look-up
+    per file."""
 
     def __init__(self) -> None:
         self._folders: dict[Path, tuple[Path, frozenset[str], dict[str, str]] | None] = {}
@@ -258,7 +258,7 @@ class _Disk:
 def find_root(root: str | os.PathLike[str], below: Sequence[str], marker: str, source: str) -> Path:
     """The folder, among ``root`` and the paths ``below`` it, that holds ``marker``.
 
-    People give the folder they have unpacked an archive in as often as the one inside of it.
+    Users give the folder they unpacked an archive into as often as the one inside it.
     """
     given = Path(root)
     if not given.is_dir():

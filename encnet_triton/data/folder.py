@@ -1,15 +1,15 @@
-"""`folder`: a data set from image and label files of one's own.
+"""`folder`: a data set from your own image and label files.
 
 Two layouts are understood below the root folder:
 
-- a list file `train.txt`, `val.txt`, ... with one `image label` pair a line, relative to the root
+- a list file `train.txt`, `val.txt`, ... with one `image label` pair per line, relative to the root
   (separated by a tab if a line has one, else by white space);
 - folders `images/train`, `images/val` and `labels/train`, `labels/val`, paired by file name without
   suffix; or `images` and `labels` alone, of which every tenth pair, in the order of names, is for
   validation. Folders below them count, linked ones too; hidden files and folders do not.
 
-`classes.txt` has one class name a line, in the order of label values. Labels are single-channel or
-palette images whose pixel values are the classes.
+`classes.txt` has one class name per line, in the order of label values. Labels are single-channel
+or palette images whose pixel values are the classes.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Folder(FileDataset):
     Args:
         root: the folder.
         split: "train", "val", or another name that has a list file or folders.
-        classes_file: file with the class names, relative to the root. Names at its end that stand
-            for an ignored label value ("void") are left out.
-        ignore_label: label value or values in the files that are no class, also as a text "0,255".
+        classes_file: file with the class names, relative to the root. Names at its end for an
+            ignored label value ("void") are left out.
+        ignore_label: label value or values in the files that mean no class, also as text "0,255".
             255 if None, unless `label_map` gives it a class.
         label_offset: added to the other values, -1 for files whose first class is 1.
-        label_map: label value in the files -> class 0..n-1, or 255 for none, also as a text
+        label_map: label value in the files -> class 0..n-1, or 255 for none, also as text
             "255=1,7=0". A class that is given values here has no others.
         mean, std: RGB statistics in 0..1 for normalisation, ImageNet's by default.
 

@@ -1,13 +1,12 @@
-"""The one reader of pictures, for training, evaluation, checks and predictions.
+"""The one image reader, for training, evaluation, checks and predictions, so that all see the same
+image:
 
-All of them see the same picture:
-
-- Turned upright as its EXIF orientation says, a label as well as an image: what a viewer shows.
+- Images and labels are turned upright by their EXIF orientation, as a viewer shows them.
 - An image is RGB of 8 bits a channel. Of 16 bits the high byte is taken, since the range of a file
-  of 16 bits is 0 to 65535; one that uses only the lowest 12 would be all but black and is refused.
-  Whole numbers of 32 bits and floats have no range that is known, and are refused.
+  of 16 bits is 0 to 65535; one that uses only the lowest 12 would be almost black and is refused.
+  32-bit integers and floats have no known range and are refused.
 - A label has the numbers that are in the file, whatever its depth, 1 to 32 bits.
-- Nothing but the formats of pictures is opened, and no picture of more than 178,956,970 pixels.
+- Only image formats are opened, and no image of more than 178,956,970 pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["MOST_PIXELS", "decode", "open_image", "read_image", "read_label"]
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Beyond which Pillow opens no picture."""
 
-# Not what Pillow knows beyond these: to read PostScript it would start a program.
+# No other format of Pillow's: to read PostScript it would start a program.
 _FORMATS = (
     "JPEG", "MPO", "PNG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF",
 )  # fmt: skip
@@ -105,7 +104,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
             image = image.convert("RGB")
         if orientation in _TURNS:
             image = _turned(image, orientation)
-    except Exception as error:  # Pillow raises whatever the damage leads to
+    except Exception as error:  # damage can make Pillow raise anything
         raise DataError(f"{name}: the image is truncated or damaged ({_why(error)})") from error
     if sixteen and 0 < most < 4096:
         raise DataError(
@@ -119,7 +118,7 @@ def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
     """The values of a label file, H x W, upright: uint8, or int64 where it has more than 8 bits.
 
     Raises:
-        DataError: it is missing, no image, damaged, too large, or has no single number a pixel.
+        DataError: it is missing, no image, damaged, too large, or has no single number per pixel.
     """
     image = _open(path, "label")
     if image.format in _LOSSY:
@@ -136,7 +135,7 @@ def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
         if orientation in _TURNS:
             image = _turned(image, orientation)
         values = np.asarray(image)
-    except Exception as error:  # Pillow raises whatever the damage leads to
+    except Exception as error:  # damage can make Pillow raise anything
         raise DataError(f"label {path} is truncated or damaged ({_why(error)})") from error
     if image.mode not in ("1", "L", "P"):
         return values.astype(np.int64)
@@ -168,7 +167,7 @@ def _open(path: Path, what: str) -> Image.Image:
             f"{what} {path} has more than the {MOST_PIXELS:,} pixels that are read; cut it into "
             "parts"
         ) from None
-    except Exception as error:  # Pillow raises whatever the damage leads to
+    except Exception as error:  # damage can make Pillow raise anything
         raise DataError(f"{what} {path} cannot be read ({_why(error)})") from error
     return image
 

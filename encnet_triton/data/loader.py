@@ -1,7 +1,8 @@
 """Loaders: augmented batches for training, and every image once for evaluation.
 
-Randomness is counted, not carried: which samples an optimiser step sees depends on (seed, epoch,
-step), and how a sample is augmented on (seed, epoch, index). Neither knows of workers, ranks or
+Randomness depends on counters, not on state: which samples an optimiser step sees depends on (seed,
+    epoch,
+step), and how a sample is augmented on (seed, epoch, index). Neither depends on workers, ranks or
 accumulation, so a resumed run, or one with other numbers of them, sees the same samples.
 """
 
@@ -29,7 +30,7 @@ from encnet_triton.data.base import DataError, Dataset, Sample
 __all__ = ["MAX_WORKERS", "Augmentation", "Batch", "TrainLoader", "eval_samples", "worker_failure"]
 
 MAX_WORKERS = 512
-"""Loader processes that a process may have: more than any machine has cores for."""
+"""Most loader processes of a process: more than any machine has cores for."""
 
 Augmentation = Callable[
     [Image.Image, NDArray[np.uint8], np.random.Generator],
@@ -69,8 +70,8 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 class _Keys:
     """Endless batch sampler: lists of (epoch, index) for one rank, from `start` through all epochs.
 
-    Running on past the end of an epoch keeps the workers busy while the last steps of it are
-    trained and validated.
+    Continuing past the end of an epoch keeps the workers busy during its last steps and its
+    validation.
     """
 
     def __init__(
@@ -129,8 +130,8 @@ _FEWER = "fewer --workers need less"
 
 
 def _shared(batch: Batch) -> Batch:
-    """In a worker: the batch in shared memory. Its queue would else ask for that in a thread, where
-    an error is lost and the trainer waits for ever."""
+    """In a worker: the batch in shared memory. Otherwise the queue would allocate it in a thread,
+    where an error is lost and the trainer waits forever."""
     if torch_data.get_worker_info() is None:
         return batch
     try:
@@ -146,7 +147,7 @@ def _shared(batch: Batch) -> Batch:
 
 
 def _make_room(size: int) -> None:
-    """Raise an OSError where /dev/shm has no room: a process that writes there then is killed."""
+    """Raise an OSError if /dev/shm is full: a process that writes there then is killed."""
     folder = "/dev/shm"
     if os.path.isdir(folder) and hasattr(os, "statvfs"):
         found = os.statvfs(folder)
@@ -156,7 +157,7 @@ def _make_room(size: int) -> None:
 
 
 def _end_of_worker(error: Exception, _: Any) -> None:
-    """A batch that cannot be sent is lost, and would be waited for: end instead, which is seen."""
+    """A batch that cannot be sent would be waited for forever: end instead, which is noticed."""
     os.write(2, f"error: a loader process cannot send its batch: {error}\n".encode())
     os._exit(1)
 
@@ -320,7 +321,7 @@ class TrainLoader:
             yield micro
 
     def close(self) -> None:
-        """End the workers now rather than when the loader is garbage."""
+        """End the workers now rather than when the loader is garbage-collected."""
         shutdown = getattr(self._stream, "_shutdown_workers", None)
         if shutdown is not None:
             workers = getattr(self._stream, "_workers", [])

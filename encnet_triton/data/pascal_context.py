@@ -2,9 +2,8 @@
 
 The official masks have 459 labels. ``python -m encnet_triton.data prepare pascal_context`` turns
 them, from the .mat files or from the Detail JSON, into PNGs with 0 for background and 1..59 in the
-order of the official numbers, which is alphabetical. PNGs with 60 values that come from elsewhere
-are in any of three orders that cannot be told apart by looking at them, so `label_order` must then
-be given.
+order of the official numbers, which is alphabetical. PNGs with 60 values from elsewhere use one of
+three orders that cannot be told apart by looking at them, so `label_order` must then be given.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ _STANFORD_NAMES = {"diningtable": "table", "bedcloth": "bedclothes", "clothes": 
 
 
 class PascalContext(FileDataset):
-    """Images of VOC 2010 and PNGs with one of 60 values a pixel.
+    """Images of VOC 2010 and PNGs with one of 60 values per pixel.
 
     Args:
         root: VOC2010, with JPEGImages and the labels in SegmentationClassContext.

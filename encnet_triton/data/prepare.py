@@ -1,7 +1,7 @@
-"""Turn official masks that are no PNGs into PNGs, once: ``python -m encnet_triton.data prepare``.
+"""Convert official masks that are not PNGs to PNGs, once: ``python -m encnet_triton.data prepare``.
 
 Every file is written under a temporary name and renamed; a list of images is written last, so that
-an interrupted preparation is not taken for a finished one and is taken up where it stopped.
+an interrupted preparation does not look finished and continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Progress = Callable[[Iterable[str]], Iterable[str]]
 def prepare_voc_aug(root: Path, sbd: Path, progress: Progress = iter) -> dict[str, int]:
     """Write SegmentationClassAug, trainaug.txt and trainvalaug.txt into VOC2012.
 
-    Where VOC has a label of its own it is taken: it is finer than SBD's and has 255 on outlines.
+    VOC's own label is used if there is one: it is finer than SBD's and has 255 on outlines.
 
     Args:
         root: VOC2012 or a folder above it.
         sbd: SBD's folder with ``cls/*.mat``, train.txt and val.txt (benchmark_RELEASE/dataset).
-        progress: wraps the names, to show how far it is.
+        progress: wraps the names, to show progress.
 
     Returns the number of images of each list. Raises DataError for what is missing or damaged.
     """
@@ -82,7 +82,7 @@ def prepare_pascal_context(
         mat: folder of the official .mat files, each with a 459-label ``LabelMap``; the splits are
             then VOC2010's ImageSets/Main.
         detail: the Detail API's trainval_merged.json, which has the splits; give one of the two.
-        progress: wraps the names, to show how far it is.
+        progress: wraps the names, to show progress.
 
     Returns the number of images of each split. Raises DataError for what is missing or damaged.
     """
@@ -162,7 +162,7 @@ def prepare_coco_voc(root: Path, split: str, progress: Progress = iter) -> dict[
     Args:
         root: COCO's folder with annotations/instances_<split>2017.json.
         split: "train" or "val".
-        progress: wraps the names, to show how far it is.
+        progress: wraps the names, to show progress.
 
     Returns the number of images. Raises DataError for what is missing or damaged.
     """
@@ -211,7 +211,7 @@ def _instance_mask(masks: Any, segmentation: Any, shape: tuple[int, ...]) -> NDA
 
 @contextmanager
 def _as_published(source: object) -> Iterator[None]:
-    """What a file has not, or has in another form, is a DataError that names it."""
+    """Turn a missing or malformed part of a file into a DataError that names it."""
     try:
         yield
     except DataError:
@@ -236,7 +236,7 @@ def _read_mat(path: Path, key: str) -> Any:
         raise DataError(f"label {path} does not exist")
     try:
         return loadmat(path)[key]
-    except Exception as error:  # scipy raises whatever the damage leads to
+    except Exception as error:  # damage can make scipy raise anything
         raise DataError(f"label {path} cannot be read, or has no {key} ({error})") from error
 
 

@@ -1,8 +1,8 @@
-"""The brushes that draw a scene: everything of `scenes` that is about looks.
+"""The brushes that draw a scene: the looks of `scenes`.
 
 Shapes are drawn at twice the size and averaged down, which smooths their edges; labels are sampled
-at pixel centres. A brush draws inside its box alone and takes its randomness from the generator it
-is given.
+at pixel centres. A brush draws inside its box alone and draws random numbers from the given
+generator.
 """
 
 from __future__ import annotations

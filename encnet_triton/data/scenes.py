@@ -83,7 +83,7 @@ _SPLITS = {"train": (0, 2000), "val": (1, 200)}
 
 
 class _Thing(NamedTuple):
-    """How often an appearance occurs and how large it is, in pixels."""
+    """How often an appearance occurs, and its size in pixels."""
 
     counts: tuple[float, ...]  # probabilities of 0, 1, 2, ... instances
     width: tuple[int, int]
@@ -120,7 +120,7 @@ class Box(NamedTuple):
 
 
 def stream_key(seed: int, split: str, index: int) -> tuple[int, int, int]:
-    """What seeds the random stream of one image; no two (seed, split, index) share it."""
+    """The seed of one image's random stream; no two (seed, split, index) share it."""
     return seed, _SPLITS[split][0], index
 
 

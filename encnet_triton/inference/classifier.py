@@ -38,7 +38,7 @@ class ImageClassifier:
         return logits.float().softmax(1)
 
     def errors(self, split: Images) -> NDArray[np.bool_]:
-        """Which images of a split are named wrongly."""
+        """Which images of a split are classified wrongly."""
         parts = [
             self(split.images[start : start + BATCH]).argmax(1).cpu().numpy()
             for start in range(0, len(split.labels), BATCH)

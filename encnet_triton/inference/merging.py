@@ -1,10 +1,10 @@
-"""One label map out of the logits of many windows, a tile of pixels at a time.
+"""One label map from the logits of many windows, one tile of pixels at a time.
 
 At full resolution the class scores of an image of 683 x 512 pixels are 200 MB for 150 classes, and
-those of its windows as much again. The network's logits are 1/64 of that. So the windows of all
-views are kept as they come out of the network, and each tile of the image is made from those that
-cover it: their logits are upsampled there, their probabilities averaged, and the best class is
-taken while they are in a cache. A tile has R x X pixels of n classes.
+those of its windows as much again. The network's logits are 1/64 of that. So the logits of all
+windows are kept at low resolution, and each tile of the image is made from the windows that cover
+it: their logits are upsampled there, their probabilities averaged, and the best class is taken
+while they are in a cache. A tile has R x X pixels of n classes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Run = tuple[int, int]  # start and stop
 
 @dataclass(frozen=True)
 class View:
-    """What a network said about an image in one size.
+    """A network's output for an image at one size.
 
     Attributes:
         size: height and width of the image in this view.

@@ -13,7 +13,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where it gains: GPUs that compute in it, CPUs with matrix tiles. None: float32."""
+    """bfloat16 where it is faster (GPUs that compute in it, CPUs with AMX); None for float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None

@@ -36,7 +36,7 @@ class Predictor:
         model: network in evaluation mode, on ``device``; its weights are put into channels_last.
         info: normalisation, crop and scale it was trained with.
         device: where images are processed.
-        whole_image: one pass over the whole image in place of windows (see
+        whole_image: one pass over the whole image instead of windows (see
             `windows.WHOLE_IMAGE_WARNING`).
         views: scales and mirror images whose predictions are averaged.
         batch: windows that go through the network at once; None for 8, and for 1 on a CPU, where
@@ -68,7 +68,7 @@ class Predictor:
         self._exact = exact
         self._normalise = Normalise(info.mean, info.std, self.device)
         self._align_corners = bool(model.align_corners)
-        # What lies outside the image is filled as in training: the published code has it black.
+        # Outside the image, the fill is that of training; the published code's is black.
         black = torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=self.device)
         self._outside = self._normalise(black) if views.released else None
 
@@ -104,7 +104,7 @@ class Predictor:
         )
 
     def describe(self) -> str:
-        """How it looks at an image, in words."""
+        """How it views an image, in words."""
         crop, views = self.info.crop, self.views
         text = "whole images" if self.whole_image else f"windows of {crop[0]}x{crop[1]}"
         if views.scales != (1.0,):

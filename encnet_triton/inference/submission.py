@@ -74,7 +74,7 @@ def write_archive(
         name: of the data set, a key of `SERVERS`.
         path: of the archive; nothing is there until it is complete and verified.
         competition: VOC's "comp5" (trained on VOC alone) or "comp6" (other data too).
-        progress: wraps this process's images, to show how far it is.
+        progress: wraps this process's images, to show progress.
         workers: processes that read images ahead.
     """
     own = iter(progress(range(rank, len(dataset), world_size)))
@@ -86,7 +86,7 @@ def write_archive(
         inside = _file_name(name, Path(dataset.name_of(index)).stem, competition)
         return inside, _encode_png(label, name), image.shape[:2]
 
-    # In rounds, so that no process holds more than a few pictures that are not yet written.
+    # In rounds, so that no process holds more than a few unwritten images.
     rounds = range(0, len(dataset), _ROUND * world_size)
     made = (_gathered([predict(i) for i in islice(own, _ROUND)], rank, world_size) for _ in rounds)
     if rank > 0:
@@ -102,7 +102,7 @@ def write_archive(
 
 
 def _gathered(own: list[_Member], rank: int, world_size: int) -> list[_Member]:
-    """On rank 0 what all processes have, in the order of the images; elsewhere nothing."""
+    """On rank 0 the items of all processes, in the order of the images; elsewhere nothing."""
     if world_size == 1:
         return own
     found: list[list[_Member]] | None = [[]] * world_size if rank == 0 else None

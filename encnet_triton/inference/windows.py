@@ -1,4 +1,4 @@
-"""The windows, of the size that a network was trained on, that cover an image."""
+"""Windows of the training size that cover an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the segmentation networks have in common."""
+"""What all segmentation networks share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from encnet_triton.nn.arguments import check_count, check_flags
 
 
 class SegmentationModel(nn.Module):
-    """A backbone and what stands on it.
+    """A backbone and a head.
 
     Attributes:
         options: name, num_classes and every option, as JSON values with all defaults filled in:

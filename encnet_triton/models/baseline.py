@@ -1,4 +1,4 @@
-"""What the networks without a Context Encoding Module have in common."""
+"""What the networks without a Context Encoding Module share."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """CIFAR-10 networks of depth 14: ResNet, SE-ResNet and EncNet (paper, section 3.5, table 6).
 
 A 3x3 convolution, three stages of two basic blocks each with w, 2w and 4w channels, global average,
-linear layer. In SE-ResNet and EncNet every block weighs the channels of its residual by a vector
-computed from the whole residual; the identity is left alone.
+linear layer. In SE-ResNet and EncNet every block weights the channels of its residual by a vector
+computed from the whole residual; the identity is unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SqueezeExcitation(nn.Module):
     """Channel weights from the mean over the image: two linear layers, C / 16 between them.
 
     Shapes:
-        x: B x C x H x W; returns x with its channels weighed.
+        x: B x C x H x W; returns x with its channels weighted.
     """
 
     def __init__(self, channels: int) -> None:
@@ -55,7 +55,7 @@ class EncodingAttention(nn.Module):
         shake_scale: random smoothing factors in training, see `ShakeEncoding`.
 
     Shapes:
-        x: B x C x H x W; returns x with its channels weighed.
+        x: B x C x H x W; returns x with its channels weighted.
     """
 
     def __init__(self, channels: int, num_codewords: int, shake_scale: bool) -> None:

@@ -21,7 +21,7 @@ from encnet_triton.nn.arguments import check_choice, check_count, check_flags
 from encnet_triton.nn.context import FORMS, Combine, ContextEncoding, Form, Gate
 from encnet_triton.nn.output import SegmentationOutput
 
-# What a form means beside the Context Encoding Module itself.
+# What a form means besides the Context Encoding Module itself.
 _TRAINING_BRANCHES = {
     "paper": {"aux": False, "se_stage3": True},
     "released": {"aux": True, "se_stage3": False},
@@ -124,7 +124,7 @@ class EncNet(SegmentationModel):
         dilate: dilate the stages that lose their stride.
         form: see above.
         head_channels: C of the Context Encoding Module and the convolutions around it.
-        num_codewords: K; 0 is global average pooling in place of the Encoding.
+        num_codewords: K; 0 is global average pooling instead of the Encoding.
         project, combine, gate: see `encnet_triton.nn.ContextEncoding`.
         se_loss: predict which classes the image contains, for the SE loss. Without it the context
             is learnt from the pixels alone.

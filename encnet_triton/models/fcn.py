@@ -76,7 +76,7 @@ def aux_head(in_channels: int, num_classes: int, dropout: float, kind: DropoutKi
 def aux_head_of(
     aux: bool, num_classes: int, dropout: float, kind: DropoutKind
 ) -> Callable[[int], FCNHead] | None:
-    """What builds the auxiliary head, for `Baseline`; None without one."""
+    """A function that builds the auxiliary head, for `Baseline`; None without one."""
     if not aux:
         return None
     return lambda channels: aux_head(channels, num_classes, dropout, kind)

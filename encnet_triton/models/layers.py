@@ -48,12 +48,12 @@ def init_convolutions(module: nn.Module) -> None:
 
 
 def parameters_of(*modules: nn.Module | None) -> list[nn.Parameter]:
-    """All parameters of the modules that are there."""
+    """All parameters of the modules that are not None."""
     return [p for module in modules if module is not None for p in module.parameters()]
 
 
 def check_images(x: Tensor, least: int) -> None:
-    """Refuse what no network here can take, with one sentence.
+    """Raise an error with one sentence for input that no network here accepts.
 
     Args:
         x: what should be B x 3 x H x W normalised images.

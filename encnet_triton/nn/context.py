@@ -30,7 +30,7 @@ FORMS: dict[str, _FormDefaults] = {
 
 
 class ContextEncoding(nn.Module):
-    """Weighs the channels of a feature map by what the whole image shows.
+    """Weights the channels of a feature map by the content of the whole image.
 
     Features X -> Encoding -> batch norm over the K codewords + ReLU -> combine over K -> e (B x C);
     attention gamma = sigmoid(W e) scales the channels of X; V e are the logits of which classes the

@@ -15,9 +15,9 @@ from encnet_triton.nn.output import SegmentationOutput
 
 
 class LossTerms(NamedTuple):
-    """Scalars on the logits' device; ``total`` is what to differentiate.
+    """Scalars on the logits' device; ``total`` is the one to differentiate.
 
-    ``se`` and ``aux`` are the sums of their branches before weighting, 0 where there is none.
+    ``se`` and ``aux`` are the sums of their branches before weighting, 0 if there is none.
     """
 
     total: Tensor
@@ -43,7 +43,7 @@ def presence_target(target: Tensor, num_classes: int, ignore_index: int = 255) -
     labels = target.flatten(1).long()
     counted = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
     present = torch.zeros(len(labels), num_classes + 1, device=target.device)
-    # The last column takes the pixels that count for no class.
+    # The last column collects the pixels of no class.
     return present.scatter_(1, labels.where(counted, num_classes), 1.0)[:, :num_classes]
 
 
@@ -165,7 +165,7 @@ def _class_weights(given: Sequence[float] | Tensor, num_classes: int) -> Tensor:
     try:
         weights = torch.as_tensor(given, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"class_weight is {given!r}, but must be numbers, one a class") from error
+        raise TypeError(f"class_weight is {given!r}, but must be numbers, one per class") from error
     if weights.shape != (num_classes,):
         raise ValueError(
             f"class_weight has shape {tuple(weights.shape)}, but {num_classes} "

@@ -76,7 +76,7 @@ class _BatchNormAct(_BatchNorm):
         self._check_values(x, residual)
         mean, var = self.running_mean, self.running_var
         if self.training and not self.moves_statistics:
-            # Copies, so that the same tensors are kept for backward as in the first pass.
+            # Copies, so that backward keeps the same tensors as in the first pass.
             mean, var = (None if r is None else r.clone() for r in (mean, var))
         elif self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -203,9 +203,9 @@ def convert_batchnorm(
 
     Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes, in place, the
     layer of this module that computes the same, without activation. Parameters, buffers, hooks and
-    state dict stay what they are, so that an optimiser that holds them goes on. Layers of this
-    module that are there already keep their activation. Unlike ``SyncBatchNorm``, the result also
-    runs on the CPU, allows shares of different sizes, and compiles in one graph.
+    state dict stay what they are, so that an optimiser that holds them stays valid. Layers of this
+    module keep their activation. Unlike ``SyncBatchNorm``, the result also runs on the CPU, allows
+    shares of different sizes, and compiles in one graph.
 
     Args:
         model: any module, also a batch normalisation itself.
@@ -216,7 +216,7 @@ def convert_batchnorm(
         The model.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a layer is of a class derived from torch's, whose additions would be lost, or
             keeps a cumulative average (momentum None), or ``impl="torch"`` is to be synchronised.
             Nothing is converted then.
@@ -240,7 +240,7 @@ def convert_batchnorm(
     for _, layer in found:
         if isinstance(layer, _BatchNormAct):
             continue
-        # The same object with another class: whoever refers to the layer still does.
+        # The same object with another class: references to the layer stay valid.
         layer.__class__ = _CONVERTED[type(layer)]
         vars(layer).update(activation=None, group=None)
     set_sync_group(model, None)

@@ -13,14 +13,14 @@ from encnet_triton.nn.norm import kept_statistics
 
 
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)``, of which backward keeps ``x`` alone and computes the rest again.
+    """``block(x)``, for which backward keeps only ``x`` and recomputes the rest.
 
     Output and gradients are those of ``block(x)``. The running statistics of BatchNormAct layers
     move once, in the first pass. Layers that are synchronised over processes reduce once more, in
     the second. The block must not draw random numbers.
     """
     run = partial(checkpoint, block, x, use_reentrant=False, preserve_rng_state=False)
-    # The compiler repeats operations, not Python code: there nothing moves twice.
+    # The compiler repeats operations, not Python code, so nothing moves twice there.
     y: Tensor = (
         run() if torch.compiler.is_compiling() else run(context_fn=partial(_contexts, block))
     )

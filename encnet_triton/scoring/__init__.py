@@ -1,4 +1,4 @@
-"""How good a trained network is: figures, and the ways in which published ones were counted."""
+"""Scores of a trained network, and the ways in which published ones were counted."""
 
 from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
 from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores

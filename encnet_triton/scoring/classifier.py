@@ -16,7 +16,7 @@ __all__ = ["Errors", "measure_errors"]
 
 @dataclass(frozen=True)
 class Errors:
-    """Shares of images, in fractions of one, that are named wrongly.
+    """Shares of images that are classified wrongly, as fractions.
 
     Attributes:
         checkpoint, dataset, split: what was measured.

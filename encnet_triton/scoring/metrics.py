@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says, in fractions of one.
+    """Scores of a confusion matrix, as fractions.
 
     ``iou[c]`` is None for a class that is in no label and in no prediction; such classes are listed
     in ``absent`` and take no part in ``miou``, unless `ConfusionMatrix.scores` was told otherwise.
@@ -25,7 +25,7 @@ class Scores:
     labelled_pixels: int
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, object]:
-        """With class names in place of numbers, for `files.write_json`."""
+        """With class names instead of numbers, for `files.write_json`."""
         return {
             "pixel_accuracy": self.pixel_accuracy,
             "miou": self.miou,
@@ -51,7 +51,7 @@ class ConfusionMatrix:
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         self._wrong = torch.zeros((), dtype=torch.int64, device=device)
-        # Asking an accelerator would stall it, so that it would wait for the next image.
+        # Reading a value back would stall an accelerator until the next image.
         self._asks = self.counts.device.type == "cpu"
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
@@ -75,7 +75,7 @@ class ConfusionMatrix:
         for name, values in (("label", rows), ("prediction", columns)):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < n:
                 wrong = values[(values < 0) | (values >= n)][0]
-                # A label that is ignored has gone; a prediction cannot be.
+                # An ignored label is gone by now; a prediction cannot be ignored.
                 also = f" and {self.ignore_index} (ignore)" if name == "label" else ""
                 raise ValueError(
                     f"{name} holds the value {int(wrong)}; allowed are 0 to {n - 1}{also}"

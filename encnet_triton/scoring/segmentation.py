@@ -22,7 +22,7 @@ from encnet_triton.weights import ModelInfo
 __all__ = ["Evaluation", "Watch", "confusion", "evaluate", "measure_scores", "score_table"]
 
 Watch = Callable[[Iterable[Any], int], Iterator[Any]]
-"""Gives on the items of which there are so many, to show how far they are or to end them early."""
+"""Passes items on, given their number; can show progress or end early."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Evaluation:
     Attributes:
         checkpoint, dataset, split: what was scored on what.
         images: how many the split has.
-        views: how the predictor looked at each, in words.
+        views: how the predictor viewed each, in words.
         released: whether it, and the mean over the classes, are as in the published code.
         classes: their names.
         scores: over the data set's classes.
@@ -129,7 +129,7 @@ def confusion(
 ) -> ConfusionMatrix:
     """The confusion matrix over a data set, summed over all processes.
 
-    ``watch`` sees this process's images go by, and may end them early.
+    ``watch`` sees this process's images and may end early.
     """
     matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index, predictor.device)
     samples = eval_samples(dataset, rank=rank, world_size=world_size, workers=workers)

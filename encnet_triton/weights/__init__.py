@@ -1,4 +1,4 @@
-"""Files of weights: this project's checkpoints, those of others, and backbones."""
+"""Weight files: this project's checkpoints, those of other projects, and backbones."""
 
 from encnet_triton.weights.backbone import convert_backbone, export_backbone, load_backbone
 from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo, load_model, save_model

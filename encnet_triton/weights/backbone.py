@@ -1,4 +1,4 @@
-"""Weights of a network's trunk alone: ImageNet's, from others, and those trained here."""
+"""Weights of the trunk alone: from ImageNet and other projects, and trained here."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
 def load_backbone(model: nn.Module, path_or_url: str | Path) -> None:
     """Load ImageNet weights of a ResNet into a model's backbone.
 
-    Every tensor of the file but the classifier ``fc`` must find its place and every tensor of the
-    backbone must be filled; otherwise nothing is changed.
+    Every tensor of the file except the classifier ``fc`` must have a place and every tensor of the
+    backbone must be filled; otherwise nothing changes.
 
     Args:
         model: a network of `encnet_triton.models`, or a `ResNet` itself.
@@ -150,12 +150,12 @@ def backbone_name(tensors: Mapping[str, Tensor], source: str, openmmlab: bool = 
             f"{source} has a backbone of depths {depths} and stem {stem}{kind}, which is none of "
             f"{', '.join(BACKBONES)}"
         )
-    # Those that OpenMMLab dilates in its own way come after torchvision's.
+    # Those that OpenMMLab dilates differently come after torchvision's.
     return fitting[-1 if openmmlab else 0]
 
 
 def _stranger(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a family of networks that is not one of ours, by what only it has."""
+    """The name of a family of networks that is not here, recognised by what only it has."""
     for key, name in (
         ("layer1.0.conv2.conv.weight", "ResNeSt"),
         ("layer1.0.conv2.fc1.weight", "ResNeSt"),

@@ -34,7 +34,7 @@ _DATA: dict[str, Any] = {"name": "", "split": "val", "root": None, "options": {}
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What evaluate and predict need to use a model on new images.
+    """What evaluate and predict need to run a model on new images.
 
     Attributes:
         options: arguments of ``create_model``, or of `CifarNet` for a classifier.
@@ -105,7 +105,7 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any
             document = file.metadata() or {}
             if document.get("format") != FORMAT:
                 raise CheckpointError(
-                    f"{path} is no encnet-triton checkpoint "
+                    f"{path} is not an encnet-triton checkpoint "
                     f"(its format is {document.get('format')!r}, expected {FORMAT!r})"
                 )
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -167,7 +167,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn
     path = Path(path)
     tensors, metadata = read(path, MODEL_PREFIX)
     info = model_info(metadata, path)
-    # A damaged number may ask for a network that no memory holds; its own weights are not needed.
+    # A damaged number may describe a network too large for memory; its own weights are not needed.
     with torch.device("meta"):
         model = _build(info, path)
     own = model.state_dict()

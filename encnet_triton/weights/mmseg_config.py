@@ -1,7 +1,7 @@
 """The configuration that mmsegmentation stores beside its weights, and what network it describes.
 
-Weights alone do not tell: the same tensors fit networks of other strides, dilations and ways of
-upsampling. What differs from the networks here is refused by its name.
+Weights alone do not say: the same tensors fit networks with other strides, dilations and
+upsampling. A network that differs from those here is refused by name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Described:
 
 
 class _Unknown:
-    """The value of an expression that is no literal."""
+    """The value of an expression that is not a literal."""
 
 
 def describe(meta: Mapping[Any, Any], source: str) -> Described | None:
@@ -100,7 +100,7 @@ def _kind(part: Mapping[Any, Any]) -> str:
 
 
 def _refusals(model: Mapping[Any, Any]) -> Iterator[str]:
-    """What makes it another network, in words, the plainest first."""
+    """What makes it another network, in words, the most obvious first."""
     if model.get("type", "EncoderDecoder") != "EncoderDecoder":
         yield f"it is a {_kind(model)}"
     trunk, head = _part(model, "backbone"), _part(model, "decode_head")
@@ -292,8 +292,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
 def parse_config(text: str, source: str) -> dict[str, Any]:
     """The assignments of a configuration in Python's syntax, of which nothing is run.
 
-    Values that are no literals, ``dict(...)`` or earlier names are left unknown. Of two assignments
-    to a name, as where one file goes on from another, the second changes the first.
+    Values that are not literals, ``dict(...)`` or earlier names are left unknown. Of two
+    assignments to a name, as where one file goes on from another, the second changes the first.
 
     Raises:
         ValueError: it is no Python, or too long.

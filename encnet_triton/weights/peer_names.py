@@ -1,4 +1,4 @@
-"""The tensor names of other projects, and what networks they belong to."""
+"""The tensor names of other projects, and the networks they belong to."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class PeerCheckpoint:
         network: "encnet", "fcn", "psp" or "deeplab".
         tensors: by our names.
         origin_of: our name -> name in the file.
-        described: what the configuration in the file says; None where there is none.
+        described: what the configuration in the file says; None if there is none.
         classes, palette: class names and colours, if the file has them.
     """
 
@@ -160,14 +160,14 @@ class PeerCheckpoint:
 
     @property
     def assumed(self) -> str:
-        """What neither weights nor a configuration say and is taken as it usually is, or ""."""
+        """Usual settings assumed because neither weights nor configuration state them, or ""."""
         if self.kind != "mmsegmentation" or self.described is not None:
             return ""
         return "output stride 8, align_corners=False and undilated heads"
 
 
 def identify(tensors: Mapping[str, Tensor], meta: Mapping[Any, Any], source: str) -> PeerCheckpoint:
-    """Find out whose checkpoint it is and rename its tensors.
+    """Recognise a checkpoint's project and rename its tensors.
 
     Raises:
         ValueError: of no known origin, of a network that is not here, or a tensor without a place
@@ -226,7 +226,7 @@ def _origin(tensors: Mapping[str, Tensor], source: str) -> str:
         if any(key.startswith("head.") for key in tensors):
             raise ValueError(f"{source} is a checkpoint of this project or of an image classifier")
     raise ValueError(
-        f"{source} is no checkpoint of PyTorch-Encoding, mmsegmentation or torchvision: "
+        f"{source} is not a checkpoint of PyTorch-Encoding, mmsegmentation or torchvision: "
         f"it starts with {listed(list(tensors))}"
     )
 
@@ -253,7 +253,7 @@ def _refuse_early(tensors: Mapping[str, Tensor], source: str) -> None:
     if "head.encmodule.encoding.0.codewords" in tensors:
         raise ValueError(
             f"{source} is an EncNet of PyTorch-Encoding before 0.5, whose assignment weights were "
-            "normalised over the pixels in place of the codewords; there is no such layer here"
+            "normalised over the pixels instead of the codewords; there is no such layer here"
         )
 
 

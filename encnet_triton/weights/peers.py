@@ -1,4 +1,4 @@
-"""Checkpoints of other projects as networks, and as files, of this project.
+"""Convert checkpoints of other projects to networks and files of this one.
 
 Every tensor of a file must find its place and every tensor of the network must be filled.
 """
@@ -46,7 +46,7 @@ def load_peer(
         source: a file or URL, see `reading.read_document`: a state dict, or a training checkpoint
             with one in it.
         average: take the moving average of the weights that is stored beside them.
-        config: text of mmsegmentation's configuration, in place of the one in the file.
+        config: text of mmsegmentation's configuration, instead of the one in the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -113,7 +113,7 @@ def convert_model(
         crop: height and width of its training crops, in pixels; None for what the file says, else
             what is usual where it comes from.
         base_size: the same of the edge that its images are scaled to.
-        note: called with what neither the file nor the caller says and is taken for granted.
+        note: called with what is assumed because neither the file nor the caller states it.
     """
     if document is None:
         document = read_document(str(source))

@@ -1,4 +1,4 @@
-"""Files of tensors that others have written, on disk or at a URL, and the state dict in them.
+"""Tensor files from other projects, on disk or at a URL, and the state dict in them.
 
 Nothing in a file can run: pickles are read by `encnet_triton.unpickle`.
 """
@@ -24,10 +24,10 @@ _SUFFIXES = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
 # Names such as resnet50-0676ba61.pth carry the start of the file's SHA-256.
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,})\.[^/]*$")
 
-# Where trainers keep the state dict of the network, and that of its moving average.
+# Keys under which trainers keep the network's state dict and its moving average.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")
-# What wrappers of networks put before all names, and what others put into them anywhere.
+# Prefixes that wrappers add to all names, and parts that others insert anywhere.
 _PREFIXES = ("module.", "model.", "net.", "network.")
 _INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _DEEPEST = 3
@@ -104,12 +104,12 @@ def state_dict_of(document: Any, source: str, average: bool = False) -> dict[str
             "save the state dict of the network"
         )
     if not tensors:
-        raise ValueError(f"{source} holds something else than a state dict of tensors")
+        raise ValueError(f"{source} holds something other than a state dict of tensors")
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = value.name if isinstance(value, Placeholder) else type(value).__name__
             raise ValueError(
-                f"{source} holds something else than a state dict of tensors: "
+                f"{source} holds something other than a state dict of tensors: "
                 f"{printable(str(key))} is a {kind}"
             )
     return _plain_names(_without_averages(tensors, average), source)

@@ -1,4 +1,4 @@
-"""Files that torch.save has written, since torch 0.4, read without running anything in them."""
+"""Read files written by torch.save (torch 0.4 and newer) without running anything in them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
         entries = {entry.filename: entry for entry in archive.infolist()}
         documents = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(documents) != 1:
-            raise UnpicklingError("it is a ZIP archive of something else than torch.save's")
+            raise UnpicklingError("it is a ZIP archive of something other than torch.save's")
         folder = documents[0].partition("/")[0]
         if f"{folder}/constants.pkl" in entries:
             raise UnpicklingError("it is a TorchScript program: save the state dict of the network")
@@ -119,7 +119,7 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
     except UnpicklingError:
         known = False
     if not known:
-        raise UnpicklingError("it is no file of torch.save")
+        raise UnpicklingError("it is not a file of torch.save")
     system = load_pickle(file, {})
     if not isinstance(system, dict) or not system.get("little_endian", True):
         raise UnpicklingError("it was written on a big-endian machine, which is not read")
@@ -159,12 +159,12 @@ def _fill(flat: Tensor, file: BinaryIO) -> None:
 def _load(file: Any, storage: Callable[[_StorageType, str, int], _Storage]) -> Any:
     def persistent(identity: Any) -> _Storage:
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            raise UnpicklingError("it is damaged: it refers to something that is no storage")
+            raise UnpicklingError("it is damaged: it refers to something that is not a storage")
         _, kind, key, _, count, *view = identity
         if not isinstance(kind, _StorageType):
             raise UnpicklingError(f"it has numbers of the type {kind!r}, which is not read")
         if not isinstance(key, str) or not _is_size(count) or view not in ([], [None]):
-            raise UnpicklingError("it is damaged: it refers to something that is no storage")
+            raise UnpicklingError("it is damaged: it refers to something that is not a storage")
         return storage(kind, key, count)
 
     return load_pickle(file, _KNOWN, placeholders=True, persistent=persistent)
@@ -192,7 +192,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
 
 def _parameter(data: Any, *_: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise TypeError("a parameter is no tensor")
+        raise TypeError("a parameter is not a tensor")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Each command of bench has its own options and no others; what is wrong gets one sentence."""
+"""Each command of bench has only its own options; a wrong option gets one sentence."""
 
 from __future__ import annotations
 

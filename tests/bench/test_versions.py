@@ -1,4 +1,4 @@
-"""`bench versions` writes each result as it comes, does none twice, and makes the table of them."""
+"""`bench versions` writes each result at once, repeats none, and makes a table of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTEAD = {"call": "backward bfloat16 C8", "config": "n32", "why": "spills 96 by
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stages that were done, each at once and with a result that its name tells."""
+    """Stages that were run, each at once and with a result given by its name."""
     stages: list[str] = []
 
     def make(pair: Pair, place: Path, stage: str) -> Row:

@@ -1,4 +1,4 @@
-"""What is said of a data set before a run: by the command, and by the trainer at its start."""
+"""Warnings about a data set before a run: from the command, and from the trainer at its start."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_options_of_a_data_set(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--every", "0"], "--every: '0' is no whole number of at least 1"),
-        (["--every", "-1"], "--every: '-1' is no whole number of at least 1"),
-        (["--workers", "0"], "--workers: '0' is no whole number of 1 to"),
+        (["--every", "0"], "--every: '0' is not a whole number of at least 1"),
+        (["--every", "-1"], "--every: '-1' is not a whole number of at least 1"),
+        (["--workers", "0"], "--workers: '0' is not a whole number of 1 to"),
     ],
 )
 def test_numbers_out_of_range_name_their_option(
@@ -88,7 +88,7 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     for options, sentence in (
         (["--num-classes", "59"], "data set 'folder' has no option 'num_classes'"),
         (["--option", "classes_file"], "'classes_file' must be NAME=VALUE"),
-        (["--option", "root=/"], "'root=/' is no option of the data set"),
+        (["--option", "root=/"], "'root=/' is not an option of the data set"),
         (["--label-offset", "x"], "label_offset is 'x', but must be a whole number"),
         (["--label-map", "255"], "label_map is 255, but must be pairs VALUE=CLASS"),
     ):

@@ -48,7 +48,7 @@ def test_python_layout_without_running_code(tmp_path, arrays):
             return (open, (str(tmp_path / "made"), "w"))
 
     (folder / "test_batch").write_bytes(pickle.dumps({b"data": Harmful(), b"labels": [0]}))
-    with pytest.raises(DataError, match=r"is no batch of CIFAR-10: it asks for .*open"):
+    with pytest.raises(DataError, match=r"is not a batch of CIFAR-10: it asks for .*open"):
         load_cifar10(tmp_path, "test")
     assert not (tmp_path / "made").exists()
 
@@ -76,7 +76,7 @@ def test_missing_data_says_where_people_get_it(tmp_path):
     ("document", "sentence"),
     [
         pytest.param([1], "it holds no dictionary", id="list"),
-        pytest.param({b"labels": [0]}, "its 'data' are no numbers", id="no images"),
+        pytest.param({b"labels": [0]}, "its 'data' are not numbers", id="no images"),
         pytest.param(
             {b"data": np.zeros((1, 3072), np.uint8), b"labels": [256]}, "its 'labels' are no",
             id="large label",
@@ -89,7 +89,7 @@ def test_missing_data_says_where_people_get_it(tmp_path):
             id="channels last",
         ),
         pytest.param(
-            {b"data": np.array([[{}, []]], object), b"labels": [1]}, "asks for|else than num",
+            {b"data": np.array([[{}, []]], object), b"labels": [1]}, "asks for|other than num",
             id="objects",
         ),
     ],

@@ -418,7 +418,7 @@ def test_text_files_of_other_encodings_are_refused(root):
     with assert_refused("classes.txt is not UTF-8 text: line 2 has the byte 0xe9"):
         Folder(root)
     (root / "classes.txt").write_bytes("sky\nroad".encode("utf-16-le"))
-    with assert_refused("classes.txt is no text"):
+    with assert_refused("classes.txt is not text"):
         Folder(root)
     (root / "classes.txt").write_bytes(b"sky\n\x1b[31mroad")
     with assert_refused("classes.txt names the class", "cannot be printed"):
@@ -429,11 +429,11 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(root):
     for name in ("photos/a.png", "classes.txt"):
         (root / name).unlink()
         os.mkfifo(root / name)
-    with assert_refused("classes.txt is no file"):
+    with assert_refused("classes.txt is not a file"):
         Folder(root)
     (root / "classes.txt").unlink()
     (root / "classes.txt").write_text("\n".join(NAMES))
-    with assert_refused("image", root / "photos/a.png", "is no file"):
+    with assert_refused("image", root / "photos/a.png", "is not a file"):
         Folder(root)[0]
 
 

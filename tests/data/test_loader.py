@@ -303,7 +303,7 @@ class Unsendable(Numbers):
     [(Killed, "loader process [0-9]+ .*since memory"), (Unsendable, "ended unexpectedly")],
 )
 def test_a_worker_that_dies_or_cannot_send_is_a_sentence(dataset, sentence):
-    """The loader would wait for the batch for ever."""
+    """The loader would wait for the batch forever."""
     loader = make(dataset(), workers=1)
     with pytest.raises(DataError, match=sentence):
         next(loader.epoch(0))

@@ -1,4 +1,4 @@
-"""Recipes and command lines that nobody would write: a configuration, or a sentence."""
+"""Absurd recipes and command lines give a configuration or a one-sentence error."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_damaged_recipes(tmp_path: Path, seeds: Iterator[int]) -> None:
         pytest.param("about = 3", "about must be", id="about"),
         pytest.param("stage = 3", "stage must be", id="stage"),
         pytest.param("stage = [3]", "needs a stage_name", id="stages"),
-        pytest.param('[[stage]]\nstage_name = "../a"', "no name of a folder", id="stage name"),
+        pytest.param('[[stage]]\nstage_name = "../a"', "not the name of a folder", id="stage name"),
         pytest.param("data = 3", "unknown section 'data'", id="section"),
         pytest.param("[optim]\nlr = " + 9000 * "[", "not valid TOML", id="deep"),
         pytest.param("[optim]\nlr = " + 9000 * "1", "not valid TOML", id="long"),
@@ -78,7 +78,7 @@ def test_recipes_of_another_shape(tmp_path: Path, content: str, sentence: str) -
 def test_recipes_that_build_on_themselves(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(f'[about]\nextends = "{path}"\n')
-    with pytest.raises(ValueError, match="builds on itself"):
+    with pytest.raises(ValueError, match="extends itself"):
         build(str(path), {})
 
 

@@ -1,4 +1,4 @@
-"""Damaged files in the folder of a run that is resumed: it goes on, or there is one sentence."""
+"""Damaged files in the folder of a resumed run: it continues, or there is a one-sentence error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOCKED = {"host": "elsewhere", "process": 1, "start": "1", "machine": "", "job":
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """A file that is another, or gone, or a folder or link in its place; returns what was done."""
+    """Replace a file by another, a folder or a link, or remove it; returns what was done."""
     if path.name == LOCK:
         path.write_text(json.dumps(LOCKED))
     if not path.exists():

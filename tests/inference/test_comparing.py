@@ -15,7 +15,7 @@ from encnet_triton.inference import comparing
 def test_columns_are_the_image_each_checkpoint_and_the_label(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A network that answers with one class alone is a column of its colour."""
+    """A network that predicts one class only gives a column of its colour."""
     data = create_dataset("scenes", "val")
     predicted = {"a.safetensors": 1, "b.safetensors": 2}
 

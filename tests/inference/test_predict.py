@@ -107,4 +107,4 @@ def test_numbers_out_of_range_name_their_option(
     with pytest.raises(SystemExit) as ended:
         main(["--checkpoint", checkpoint, str(photos), f"--batch={batch}"])
     assert ended.value.code == 2
-    assert f"--batch: '{batch}' is no whole number of at least 1" in capsys.readouterr().err
+    assert f"--batch: '{batch}' is not a whole number of at least 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A function in a process of its own, with a time limit: an error on a GPU ends that process alone.
+"""Runs a function in its own process with a time limit: an error on a GPU ends only that process.
 
 `python -m tests.support.apart MODULE FUNCTION ARGUMENTS`, the arguments as a JSON list.
 """

@@ -1,4 +1,4 @@
-"""The compile report, made in a process of its own, and its rows."""
+"""The compile report, made in its own process, and its rows."""
 
 from __future__ import annotations
 

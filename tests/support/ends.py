@@ -1,4 +1,4 @@
-"""Functions that end in every way one can; for a process of its own, quick to import."""
+"""Functions that end in every possible way; run in their own process, quick to import."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What people do with the operators on a GPU, each as a function that fails where it goes wrong.
+"""Uses of the operators on a GPU, each a function that raises an error if it goes wrong.
 
 A scenario takes a machine, which has what only a device can do (`Cuda`), or something that takes
-its place without one (`StandIn`). On a GPU each runs in a process of its own, because an error
+its place without one (`StandIn`). On a GPU each runs in its own process, because an error
 there ends the process's use of it: see apart.py.
 """
 

@@ -1,4 +1,4 @@
-"""Compilation is on no clock: not on images per second, the time left, or validation's seconds."""
+"""Images per second, the time left and the seconds of validation exclude compile time."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_a_step_with_kernels_reads_no_value(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Launch, "obstacle", lambda _: None)
     monkeypatch.setattr(Launch, "run", lambda one: launched.append(one.name))
     launch.forget()
-    # Bodies run under the mode in place of the operators, which would hide what they do.
+    # Bodies run under the mode instead of the operators, which would hide what they do.
     monkeypatch.setattr(eager, "quiet", lambda: True)
     for module in ("batch_norm", "encoding", "upsampling"):
         monkeypatch.setattr(f"encnet_triton.kernels.{module}.operator.quiet", lambda: True)

@@ -36,7 +36,7 @@ def recorded_steps(run: str) -> list[int]:
 
 
 def kill_after_a_checkpoint(agent: int, checkpoint: Path) -> None:
-    """SIGKILL, which no handler sees, to rank 1 as soon as there is something to go on from."""
+    """SIGKILL, which no handler sees, to rank 1 as soon as there is something to resume from."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         worker = process_of_rank(agent, 1) if checkpoint.exists() else None
@@ -85,7 +85,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(
             time.sleep(0.05)
         agent.terminate()
         agent.wait(60)
-    assert "go on with --resume" in log.read_text()
+    assert "continue with --resume" in log.read_text()
     step = read(Path("runs/tiny/last.safetensors"))[1]["progress"]["step"]
     assert step == recorded_steps("tiny")[-1]
 

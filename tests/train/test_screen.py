@@ -1,4 +1,4 @@
-"""What a person sees on a terminal of 80 columns, and where there is none."""
+"""What a person sees on a terminal of 80 columns, and if there is none."""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ def test_a_signal_to_one_rank_between_epochs_stops_all(
     }[task]  # fmt: skip
     command = [*torchrun(module=SIGNALLED), "--epochs", "100", "--name", "run", "--recipe"]
     run([*command, *options], Path("log"), seconds=120)
-    assert "go on with --resume" in Path("log").read_text()
+    assert "continue with --resume" in Path("log").read_text()
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often a tensor's value is asked for, outside of the backward pass: there some
+    """Counts how often a tensor's value is asked for, outside the backward pass: there some
     operators do on a CPU, and none on a GPU."""
 
     count = 0

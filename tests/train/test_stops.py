@@ -97,7 +97,7 @@ def test_ctrl_c_saves_once_and_would_end_at_once_the_second_time(
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(Segmentation, "compute", interrupted)
     assert train(recipe) == 0
-    assert handlers == [signal.SIG_DFL]  # which no waiting inside of a library delays
+    assert handlers == [signal.SIG_DFL]  # which no waiting inside a library delays
     assert signal.getsignal(signal.SIGINT) is before
     assert "stopped at step 1 of 4" in capsys.readouterr().out and progress()["step"] == 1
 

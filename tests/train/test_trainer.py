@@ -135,9 +135,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(recipe: Path, monkeypa
 def test_an_existing_run_and_changed_fields_are_refused(recipe: Path, capsys) -> None:
     assert train(recipe, "--stop-at", "1") == 0
     assert train(recipe) == 2
-    assert (
-        "run runs/tiny exists; add --resume to go on, or another --name" in capsys.readouterr().err
-    )
+    assert "runs/tiny exists; add --resume to continue, or give" in capsys.readouterr().err
     assert train(recipe, "--resume", "--lr", "0.5") == 2
     said = capsys.readouterr().err
     assert "cannot resume runs/tiny/last.safetensors: lr was 0.02 and is now 0.5" in said
@@ -157,7 +155,7 @@ def test_sigterm_saves_and_ends_well(recipe: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert "go on with --resume" in output
+    assert "continue with --resume" in output
     step = read(Path("runs/tiny/last.safetensors"))[1]["progress"]["step"]
     assert step >= 2
 

@@ -97,7 +97,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path, model, info: ModelI
     with pytest.raises(CheckpointError, match="cannot read checkpoint .*model.safetensors"):
         load_model(path)
     save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="is no encnet-triton checkpoint"):
+    with pytest.raises(CheckpointError, match="is not an encnet-triton checkpoint"):
         load_model(path)
 
 

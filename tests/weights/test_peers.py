@@ -96,7 +96,7 @@ def test_every_key_is_used_or_named(small: dict[str, torch.Tensor]) -> None:
     assert "head.conv5.1.weight is (7,)" in refused(other)
     shallow = {k: t for k, t in small.items() if not k.startswith("pretrained.layer4.2")}
     assert "depths (3, 4, 6, 2)" in refused(shallow)
-    assert "is no checkpoint of" in refused({"weight": torch.zeros(2)})
+    assert "is not a checkpoint of" in refused({"weight": torch.zeros(2)})
 
 
 def test_the_classifier_that_early_files_keep_is_left_out(small: dict[str, torch.Tensor]) -> None:

@@ -165,14 +165,14 @@ def test_other_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TorchScript program"):
         read_tensors(str(tmp_path / "script.pt"))
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(ValueError, match=r"no file of torch\.save"):
+    with pytest.raises(ValueError, match=r"not a file of torch\.save"):
         read_tensors(str(tmp_path / "plain.pth"))
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
         archive.writestr("notes.txt", "nothing")
     with pytest.raises(ValueError, match="ZIP archive of something else"):
         read_tensors(str(tmp_path / "other.pth"))
     torch.save({"a": torch.zeros(2), "b": "text"}, tmp_path / "mixed.pth")
-    with pytest.raises(ValueError, match="something else than a state dict of tensors: b is a str"):
+    with pytest.raises(ValueError, match="other than a state dict of tensors: b is a str"):
         read_tensors(str(tmp_path / "mixed.pth"))
 
 

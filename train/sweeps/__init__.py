@@ -1,1 +1,1 @@
-"""Tables and figures of the paper: of which runs they are made, and how they are written."""
+"""Tables and figures of the paper: the runs behind them, and how they are written."""

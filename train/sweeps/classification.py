@@ -23,7 +23,7 @@ HEADER = (
 
 
 def report(name: str, sweep: Sweep, planned: list[Planned], folder: Path) -> None:
-    """Write ``<name>.md`` and ``.json``, a line a label, and ``<name>.png``, their curves."""
+    """Write ``<name>.md`` and ``.json``, one line per label, and ``<name>.png``, their curves."""
     labels = dict.fromkeys(one.row.label for one in planned)
     groups = {label: [one for one in planned if one.row.label == label] for label in labels}
     lines = [_line(label, group) for label, group in groups.items()]

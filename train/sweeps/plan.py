@@ -1,4 +1,4 @@
-"""Which runs a table of the paper is made of, from its TOML file."""
+"""The runs behind a table of the paper, read from its TOML file."""
 
 from __future__ import annotations
 

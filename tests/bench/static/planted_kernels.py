@@ -24,7 +24,7 @@ def copy(X, Y, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def spill(X, Y, N, BLOCK: tl.constexpr):
-    """Keeps 256 values a thread through a loop; there are 255 registers."""
+    """Keeps 256 values per thread through a loop; there are 255 registers."""
     i = tl.arange(0, BLOCK)
     kept = tl.load(X + i)
     for t in range(N):

@@ -1,6 +1,6 @@
 """The kernels of encode, compiled: no spills, matrix units, wide accesses.
 
-Compilation happens in processes of its own, so that it does not matter whether this one was
+Compilation happens in separate processes, so that it does not matter whether this one was
 started with TRITON_INTERPRET, and nothing needs a GPU.
 """
 
@@ -173,7 +173,7 @@ def test_an_interpreting_process_says_so() -> None:
         (120, 4, 128, 99 << 10, 1),
         (120, 4, 128, (99 << 10) + 1, 0),
         (80, 1, 16, 0, 32),  # by blocks
-        (90, 16, 255, 0, 0),  # 16 warps leave 128 registers a thread
+        (90, 16, 255, 0, 0),  # 16 warps leave 128 registers per thread
     ],
 )
 def test_blocks_per_sm(arch: int, warps: int, registers: int, shared: int, blocks: int) -> None:

@@ -35,7 +35,7 @@ def test_a_prediction_names_the_layers_that_keep_something() -> None:
         assert one.peak >= one.state + one.kept
         # Images and labels are alive too, and rounding adds to small tensors.
         assert 0.8 * one.kept <= sum(one.layers.values()) <= one.kept
-    # 2 x 5 x 64 x 64 in float32, as log_softmax leaves it, against one number a pixel at most.
+    # 2 x 5 x 64 x 64 in float32, as log_softmax leaves it, against one number per pixel at most.
     assert memory.by_part(stock.layers)["loss"] >= 4 * 2 * 5 * 64 * 64
     assert memory.by_part(ours.layers)["loss"] < 0.5 * memory.by_part(stock.layers)["loss"]
     assert not any(name.startswith("backbone.layer4") for name in checkpointed.layers)
