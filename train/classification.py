@@ -28,8 +28,8 @@ from encnet_triton.weights.checkpoint import ModelInfo
 TEST_BATCH = 500
 _READ = {
     "model", "width", "block", "dataset", "data",
-    "lr", "momentum", "weight_decay", "decay_norm_bias", "schedule", "power", "eta_min",
-    "warmup_steps", "epochs", "batch_size", "label_smoothing",
+    "optimizer", "lr", "momentum", "betas", "weight_decay", "decay_norm_bias", "clip_norm", "ema",
+    "schedule", "power", "eta_min", "warmup_steps", "epochs", "batch_size", "label_smoothing",
     "name", "runs", "seed", "device", "amp", "compile", "sync_bn", "resume", "stop_at",
     "save_every", "save_epochs", "timeout", "take_over",
 }  # fmt: skip
@@ -85,7 +85,8 @@ class Classification(Task[float]):
     def reads(cls, config: Config) -> frozenset[str]:
         """The codebook's fields belong to the network that has one."""
         codebook = {"num_codewords", "shake_scale"}
-        return frozenset(_READ | (codebook if config.model.model == "cifar_encnet" else set()))
+        of_network = codebook if config.model.model == "cifar_encnet" else set()
+        return frozenset(_READ | of_network) - config.optim.unread().keys()
 
     @classmethod
     def outlook(cls, config: Config, world: World) -> Iterator[str]:
@@ -138,18 +139,18 @@ class Classification(Task[float]):
     @torch.no_grad()
     def warm_up(self) -> None:
         """One batch."""
-        self._logits(self.model.eval(), self.test_set.plain(0, TEST_BATCH)[0])
+        self._logits(self.evaluated.eval(), self.test_set.plain(0, TEST_BATCH)[0])
 
     @torch.no_grad()
     def validate(self, watch: Watch) -> float:
         """Share of the test images that are classified wrongly."""
-        self.model.eval()
+        network = self.evaluated.eval()
         wrong = torch.zeros((), device=self.world.device, dtype=torch.float64)
         stride = TEST_BATCH * self.world.size
         starts = range(TEST_BATCH * self.world.rank, len(self.test_set), stride)
         for start in watch(starts, len(starts)):
             images, labels = self.test_set.plain(start, start + TEST_BATCH)
-            wrong += (self._logits(self.model, images).argmax(1) != labels).sum()
+            wrong += (self._logits(network, images).argmax(1) != labels).sum()
         return float(all_reduce_sum(wrong)) / len(self.test_set)
 
     def note_best(self, score: float, progress: Progress) -> dict[str, float] | None:

@@ -153,6 +153,10 @@ class DataConfig:
     """Random rotation, in degrees either way."""
     flip: float = 0.5
     """Probability of mirroring left and right."""
+    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Largest random change of brightness, contrast and saturation: 0.4 is 40 % either way."""
+    hue: float = 0.0
+    """Largest random turn of the colours, either way, in turns of the colour wheel."""
     outside: str = "mean"
     """Around an image that is smaller than the crop: the "mean" colour on all sides, or "black"
     below and on the right, as in the published code."""
@@ -168,6 +172,9 @@ class DataConfig:
         require(0 < low <= high, "scale", self.scale, "two positive numbers, the smaller first")
         require(0 <= self.rotation <= 180, "rotation", self.rotation, "in [0, 180] degrees")
         require(0 <= self.flip <= 1, "flip", self.flip, "in [0, 1]")
+        fine = all(0 <= amount <= 1 for amount in self.jitter)
+        require(fine, "jitter", self.jitter, "three numbers in [0, 1]")
+        require(0 <= self.hue <= 0.5, "hue", self.hue, "in [0, 0.5]")
         if self.base_size is not None:
             require(self.base_size >= 1, "base_size", self.base_size, "positive or none")
         if self.workers is not None:
@@ -186,16 +193,28 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """Losses, SGD and its schedule (paper, section 3.1)."""
+    """Losses, the optimizer and its schedule (paper, section 3.1)."""
 
+    optimizer: str = "sgd"
+    """sgd, as in the paper, or adamw."""
     lr: float = 0.001
     """Base learning rate for the global batch; never scaled automatically."""
     momentum: float = 0.9
     """SGD momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = 1e-4
-    """L2 penalty."""
+    """L2 penalty (sgd), or decoupled weight decay (adamw, where 0.01 to 0.05 is usual)."""
     decay_norm_bias: bool = True
     """Apply the penalty to batch-norm parameters and biases too, as the paper's code does."""
+    layer_decay: float = 1.0
+    """Learning rate of each stage of the backbone relative to the next one (the last one's to the
+    head's); 1: all alike."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; a longer one is scaled down to it."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999, which is then validated
+    and saved beside them; 0: none. In step t it is at most (1 + t) / (10 + t)."""
     schedule: str = "poly"
     """Learning-rate schedule: poly, or cosine (half a period, to zero)."""
     power: float = 0.9
@@ -220,20 +239,50 @@ class OptimConfig:
     """Weights of the cross-entropy: none, or balanced (median frequency, capped)."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
+    ohem: float = 0.0
+    """Online hard example mining: leave out pixels whose class has at least this probability (0.7
+    is usual) from the cross-entropy, which is the mean over those of each micro-batch that are
+    left; 0: none is left out."""
+    ohem_least: float = 0.0625
+    """Share of a micro-batch's pixels, the hardest, that stay with ohem in any case."""
+    dice_weight: float = 0.0
+    """Weight of the Dice loss, for which all probabilities are computed at full resolution."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "head_lr_scale", "power"):
             value = getattr(self, key)
             require(math.isfinite(value) and value > 0, key, value, "positive")
-        for key in ("weight_decay", "se_weight", "aux_weight", "warmup_steps"):
+        for key in ("weight_decay", "se_weight", "aux_weight", "warmup_steps", "dice_weight"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         require(0 <= self.eta_min <= self.lr, "eta_min", self.eta_min, "in [0, lr]")
-        for key in ("momentum", "label_smoothing"):
+        for key in ("momentum", "label_smoothing", "ema", "ohem"):
             require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
+        for key in ("layer_decay", "ohem_least"):
+            require(0 < getattr(self, key) <= 1, key, getattr(self, key), "in (0, 1]")
+        fine = all(0 <= beta < 1 for beta in self.betas)
+        require(fine, "betas", self.betas, "two numbers in [0, 1)")
+        if self.clip_norm is not None:
+            fine = math.isfinite(self.clip_norm) and self.clip_norm > 0
+            require(fine, "clip_norm", self.clip_norm, "positive or none")
         for key in ("epochs", "batch_size", "accumulation"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        one_of("optimizer", self.optimizer, ("sgd", "adamw"))
         one_of("schedule", self.schedule, ("poly", "cosine"))
         one_of("class_weight", self.class_weight, ("none", "balanced"))
+
+    def loss_options(self) -> dict[str, Any]:
+        """Keyword arguments of `encnet_triton.nn.SegmentationLoss` that are not the model's."""
+        names = (
+            "se_weight", "aux_weight", "label_smoothing", "ohem", "ohem_least", "dice_weight"
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def unread(self) -> dict[str, str]:
+        """Fields that belong to another optimizer or loss than this one, and to which."""
+        others = {} if self.ohem else {"ohem_least": "ohem"}
+        if self.optimizer == "sgd":
+            return {"betas": "optimizer = adamw", **others}
+        return {"momentum": "optimizer = sgd", **others}
 
 
 @dataclass(kw_only=True, slots=True)

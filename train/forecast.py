@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_norm_impl
+from encnet_triton.train.average import Average
 from encnet_triton.train.config import Config
 from encnet_triton.train.optim import make_optimizer
 
@@ -66,9 +67,8 @@ def peak_memory(config: Config, num_classes: int, processes: int) -> int:
         model = create_model(num_classes=num_classes, **config.model.options())
         set_norm_impl(model, "fused")
         model.backbone.activation_checkpointing = config.run.activation_checkpointing
-        criterion = SegmentationLoss(
-            num_classes, se_weight=config.optim.se_weight, aux_weight=config.optim.aux_weight
-        )
+        average = Average(model, config.optim.ema) if config.optim.ema else None
+        criterion = SegmentationLoss(num_classes, **config.optim.loss_options())
         optimizer = make_optimizer(model, config.optim)
         for _ in range(2):
             live.peak = live.bytes
@@ -79,6 +79,8 @@ def peak_memory(config: Config, num_classes: int, processes: int) -> int:
                 output = model(x)
             criterion(output, target, pixels=1.0, images=1.0).total.backward()
             optimizer.step()
+            if average is not None:
+                average.update(0)
             optimizer.zero_grad(set_to_none=True)
             del output, x, images, target
         model.eval()

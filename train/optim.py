@@ -1,4 +1,4 @@
-"""SGD with parameter groups and the schedules of the paper, sections 3.1 and 3.5."""
+"""The optimizer's parameter groups, and the schedules of the paper, sections 3.1 and 3.5."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from encnet_triton.models.layers import parameters_of
 from encnet_triton.train.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> Iterator[dict[str, Any]]:
-    """Backbone and head, each split into parameters with and without weight decay.
+    """Parameters of one rate, each split into parameters with and without weight decay.
 
     Every group carries ``scale``, its learning rate relative to the schedule's.
     """
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
     plain = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
     plain |= {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
-    for part, parameters in model.parameter_groups().items():  # type: ignore[operator]
-        scale = 1.0 if part == "backbone" else config.head_lr_scale
+    for scale, parameters in _scales(model, config):
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for p in parameters:
@@ -32,11 +32,24 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> Iterator[dict[str
                 yield {"params": members, "weight_decay": decay, "scale": scale}
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    """SGD with momentum over `parameter_groups`; the rate is set before every step."""
-    return torch.optim.SGD(
-        list(parameter_groups(model, config)), lr=config.lr, momentum=config.momentum
-    )
+def _scales(model: nn.Module, config: OptimConfig) -> Iterator[tuple[float, list[nn.Parameter]]]:
+    for part, parameters in model.parameter_groups().items():  # type: ignore[operator]
+        if part != "backbone":
+            yield config.head_lr_scale, parameters
+        elif config.layer_decay == 1:
+            yield 1.0, parameters
+        else:
+            stages = model.backbone.stages()  # type: ignore[union-attr,operator]
+            for distance, stage in enumerate(reversed(stages), start=1):
+                yield config.layer_decay**distance, parameters_of(*stage)
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW, over `parameter_groups`; the rate is set before every step."""
+    groups = list(parameter_groups(model, config))
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
 def rate_at(step: int, steps: int, config: OptimConfig) -> float:

@@ -1,4 +1,4 @@
-"""The state of a run on disk: weights, momentum and random states in one safetensors file.
+"""The state of a run on disk: weights, optimizer and random states in one safetensors file.
 
 Resuming from it gives the weights that an undisturbed run would have had; on the CPU, bit for bit.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encnet_triton.train.average import Average
 from encnet_triton.train.config import Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, WorldError, gather
 from encnet_triton.train.writer import copied
@@ -20,7 +21,15 @@ from encnet_triton.weights import checkpoint
 from encnet_triton.weights.checkpoint import CheckpointError, ModelInfo
 from encnet_triton.weights.fitting import tensor_misfit
 
-LAST, BEST = "last.safetensors", "best.safetensors"
+LAST, BEST, AVERAGE = "last.safetensors", "best.safetensors", "average.safetensors"
+
+AVERAGED = "average."
+"""What the names of the average's tensors begin with."""
+
+# What an optimizer keeps for a parameter, and what a file calls it.
+_KEPT = {
+    "momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,28 @@ class State:
         checkpoint.write(path, self.tensors, self.metadata)
 
     def write_best(self, folder: Path, figure: Mapping[str, float]) -> None:
-        """Write ``best.safetensors``: the model, its step, and the figure that it reached."""
+        """Write ``best.safetensors``: what was validated, its step, and the figure that it reached."""
+        self._write_validated(folder / BEST, figure)
+
+    def write_average(self, folder: Path) -> None:
+        """Write ``average.safetensors``, a model like any other, if there is an average."""
+        if self._averaged:
+            self._write_validated(folder / AVERAGE, {})
+
+    @property
+    def _averaged(self) -> bool:
+        return any(name.startswith(AVERAGED) for name in self.tensors)
+
+    def _write_validated(self, path: Path, figure: Mapping[str, float]) -> None:
         self.wait()
-        model = {n: t for n, t in self.tensors.items() if n.startswith(checkpoint.MODEL_PREFIX)}
+        start = AVERAGED if self._averaged else checkpoint.MODEL_PREFIX
+        model = {
+            checkpoint.MODEL_PREFIX + name.removeprefix(start): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(start)
+        }
         about = {"model": self.metadata["model"], "step": self.metadata["progress"]["step"]}
-        checkpoint.write(folder / BEST, model, about | dict(figure))
+        checkpoint.write(path, model, about | dict(figure))
 
 
 @dataclass
@@ -107,12 +133,16 @@ def copy_state(
     progress: Progress,
     config: Config,
     training_set: Mapping[str, Any] | None = None,
+    average: Average | None = None,
 ) -> State | None:
     """The state of a run as it is now; every rank calls it, rank 0 gets it."""
     states = gather(_random_state(world))
     if not world.main:
         return None
-    tensors = checkpoint.model_tensors(model) | _momentum(model, optimizer)
+    tensors = checkpoint.model_tensors(model) | _optimizer_state(model, optimizer)
+    if average is not None:
+        averaged = average.model.state_dict()
+        tensors |= {AVERAGED + name: tensor for name, tensor in averaged.items()}
     for rank, state in enumerate(states):
         tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
     metadata = {
@@ -145,8 +175,9 @@ def load(
     config: Config,
     info: ModelInfo | None = None,
     training_set: Mapping[str, Any] | None = None,
+    average: Average | None = None,
 ) -> Progress:
-    """Restore a run in place: weights, momentum and this rank's random state.
+    """Restore a run in place: weights, their average, the optimizer's and this rank's random state.
 
     Raises:
         ConfigError: a field that alters the run, or the data set, differs from that of its start.
@@ -163,13 +194,14 @@ def load(
     if info is not None:
         _check_data(path, metadata, info, training_set or {})
     checkpoint.load_weights(model, tensors, path)
-    for name, parameter in model.named_parameters():
-        momentum = tensors.get(f"momentum.{name}")
-        if momentum is not None:
-            if (found := tensor_misfit(f"momentum.{name}", momentum, parameter)) is not None:
-                raise CheckpointError(f"{path} {found}")
-            buffer = torch.empty_like(parameter).copy_(momentum)
-            optimizer.state[parameter]["momentum_buffer"] = buffer
+    if average is not None:
+        averaged = {
+            checkpoint.MODEL_PREFIX + name.removeprefix(AVERAGED): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(AVERAGED)
+        }
+        checkpoint.load_weights(average.model, averaged, path)
+    _load_optimizer_state(path, model, optimizer, tensors)
     _restore_random_state(path, world, tensors)
     if progress.validated < 0 < progress.best_step:
         progress.validated = progress.step  # of a classifier that did not write this down
@@ -276,13 +308,31 @@ def _check_fingerprint(path: Path, saved: dict[str, Any], now: dict[str, Any]) -
         )
 
 
-def _momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    found = {}
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{_KEPT[kind]}.{name}": tensor
+        for name, parameter in model.named_parameters()
+        for kind, tensor in optimizer.state.get(parameter, {}).items()
+        if tensor is not None
+    }
+
+
+def _load_optimizer_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     for name, parameter in model.named_parameters():
-        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            found[f"momentum.{name}"] = buffer
-    return found
+        found = {kind: tensors.get(f"{start}.{name}") for kind, start in _KEPT.items()}
+        kinds = {kind: tensor for kind, tensor in found.items() if tensor is not None}
+        for kind, tensor in kinds.items():
+            if kind == "step":  # a number, which stays on the CPU
+                own, made = torch.empty(()), torch.empty(())
+            else:
+                own, made = parameter, torch.empty_like(parameter)
+            if (misfit := tensor_misfit(f"{_KEPT[kind]}.{name}", tensor, own)) is not None:
+                raise CheckpointError(f"{path} {misfit}")
+            optimizer.state[parameter][kind] = made.copy_(tensor)
+        if isinstance(optimizer, torch.optim.AdamW) and len(kinds) not in (0, 3):
+            raise CheckpointError(f"{path} is damaged: the optimizer's state of {name} has gaps")
 
 
 def _random_state(world: World) -> dict[str, Tensor]:

@@ -84,6 +84,7 @@ class Saver(Writer):
                 progress,
                 self._config,
                 task.training_set,
+                task.average,
             )
         if last:
             self.step = progress.step
@@ -102,6 +103,7 @@ class Saver(Writer):
             state.write_best(self._folder, best)
         if progress is not None:
             state.write(self._folder)
+            state.write_average(self._folder)
             self._saved = progress
 
     def kept(self) -> str:

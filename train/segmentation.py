@@ -21,6 +21,7 @@ from encnet_triton.data import (
     create_dataset,
 )
 from encnet_triton.data.check import first_look, refuse_unlabelled
+from encnet_triton.data.colour import ColourJitter
 from encnet_triton.data.normalisation import Normalise
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.models import create_model
@@ -97,22 +98,25 @@ class Segmentation(Task[Scores]):
         self.loss = SegmentationLoss(
             classes,
             ignore_index=self.train_set.ignore_index,
-            se_weight=optim.se_weight,
-            aux_weight=optim.aux_weight,
             align_corners=bool(self.model.align_corners),
             class_weight=weight,
-            label_smoothing=optim.label_smoothing,
+            **optim.loss_options(),
         ).to(device)
         self.optimizer = make_optimizer(self.model, optim)
         self.info = model_info(config, self.train_set, self.model)
         self._transfer = Transfer(device)
+        self._jitter = ColourJitter(data.jitter, data.hue, device)
         self._normalise = Normalise(self.train_set.mean, self.train_set.std, device)
 
     @classmethod
     def reads(cls, config: Config) -> frozenset[str]:
         """All but what CIFAR-10 networks have; `create_model` and `create_dataset` refuse options
         of another network or data set."""
-        return frozenset(all_fields()) - {"width", "block", "shake_scale"}
+        return (
+            frozenset(all_fields())
+            - {"width", "block", "shake_scale"}
+            - config.optim.unread().keys()
+        )
 
     @classmethod
     def outlook(cls, config: Config, world: World) -> Iterator[str]:
@@ -155,7 +159,10 @@ class Segmentation(Task[Scores]):
 
     def compute(self, network: nn.Module, part: Part) -> LossTerms:
         """The losses, divided by what is labelled in the whole batch."""
-        x = self._normalise(part.batch.images)
+        x = part.batch.images
+        if self._jitter:
+            x = self._jitter(x, part.batch.draws)
+        x = self._normalise(x)
         with self.autocast():
             output = network(x)
         images = self.config.optim.batch_size / self.world.size
@@ -173,7 +180,7 @@ class Segmentation(Task[Scores]):
     def predictor(self) -> Predictor:
         """The network as it is now, as evaluate would use it."""
         return Predictor(
-            self.model.eval(),
+            self.evaluated.eval(),
             self.info,
             device=self.world.device,
             whole_image=self.config.run.whole_image,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from encnet_triton.inference.precision import fast_dtype
 from encnet_triton.nn import set_sync_group
 from encnet_triton.scoring.segmentation import Watch
+from encnet_triton.train.average import Average
 from encnet_triton.train.config import Config, ConfigError, require
 from encnet_triton.train.distributed import World, sync_group
 from encnet_triton.train.log import Log
@@ -32,6 +33,7 @@ class Task(ABC, Generic[Score]):
         fixed: fields that it does not read, with the values that say what it does in any case.
         terms: names of what `compute` returns; the first is the loss.
         model, optimizer: before any checkpoint is loaded into them.
+        average: of the weights, where the run keeps one.
         info: what is stored beside the weights.
         images: how many there are to train on.
         steps_per_epoch: optimiser steps.
@@ -44,12 +46,18 @@ class Task(ABC, Generic[Score]):
     terms: ClassVar[tuple[str, ...]]
 
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     info: ModelInfo
     images: int
     steps_per_epoch: int
     training_set: Mapping[str, Any]
     val_every: int
+    average: Average | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is validated and used: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.model
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
@@ -67,7 +75,11 @@ class Task(ABC, Generic[Score]):
         Raises:
             ConfigError: names the fields.
         """
-        unread = sorted(set(given) - cls.reads(config))
+        given = set(given)
+        for name, where in config.optim.unread().items():
+            if name in given:
+                raise ConfigError(f"{name} belongs to {where}; leave it out")
+        unread = sorted(given - cls.reads(config))
         free = [name for name in unread if name not in cls.fixed]
         if free:
             raise ConfigError(

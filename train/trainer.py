@@ -17,6 +17,7 @@ from encnet_triton.files import write_json
 from encnet_triton.inference.precision import measured_convolutions
 from encnet_triton.report import report
 from encnet_triton.train import optim, run_state
+from encnet_triton.train.average import Average
 from encnet_triton.train.compiling import compile_obstacle, fix_gradients, records_graphs
 from encnet_triton.train.config import REDUCE_OVERHEAD, Config
 from encnet_triton.train.distributed import World, check_same_weights, data_parallel, gather
@@ -67,6 +68,8 @@ class Trainer:
         self.config, self.world, self.task = config, world, task
         self.folder, self.log = folder, log
         self.model = task.model
+        if config.optim.ema:
+            task.average = Average(task.model, config.optim.ema)
         self.steps = task.steps_per_epoch * config.optim.epochs
         self.progress = Progress()
         self.meter = Meter(world.device, task.terms)
@@ -96,6 +99,7 @@ class Trainer:
             self.config,
             self.task.info,
             self.task.training_set,
+            average=self.task.average,
         )
         self._saver.resumed(self.progress)
         self.log.rewind(self.progress.step, self.progress.validated)
@@ -155,6 +159,8 @@ class Trainer:
             if obstacle is None:
                 mode = {"mode": REDUCE_OVERHEAD} if run.compile == REDUCE_OVERHEAD else {}
                 model.compile(**mode)
+                if self.task.average is not None:
+                    self.task.average.model.compile(**mode)
                 self._cold = True
                 if records_graphs(run.compile, self.world.device):
                     # A backward pass comes before the next forward pass, and a validation has none:
@@ -227,7 +233,11 @@ class Trainer:
             self.progress.skipped_in_a_row = 0
             rate = optim.rate_at(self.progress.step - 1, self.steps, self.config.optim)
             optim.set_rate(optimizer, rate)
+            if self.config.optim.clip_norm is not None:  # of the same gradient on every rank
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
             optimizer.step()
+            if self.task.average is not None:
+                self.task.average.update(self.progress.step - 1)
         optimizer.zero_grad(set_to_none=not self._gradients_stay)
         self.meter.count(self.config.optim.batch_size, finite=not bad)
         return stop

@@ -30,7 +30,7 @@ class Transfer:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for batch in moved:
-            for tensor in (batch.images, batch.labels):
+            for tensor in (batch.images, batch.labels, batch.draws):
                 # Else the next copy could be given this memory while it is still being read.
                 tensor.record_stream(current)
         return moved
@@ -39,4 +39,5 @@ class Transfer:
         return batch._replace(
             images=batch.images.to(self._device, non_blocking=True),
             labels=batch.labels.to(self._device, non_blocking=True),
+            draws=batch.draws.to(self._device, non_blocking=True),
         )

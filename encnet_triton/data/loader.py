@@ -47,12 +47,14 @@ class Batch(NamedTuple):
     """One micro-batch of one rank.
 
     images: uint8, B x 3 x H x W, channels_last. labels: uint8, B x H x W. names: where each sample
-        came from.
+        came from. draws: B x 4 float32 in [0, 1), for what is left to do on the device (see
+        `encnet_triton.data.colour`).
     """
 
     images: Tensor
     labels: Tensor
     names: list[str]
+    draws: Tensor
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class _AugmentedBatches(torch_data.Dataset[Any]):
 
     def _batch(self, keys: list[Key]) -> Batch:
         images = labels = torch.empty(0, dtype=torch.uint8)
+        draws = torch.empty((len(keys), 4))
         for place, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((self.seed, _AUGMENT, epoch, index))
             image, label = self.augment(*self.dataset.open(index), rng)
@@ -122,8 +125,9 @@ class _AugmentedBatches(torch_data.Dataset[Any]):
                 labels = torch.empty((len(keys), *label.shape), dtype=torch.uint8)
             images.numpy()[place] = image
             labels.numpy()[place] = label
+            draws.numpy()[place] = rng.random(4, np.float32)
         names = [self.dataset.name_of(index) for _, index in keys]
-        return Batch(images.permute(0, 3, 1, 2), labels, names)
+        return Batch(images.permute(0, 3, 1, 2), labels, names, draws)
 
 
 _FEWER = "fewer --workers need less"
@@ -135,7 +139,7 @@ def _shared(batch: Batch) -> Batch:
     if torch_data.get_worker_info() is None:
         return batch
     try:
-        for tensor in (batch.images, batch.labels):
+        for tensor in (batch.images, batch.labels, batch.draws):
             _make_room(tensor.untyped_storage().nbytes())
             tensor.share_memory_()  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:

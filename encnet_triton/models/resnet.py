@@ -285,6 +285,12 @@ class ResNet(nn.Module):
         c4 = self._stage(self.layer4, c3)
         return c2, c3, c4
 
+    def stages(self) -> list[tuple[nn.Module, ...]]:
+        """The stem's modules, then those of each stage, as they follow each other."""
+        return [
+            (self.conv1, self.bn1), (self.layer1,), (self.layer2,), (self.layer3,), (self.layer4,)
+        ]  # fmt: skip
+
     def _stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             for block in stage:

@@ -2,7 +2,7 @@
 
 from encnet_triton.nn.context import ContextEncoding
 from encnet_triton.nn.encoding import Encoding, ShakeEncoding
-from encnet_triton.nn.losses import LossTerms, SegmentationLoss, presence_target
+from encnet_triton.nn.losses import LossTerms, SegmentationLoss, dice_loss, presence_target
 from encnet_triton.nn.norm import (
     BatchNormAct,
     BatchNormAct1d,
@@ -22,6 +22,7 @@ __all__ = [
     "SegmentationLoss",
     "ShakeEncoding",
     "convert_batchnorm",
+    "dice_loss",
     "presence_target",
     "set_norm_impl",
     "set_sync_group",

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encnet_triton.models import SegmentationOutput
-from encnet_triton.nn import SegmentationLoss, presence_target
+from encnet_triton.nn import SegmentationLoss, dice_loss, presence_target
 
 N = 5
 
@@ -173,3 +174,67 @@ def test_option_of_another_type_is_named(argument: str) -> None:
     options: dict[str, Any] = {argument: "one"}
     with pytest.raises(TypeError, match=f"{argument} is 'one'"):
         SegmentationLoss(N, **options)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize(
+    ("ohem", "least"), [(0.05, 0.01), (0.99, 0.01), (1e-9, 0.25), (1e-9, 1.0)],
+    ids=["the unsure", "all but a few", "a quarter", "all"],
+)  # fmt: skip
+def test_hard_pixels_alone(weighted: bool, ohem: float, least: float) -> None:
+    output, target = batch(aux=False)
+    weight = torch.linspace(0.5, 2, N) if weighted else None
+    loss = SegmentationLoss(N, se_weight=0, ohem=ohem, ohem_least=least, class_weight=weight)
+    found = loss(output, target).segmentation
+    losses = pixel_loss(
+        output.logits, target, reduction="none", weight=None if weight is None else weight.double()
+    )
+    ranked = losses.flatten().sort(descending=True).values
+    bound = min(float(ranked[math.ceil(least * target.numel()) - 1]), -math.log(ohem))
+    kept = (losses >= bound) & (target != 255)
+    assert 0 < kept.sum() <= (target != 255).sum()
+    each = torch.ones(N).double() if weight is None else weight.double()
+    of = each[target.long().where(kept, torch.tensor(0))] * kept
+    expected = (losses * kept).sum() / of.sum()
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x, output.logits)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_dice_is_its_formula(align_corners: bool) -> None:
+    output, target = batch(aux=False)
+    logits, size = output.logits, target.shape[1:]
+    found = dice_loss(logits, target, align_corners=align_corners)
+    p = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).softmax(1)
+    terms = []
+    for c in target.unique().tolist():
+        if c != 255:
+            t = (target == c).double()
+            p_c = p[:, c] * (target != 255)
+            terms.append(1 - 2 * (p_c * t).sum() / (p_c.sum() + t.sum()))
+    assert 1 < len(terms) < N  # one class is absent, and counts nowhere
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x, logits)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    total = SegmentationLoss(N, se_weight=0, dice_weight=0.5, align_corners=align_corners)
+    plain = SegmentationLoss(N, se_weight=0, align_corners=align_corners)
+    added = total(output, target).segmentation - plain(output, target).segmentation
+    torch.testing.assert_close(added, 0.5 * found)
+
+
+def test_nothing_labelled_has_no_hard_pixel_and_no_dice() -> None:
+    output, target = batch(aux=False)
+    loss = SegmentationLoss(N, se_weight=0, ohem=0.7, dice_weight=1.0)
+    total = loss(output, torch.full_like(target, 255)).total
+    total.backward()
+    assert total.item() == 0 and not output.logits.grad.any()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ohem": 1.0}, {"ohem_least": 0.0}, {"dice_weight": -1.0}], ids=str
+)
+def test_options_of_the_hard_pixels_and_dice_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SegmentationLoss(N, **wrong)

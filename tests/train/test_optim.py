@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from encnet_triton.models import create_model
 from encnet_triton.train import optim
@@ -60,3 +61,26 @@ def test_every_parameter_is_in_one_group(decay: bool) -> None:
     assert settings[id(norm)] == (0.1, 1e-4 if decay else 0.0)
     head = [p for name, p in named.items() if not name.startswith("backbone.") and p.ndim == 4]
     assert head and all(settings[id(p)] == (1.0, 1e-4) for p in head)
+
+
+def test_layer_decay_gives_each_stage_its_share_of_the_next_ones_rate() -> None:
+    model = create_model("fcn", 5, backbone="demo", head_channels=32)
+    config = OptimConfig(layer_decay=0.5, head_lr_scale=3.0, decay_norm_bias=False)
+    optimizer = optim.make_optimizer(model, config)
+    optim.set_rate(optimizer, 1.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    stages = {"conv1": 5, "bn1": 5, "layer1": 4, "layer2": 3, "layer3": 2, "layer4": 1}
+    for name, p in model.named_parameters():
+        part, _, rest = name.partition(".")
+        backbone = part == "backbone"
+        assert rates[id(p)] == (0.5 ** stages[rest.split(".")[0]] if backbone else 3.0), name
+
+
+def test_adamw_is_torchs() -> None:
+    model = create_model("fcn", 5, backbone="demo", head_channels=32)
+    config = OptimConfig(optimizer="adamw", betas=(0.8, 0.99), weight_decay=0.05)
+    optimizer = optim.make_optimizer(model, config)
+    assert type(optimizer) is torch.optim.AdamW
+    assert all(g["betas"] == (0.8, 0.99) for g in optimizer.param_groups)
+    assert all(g["weight_decay"] == 0.05 for g in optimizer.param_groups)

@@ -20,7 +20,7 @@ from encnet_triton.scoring.metrics import Scores
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.segmentation import Segmentation
 from encnet_triton.train.trainer import Trainer
-from encnet_triton.weights.checkpoint import read, save_model
+from encnet_triton.weights.checkpoint import read, save_model, write
 from tests.support.checkpoints import INFO, OPTIONS
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train import launch
@@ -89,6 +89,47 @@ def test_resumed_weights_are_bit_identical(recipe: Path) -> None:
     for name, tensor in whole.items():
         assert torch.equal(tensor, halves[name]), name
     assert [r["step"] for r in records("halves", "train")] == [1, 2, 3, 4]
+
+
+TODAY = (
+    "--optimizer", "adamw", "--lr", "0.001", "--layer-decay", "0.8", "--clip-norm", "0.5",
+    "--ema", "0.9", "--jitter", "0.3", "--hue", "0.1", "--ohem", "0.7", "--dice-weight", "0.5",
+)  # fmt: skip
+
+
+def test_a_run_as_is_usual_today_resumes_to_the_same_bits(recipe: Path) -> None:
+    assert train(recipe, *TODAY, "--name", "whole") == 0
+    assert train(recipe, *TODAY, "--name", "halves", "--stop-at", "3") == 0
+    assert train(recipe, *TODAY, "--name", "halves", "--resume") == 0
+    whole, halves = (
+        read(Path("runs", name, "last.safetensors"))[0] for name in ("whole", "halves")
+    )
+    kinds = {name.split(".")[0] for name in whole}
+    assert kinds == {"model", "average", "exp_avg", "exp_avg_sq", "step", "random"}
+    assert whole.keys() == halves.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, halves[name]), name
+    assert all(int(t) == 4 for name, t in whole.items() if name.startswith("step."))
+    # What was validated is the average, which is a checkpoint like any other.
+    average, metadata = read(Path("runs/whole/average.safetensors"))
+    assert metadata["step"] == 4
+    for name, tensor in average.items():
+        assert torch.equal(tensor, whole[name.replace("model.", "average.", 1)]), name
+    assert any(not torch.equal(tensor, whole[name]) for name, tensor in average.items())
+    score = records("whole", "val")[-1]["miou"]
+    arguments = ["--checkpoint", "runs/whole/average.safetensors", "--json", "score.json"]
+    assert evaluate.main(arguments) == 0
+    assert json.loads(Path("score.json").read_text())["miou"] == pytest.approx(score, abs=1e-6)
+
+
+def test_a_state_with_gaps_is_refused(recipe: Path, capsys) -> None:
+    assert train(recipe, "--optimizer", "adamw", "--name", "run", "--stop-at", "1") == 0
+    path = Path("runs/run/last.safetensors")
+    tensors, metadata = read(path)
+    gone = next(name for name in tensors if name.startswith("exp_avg_sq."))
+    write(path, {name: t for name, t in tensors.items() if name != gone}, metadata)
+    assert train(recipe, "--optimizer", "adamw", "--name", "run", "--resume") == 2
+    assert "the optimizer's state of" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("float64")

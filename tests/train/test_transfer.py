@@ -13,7 +13,9 @@ def batch(seed: int, size: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 9, (2, size, size), dtype=torch.uint8, generator=generator)
-    return Batch(images.contiguous(memory_format=torch.channels_last), labels, ["a", "b"])
+    return Batch(
+        images.contiguous(memory_format=torch.channels_last), labels, ["a", "b"], torch.rand(2, 4)
+    )
 
 
 def test_on_a_cpu_nothing_is_copied() -> None:
@@ -31,7 +33,8 @@ def test_memory_is_not_given_away_while_it_is_read() -> None:
     sums = []
     given = [batch(seed, 512) for seed in range(8)]
     for one in given:
-        (moved,) = transfer([Batch(one.images.pin_memory(), one.labels.pin_memory(), one.names)])
+        pinned = [t.pin_memory() for t in (one.images, one.labels, one.draws)]
+        (moved,) = transfer([Batch(*pinned[:2], one.names, pinned[2])])
         for _ in range(4):
             busy = (busy @ busy).clamp_(-1, 1)
         sums.append(moved.images.sum(dtype=torch.int64))
