@@ -14,7 +14,7 @@ from rich.console import Console
 from bench import apart, gate, report
 from bench.cases import CASES, Case
 from bench.options import add_device, add_json
-from bench.passes import is_compiled
+from bench.passes import is_compiled, needs_gpu
 from bench.timing import Measurement, copy_bandwidth, measure
 from encnet_triton.files import write_json
 from encnet_triton.options import pick_device
@@ -63,6 +63,8 @@ def measure_apart(
     """Measure one variant in a fresh process; a sentence if that fails."""
     if is_compiled(variant) and compile_obstacle(device):
         return "no compiled peer: there is no compiler for torch.compile here"
+    if needs_gpu(variant) and device.type == "cpu":
+        return f"{variant}: a Triton kernel, which needs a GPU"
     arguments = [name, "--worker", variant]
     if not CASES[name].reads_files:
         arguments += ["--device", device.type]

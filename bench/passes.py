@@ -54,12 +54,22 @@ def is_compiled(variant: str) -> bool:
     return variant.endswith("compiled")
 
 
+def needs_gpu(variant: str) -> bool:
+    """Whether a peer is a Triton kernel and nothing else."""
+    return variant == "one program a channel"
+
+
 def _made(variant: str, function: Function) -> Function:
     return torch.compile(function, fullgraph=True) if is_compiled(variant) else function
 
 
 ENCODE = ("ours", "materialising, eager", "materialising, compiled", "matrix products, compiled")
-BATCH_NORM = ("ours", "batch_norm + add + relu, eager", "batch_norm + add + relu, compiled")
+BATCH_NORM = (
+    "ours",
+    "batch_norm + add + relu, eager",
+    "batch_norm + add + relu, compiled",
+    "one program a channel",
+)
 UPSAMPLE = ("ours", "interpolate + cross_entropy, eager", "interpolate + cross_entropy, compiled")
 
 
@@ -80,6 +90,12 @@ def encode_pass(
     }
     function = functions[variant.partition(",")[0]]
     return Pass(_made(variant, function), [x, codewords, scale])
+
+
+def _one_program_a_channel(*given: Tensor | None) -> Tensor:
+    from bench import channel_programs  # imports triton, which not every platform has
+
+    return channel_programs.batch_norm_add_relu(*given)  # type: ignore[arg-type]
 
 
 def _our_batch_norm(
@@ -109,20 +125,24 @@ def batch_norm_pass(
 ) -> Pass:
     """Batch norm, the addition of a residual if asked for, and ReLU on B x C x size x size.
 
-    Ours alone can be `frozen`, on the running statistics.
+    Ours alone can be `frozen`, on the running statistics. Channels last, but for the peer with a
+    program a channel, to which contiguous channels are best.
     """
     torch.manual_seed(0)
+    last = torch.contiguous_format if needs_gpu(variant) else torch.channels_last
     x, other = (
-        torch.randn(B, C, size, size, device=device, dtype=dtype).contiguous(
-            memory_format=torch.channels_last
-        )
+        torch.randn(B, C, size, size, device=device, dtype=dtype).contiguous(memory_format=last)
         for _ in range(2)
     )
     weight, bias = torch.rand(C, device=device) + 0.5, torch.rand(C, device=device)
     running = [torch.zeros(C, device=device), torch.ones(C, device=device)]
     peer = peers.batch_norm_add_relu
     ours = partial(_our_batch_norm, frozen=frozen)
-    one_of: dict[str, Function] = {"ours": ours, "batch_norm + add + relu": peer}
+    one_of: dict[str, Function] = {
+        "ours": ours,
+        "batch_norm + add + relu": peer,
+        "one program a channel": _one_program_a_channel,
+    }
     layer = one_of[variant.partition(",")[0]]
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch._inductor import config as inductor
 from bench.cases import BUDGET, CASES
 from bench.gpu.compiler import ask_for_compiler
 from bench.gpu.device import Gpu, StandIn, place
-from bench.passes import PASSES, VARIANTS, Pass, is_compiled, least_bytes
+from bench.gpu.job import LeftOut
+from bench.passes import PASSES, VARIANTS, Pass, is_compiled, least_bytes, needs_gpu
 
 _SECONDS = 0.6  # of replays of a forward pass, and again of both passes
 
@@ -98,6 +99,8 @@ def measure(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     device, name, variant = place(rehearse), arguments["shape"], arguments["variant"]
     if is_compiled(variant):
         ask_for_compiler(rehearse)
+    if needs_gpu(variant) and rehearse:
+        raise LeftOut("a Triton kernel, which needs a GPU")
     step = _built(name, variant, rehearse)()
     found = {"shape": SHAPES[name].shape, "extra MiB": device.extra_memory(step) / 2**20}
     forward = _timed(device, lambda: step.forward().detach())
