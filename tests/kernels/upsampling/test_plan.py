@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -284,7 +285,7 @@ def test_a_much_smaller_target(sizes: tuple[int, ...], align_corners: bool) -> N
         torch.testing.assert_close(a.double(), b, rtol=0.0, atol=bound)
 
 
-@pytest.mark.parametrize("gap", [80.0, 300.0, 1e4])
+@pytest.mark.parametrize("gap", [12.0, 80.0, 300.0, 1e4])
 def test_neighbours_that_are_sure_of_different_classes(
     gap: float, assert_accurate: Callable[..., None]
 ) -> None:
@@ -434,9 +435,9 @@ def test_rows_and_columns_are_where_the_formula_has_them(
         if align_corners:
             source = Fraction(place * (low - 1), max(high - 1, 1))
         else:
-            source = max(Fraction(2 * place + 1, 2) * Fraction(low, high) - Fraction(1, 2), 0)
-        before = min(int(source), low - 1)
-        assert axis.before(place) == before
+            source = Fraction(2 * place + 1, 2) * Fraction(low, high) - Fraction(1, 2)
+        before = min(math.floor(source), low - 1)
+        assert axis.before(place) == max(before, -1)
         assert axis.first_after(before) <= place < axis.first_after(before + 1)
     found = plan.strip_of(axis)
     if found is None:
@@ -446,5 +447,5 @@ def test_rows_and_columns_are_where_the_formula_has_them(
         reach = [p for p in range(high) if first - 1 <= axis.before(p) < first + own]
         assert len(reach) <= width
     rows, parts = plan.rows_of_part(axis)
-    counts = [axis.first_after(i + 1) - axis.first_after(i) for i in range(low)]
+    counts = [axis.first_after(i + 1) - axis.first_after(i) for i in axis.gaps]
     assert sum(counts) == high and max(counts) <= rows * parts
