@@ -77,6 +77,8 @@ class Direct:
         self.changes = changes
         body: Optional[Callable[..., Any]] = getattr(operator, "_init_fn", None)
         self._body = None if body is None else Repeated(body)
+        if self._body is not None:
+            _implement(operator, self._body)
 
     def __call__(self, *arguments: Any) -> Any:
         if self._body is None:
@@ -105,6 +107,17 @@ class Direct:
         made = self._body(*arguments)
         changed([arguments[place] for place in self.changes])
         return made
+
+
+def _implement(operator: Any, body: Callable[..., Any]) -> None:
+    """Let compiled code, too, get the body without what torch.library puts round it at each call.
+
+    That looks for results that share memory, which is tested, and keeps Dynamo out, which stays.
+    """
+    name = getattr(operator, "_qualname", None)
+    disable = getattr(torch, "_disable_dynamo", None)
+    if name is not None and disable is not None:
+        torch.library.impl(name, ("cpu", "cuda"), disable(lambda *arguments: body(*arguments)))
 
 
 def changed(tensors: Sequence[Optional[Tensor]]) -> None:

@@ -188,6 +188,15 @@ def test_the_same_programs_get_the_same_arguments(name: str, launched: list[Laun
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
+def test_operators_that_compiled_code_calls_repeat_launches(launched: list[Launched]) -> None:
+    for _ in range(3):
+        launched.clear()
+        x, rows = _planes(), [torch.rand(16) for _ in range(4)]
+        mean, var, count = norm_operators.moments(x, *rows[:2], 0.1)
+        norm_operators.normalise(x, mean, var, count, *rows[2:], None, True, 1e-5, False, "")
+    assert len(launched) == 3 and not _by_triton(launched)
+
+
 def _with(case: Case, name: str, change: Callable[[Tensor], Tensor]) -> Case:
     return case[0], {**case[1], name: change(case[1][name])}
 
