@@ -63,7 +63,7 @@ class State:
         checkpoint.write(path, self.tensors, self.metadata)
 
     def write_best(self, folder: Path, figure: Mapping[str, float]) -> None:
-        """Write ``best.safetensors``: what was validated, its step, and the figure that it reached."""
+        """Write ``best.safetensors``: what was validated, its step and the figure it reached."""
         self._write_validated(folder / BEST, figure)
 
     def write_average(self, folder: Path) -> None:
