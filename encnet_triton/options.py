@@ -205,8 +205,7 @@ def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = T
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto",
-        help="auto takes bfloat16 where the device gains; float32 is without TF32, and on a CPU "
-        "without the convolutions of fewer products that auto may take",
+        help="auto takes bfloat16 where the device gains; float32 is without TF32",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -239,7 +238,6 @@ def make_predictor(
         views=Views(scales, options.flip or options.multi_scale, released),
         batch=options.batch,
         autocast=compute_dtype(options.precision, device),
-        exact=options.precision == "float32",
     )
 
 

@@ -8,7 +8,7 @@ several scales and of the mirrored image, where they are asked for (paper, secti
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 from math import ceil
 
@@ -24,7 +24,6 @@ from encnet_triton.data.normalisation import Normalise
 from encnet_triton.inference.merging import View, merged_labels
 from encnet_triton.inference.views import SINGLE_VIEW, Views
 from encnet_triton.inference.windows import filled, resized, window_starts
-from encnet_triton.inference.winograd import fewer_products
 from encnet_triton.kernels import upsample_argmax
 from encnet_triton.weights.checkpoint import ModelInfo
 
@@ -42,8 +41,6 @@ class Predictor:
         batch: windows that go through the network at once; None for 8, and for 1 on a CPU, where
             more take memory and are no faster.
         autocast: compute type on the device (None: float32).
-        exact: convolutions as direct sums. Else those of float32 on a CPU are computed with fewer
-            products where that is faster (see `winograd`), to the same accuracy or nearly.
     """
 
     def __init__(
@@ -56,7 +53,6 @@ class Predictor:
         views: Views = SINGLE_VIEW,
         batch: int | None = None,
         autocast: torch.dtype | None = None,
-        exact: bool = False,
     ) -> None:
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.info = info
@@ -65,7 +61,6 @@ class Predictor:
         self.views = views
         self.batch = batch or (1 if self.device.type == "cpu" else 8)
         self.autocast = autocast
-        self._exact = exact
         self._normalise = Normalise(info.mean, info.std, self.device)
         self._align_corners = bool(model.align_corners)
         # Outside the image, the fill is that of training; the published code's is black.
@@ -79,18 +74,13 @@ class Predictor:
             raise ValueError(
                 f"image must be H x W x 3 uint8 RGB, got {image.dtype} of shape {image.shape}"
             )
+        height, width = image.shape[:2]
         x = self._normalise(moved(image, self.device).permute(2, 0, 1)[None])
-        with self._convolutions():
-            return self._labels(x)
-
-    def _labels(self, x: Tensor) -> Tensor:
-        """Label map of 1 x 3 x H x W."""
-        height, width = x.shape[2:]
         if self.views == SINGLE_VIEW:
             size = self._size(height, width, 1.0)
             if self.whole_image or size == tuple(self.info.crop):
                 logits = self._logits(self._resize(x, size))
-                found = upsample_argmax(logits, (height, width), align_corners=self._align_corners)
+                found = upsample_argmax(logits, image.shape[:2], align_corners=self._align_corners)
                 return found[0]
         views = [
             self._view(self._resize(x, self._size(height, width, scale)))
@@ -114,12 +104,6 @@ class Predictor:
         if self.autocast is not None:
             text += f", {str(self.autocast).removeprefix('torch.')}"
         return text + (", released protocol" if views.released else "")
-
-    def _convolutions(self) -> AbstractContextManager[None]:
-        """How convolutions are computed inside."""
-        compiled = getattr(self.model, "_compiled_call_impl", None) is not None
-        plain = self.device.type != "cpu" or self.autocast is not None or compiled
-        return nullcontext() if plain or self._exact else fewer_products(self.model)
 
     def _size(self, height: int, width: int, scale: float) -> tuple[int, int]:
         info = self.info
