@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from encnet_triton.train import distributed
+from encnet_triton.train import distributed, segmentation
+from encnet_triton.train.recipe import build
 
 
 def as_rank(rank: int, store: dist.Store, patch: pytest.MonkeyPatch) -> None:
@@ -72,3 +74,24 @@ def test_weights_that_differ_are_named(name: str, monkeypatch: pytest.MonkeyPatc
     start_with(other, monkeypatch)
     with pytest.raises(distributed.WorldError, match=rf"ranks \[1\] .* differs is {name}$"):
         distributed.check_same_weights(model)
+
+
+def test_threads_and_workers_are_a_share_of_the_usable_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(distributed, "usable_cores", lambda: 12)
+    monkeypatch.setattr(segmentation, "usable_cores", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = build("folder_small", {})
+    for ranks, threads, workers in ((1, 8, 11), (2, 6, 5), (64, 1, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        world = distributed.start("cpu")
+        assert asked.pop() == threads
+        on_gpus = replace(world, device=torch.device("cuda"))
+        assert segmentation.worker_count(config, on_gpus) == workers
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    distributed.start("cpu")
+    assert not asked
