@@ -60,7 +60,8 @@ def kinds_of(
         if kind is Tensor or kind is Parameter:
             try:
                 pointer = value.data_ptr()
-                found += value.shape, value.stride(), value.dtype, value.device
+                # An index in place of the device, which is slow to compare: CUDA's have one.
+                found += value.shape, value.stride(), value.dtype, value.get_device()
             except (RuntimeError, NotImplementedError):  # one that is not dense
                 return None
             if value.is_neg():
@@ -92,24 +93,25 @@ class Repeated:
 
     def again(self, *arguments: Any) -> Optional[Callable[[], Any]]:
         """What to call for its outputs where such arguments were seen, or None."""
+        found = self._find(arguments)
+        return None if found is None else partial(self._run, found, arguments)
+
+    def __call__(self, *arguments: Any) -> Any:
+        found = self._find(arguments)
+        return self._watched(arguments) if found is None else self._run(found, arguments)
+
+    def _find(self, arguments: Sequence[Any]) -> Optional[tuple[Replay, list[int], list[float]]]:
         if not self._replays:
             return None
         pointers: list[int] = []
         numbers: list[float] = []
         replay = self._replays.get(kinds_of(arguments, pointers, numbers))
-        if replay is None or not replay.holds():
-            return None
-        return partial(self._again, replay, pointers, numbers, arguments)
+        return None if replay is None or not replay.holds() else (replay, pointers, numbers)
 
-    def _again(
-        self, replay: Replay, pointers: list[int], numbers: list[float], arguments: Sequence[Any]
-    ) -> Any:
+    def _run(self, found: tuple[Replay, list[int], list[float]], arguments: Sequence[Any]) -> Any:
+        replay, pointers, numbers = found
         made = replay.run(pointers, numbers)
         return self.plain(*arguments) if made is None else made
-
-    def __call__(self, *arguments: Any) -> Any:
-        again = self.again(*arguments)
-        return self._watched(arguments) if again is None else again()
 
     def plain(self, *arguments: Any) -> Any:
         """The body itself."""
