@@ -75,6 +75,29 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(tensor)
 
 
+def _rows(*per_channel: Optional[Tensor]) -> list[Optional[Tensor]]:
+    """As the kernels read them: one value behind the other."""
+    return [None if tensor is None else tensor.contiguous() for tensor in per_channel]
+
+
+def _affine(
+    plan: Any,
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+) -> Any:
+    return plan.Affine(*_rows(mean, var, weight, bias), eps)
+
+
+def _write_back(moved: Any, mean: Optional[Tensor], var: Optional[Tensor]) -> None:
+    """Running statistics that were copied to be moved."""
+    for tensor, row in ((mean, moved.mean), (var, moved.var)):
+        if tensor is not None and tensor is not row:
+            tensor.copy_(row)
+
+
 def _empty_moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x)
     mean, var = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
@@ -89,8 +112,10 @@ def moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count of x [B, C, N]; moves the running statistics."""
     if plan := plan_of(__package__, x):
-        running = plan.Running(running_mean, running_var, momentum)
-        return run(plan.Statistics(plan.dense(x), running))
+        running = plan.Running(*_rows(running_mean, running_var), momentum)
+        made: tuple[Tensor, Tensor, Tensor] = run(plan.Statistics(plan.dense(x), running))
+        _write_back(running, running_mean, running_var)
+        return made
     mean, m2, count = pytorch.statistics(x)
     pytorch.move_running(running_mean, running_var, mean, m2, count, momentum)
     dtype = accumulation_dtype(x)
@@ -132,7 +157,10 @@ def unpack(
     x gives the dtype alone: it may be empty on this rank.
     """
     if plan := plan_of(__package__, x, read=False):
-        return run(plan.Moments(packed, plan.Running(running_mean, running_var, momentum)))
+        running = plan.Running(*_rows(running_mean, running_var), momentum)
+        made: tuple[Tensor, Tensor, Tensor] = run(plan.Moments(packed, running))
+        _write_back(running, running_mean, running_var)
+        return made
     channels = packed.shape[0] // 2
     total, squares, count = packed.split([channels, channels, 1])
     count = count.clamp(min=1.0)
@@ -177,7 +205,7 @@ def normalise(
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
         added = None if residual is None else _like(residual, dense)
-        affine = plan.Affine(mean, var, weight, bias, eps)
+        affine = _affine(plan, mean, var, weight, bias, eps)
         y, mask = run(plan.Normalise(dense, affine, added, relu, pack, fold=count is None))
         return _like(y, x), mask
     y = pytorch.normalise(x, mean, var, weight, bias, residual, relu, eps)
@@ -222,7 +250,7 @@ def backward_sums(
     """
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
-        affine = plan.Affine(mean, var, weight, bias, eps)
+        affine = _affine(plan, mean, var, weight, bias, eps)
         call = plan.BackwardSums(dense, _like(grad, dense), kept, affine, relu, False, False)
         sums, grad_weight, grad_bias, _, masked = run(call)
         return sums, grad_weight, grad_bias, masked
@@ -278,7 +306,7 @@ def backward_input(
     """
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
-        given = (_like(grad, dense), kept, plan.Affine(mean, var, weight, bias, eps), relu)
+        given = (_like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu)
         made = run(plan.BackwardInput(dense, *given, sums, count, need_residual))
         return _like(made[0], x), _like(made[1], x)
     inv_std = (var + eps).rsqrt()
@@ -320,7 +348,7 @@ def backward_frozen(
     """dx, dweight, dbias and the residual's gradient (or empty) with frozen statistics."""
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
-        given = (_like(grad, dense), kept, plan.Affine(mean, var, weight, bias, eps), relu)
+        given = (_like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu)
         call = plan.BackwardSums(dense, *given, frozen=True, need_residual=need_residual)
         _, grad_weight, grad_bias, grad_x, grad_residual = run(call)
         return _like(grad_x, x), grad_weight, grad_bias, _like(grad_residual, x)

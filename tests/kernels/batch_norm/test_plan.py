@@ -395,3 +395,17 @@ def test_the_second_pass_walks_back(layout: str) -> None:
     assert len(read) == 2 * x.numel()
     first, second = (np.argsort(part) for part in np.split(np.array(read), 2))
     assert np.corrcoef(first, second)[0, 1] < -0.99  # -1 but for the order within a tile
+
+
+@TRAINING
+def test_values_of_channels_may_lie_apart(training: bool) -> None:
+    """Every second one of a longer row: read, moved and differentiated as side by side."""
+    x, every = torch.randn(2, 4, 3, 3, device=DEVICE), torch.rand(4, 8, device=DEVICE)
+    results = []
+    for rows in (every.clone()[:, ::2], every[:, ::2].contiguous()):
+        weight, bias = rows[0].detach().requires_grad_(), rows[1].detach().requires_grad_()
+        y = batch_norm_act(x, weight, bias, *rows[2:], training=training, momentum=0.5, eps=1e-5)
+        y.square().sum().backward()
+        results.append([y.detach(), weight.grad, bias.grad, rows[2], rows[3]])
+    for apart, beside in zip(*results, strict=True):
+        assert torch.equal(apart, beside)
