@@ -173,7 +173,8 @@ def bad(row: Row) -> bool:
 def table(rows: list[Row], archs: list[int]) -> Table:
     """A line for each kernel, shape, dtype and configuration, a column for each architecture."""
     made = Table(
-        title="registers / stack + spilled bytes / shared KiB / blocks per SM", title_justify="left"
+        title="registers / stack + spilled bytes / shared KiB / blocks / KiB in flight, mean-most",
+        title_justify="left",
     )
     made.add_column("kernel, shape, configuration", no_wrap=True)
     made.add_column("dtype", no_wrap=True)
@@ -191,6 +192,7 @@ def _cell(row: Row) -> str:
     figures = (
         f"{row['registers']} / {row['stack_bytes']} + {row['spill_bytes']}"
         f" / {row['shared_bytes'] / 1024:.0f} / {row['blocks_per_sm']}"
+        f" / {row['mean_in_flight'] / 1024:.0f}-{row['bytes_in_flight'] / 1024:.0f}"
     )
     if not bad(row):
         return figures

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from bench.static.flight import in_flight
+
 if TYPE_CHECKING:
     from encnet_triton.kernels.runtime.launch import Launch
 
@@ -63,6 +65,8 @@ class Report:
         stack_bytes: local memory of a thread; where it spills, it spills to there.
         spill_bytes: stored and loaded, a thread.
         blocks_per_sm: resident at once, by registers, shared and tensor memory, warps and blocks.
+        bytes_in_flight: of global memory, a multiprocessor, at the most in the largest loop.
+        mean_in_flight: the same on average; see `flight`.
         instructions: of the program, without padding.
         dots: matrix products in the kernel as written, loops not unrolled.
         mma: matrix instructions by name, counted in the program text.
@@ -81,6 +85,8 @@ class Report:
     spill_bytes: int = 0
     shared_bytes: int = 0
     blocks_per_sm: int = 0
+    bytes_in_flight: int = 0
+    mean_in_flight: int = 0
     instructions: int = 0
     dots: int = 0
     mma: dict[str, int] = field(default_factory=dict)
@@ -199,7 +205,9 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
     # One line for the kernel and one for each function that was not inlined.
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
     stack, spills = local_memory(log)
-    program = instructions(compiled.asm["cubin"])
+    listing = disassembly(compiled.asm["cubin"])
+    program = instructions(listing)
+    most, mean = in_flight(listing)
     columns = int(getattr(metadata, "tmem_size", 0) or 0)
     blocks = blocks_per_sm(arch, warps, registers, metadata.shared, columns)
     loads, stores = widths(program, _LOADS), widths(program, _STORES)
@@ -222,6 +230,8 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
         spill_bytes=spills,
         shared_bytes=int(metadata.shared),
         blocks_per_sm=blocks,
+        bytes_in_flight=most * 32 * warps * blocks,
+        mean_in_flight=round(mean * 32 * warps * blocks),
         instructions=len(program),
         dots=len(re.findall(r"\btt\.dot(?:_scaled)?\b", compiled.asm["ttir"])),
         mma=dict(Counter(op.partition(".")[0] for op in program if _is_matrix(op))),
@@ -256,8 +266,8 @@ def blocks_per_sm(arch: int, warps: int, registers: int, shared: int, columns: i
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
 
-def instructions(cubin: bytes) -> list[str]:
-    """Names of the program's instructions, modifiers included, padding left out."""
+def disassembly(cubin: bytes) -> str:
+    """The program's machine code as text."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -265,8 +275,12 @@ def instructions(cubin: bytes) -> list[str]:
         file.write(cubin)
         file.flush()
         command = [str(tool), "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [op for op in _INSTRUCTION.findall(text) if op.partition(".")[0] != "NOP"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(listing: str) -> list[str]:
+    """Names of the instructions of a disassembled program, modifiers included, no padding."""
+    return [op for op in _INSTRUCTION.findall(listing) if op.partition(".")[0] != "NOP"]
 
 
 def _is_matrix(op: str) -> bool:

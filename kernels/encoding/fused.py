@@ -11,6 +11,10 @@ programs share the channels of the sum and both make the weights.
 Backward: the same walk. Weights and their gradients are made again from the tile, the tile's dx is
 stored, and sum_i w_ik x_i stays in registers.
 
+Distances are those between x - c and d - c, where c is about the mean codeword (`center_of`): they
+do not lose digits to an offset that x and d share. Products still take x as it is, and d - c
+rounded to x's dtype: what c adds to them is the same for all pixels, and taken off with the norms.
+
 A kernel of its own then adds the programs' sums in a fixed order. WHOLE is for small images: a
 program owns all pixels of one, makes its E and, backward, its share of the gradients of the
 parameters, which the programs that come last add up. Both are in finish.py; kernels
@@ -77,6 +81,72 @@ def _load_tile(
 
 
 @triton.jit
+def center_of(total, total2, count: tl.constexpr):
+    """c of some channels, from the sums of that many codewords and of their squares.
+
+    That is their mean, or 0 where it is within three times what chance makes of codewords about 0:
+    x is about 0 too there, and what c and a rounded G had in common would not average out.
+    """
+    mean = total / count
+    chance = tl.maximum(total2 / count - mean * mean, 0.0) / count
+    return tl.where(mean * mean > 9 * chance, mean, 0.0)
+
+
+@triton.jit
+def prepare(d, center, in_k, dtype: tl.constexpr):
+    """r, d - c in the dtype of products, with |d - c|^2, (d - c).r and c.r; d is rows x BC, fp32.
+
+    d is zero outside, center too.
+    """
+    u = tl.where(in_k[:, None], d - center[None, :], 0.0)
+    r = u.to(dtype)
+    exact = r.to(tl.float32)
+    return r, tl.sum(u * u, 1), tl.sum(u * exact, 1), tl.sum(exact * center[None, :], 1)
+
+
+@triton.jit
+def line_of(d2, dr, cr):
+    """(m, q), K each, for |x - d|^2 = |x - c|^2 - m x.r + q, of the sums of what `prepare` gives.
+
+    m scales r to the right length along d - c: an error there would be the same for all pixels near
+    d, and would not average out as the error across it does.
+    """
+    m = tl.where(dr == 0, 2.0, 2 * d2 / tl.where(dr == 0, 1.0, dr))
+    return m, d2 + m * cr
+
+
+@triton.jit
+def distances(x2, xr, m, q):
+    """|x - d|^2, K x pixels, of x.r, K x pixels, and |x - c|^2, a pixel."""
+    return x2[None, :] - m[:, None] * xr + q[:, None]
+
+
+@triton.jit
+def offsets(d, g, h, center):
+    """What is taken off x.h for (x - d).G: (d - c).G + c.h, where h is G in the dtype of products.
+
+    x and c meet the same h, so that what they share takes no part; d, which is the same for all
+    pixels, meets the G before rounding.
+    """
+    return tl.sum(g * (d - center[None, :]) + h.to(tl.float32) * center[None, :], 1)
+
+
+@triton.jit
+def squares(x, center):
+    """|x - c|^2 of rows x BC entries."""
+    shifted = x.to(tl.float32) - center[None, :]
+    return tl.sum(shifted * shifted, 1)
+
+
+@triton.jit
+def load_center(Center, cols, column, C: tl.constexpr, EVEN: tl.constexpr):
+    """BC entries of c from `column` on; zeros outside."""
+    if EVEN:
+        return tl.load(Center + column + cols)
+    return tl.load(Center + column + cols, mask=cols + column < C, other=0.0)
+
+
+@triton.jit
 def softmax(distance, scale, in_k, in_n):
     """Weights K x pixels; 0 for codewords and pixels that are only padding."""
     logits = tl.where(in_k[:, None], scale[:, None] * distance, float("-inf"))
@@ -126,6 +196,7 @@ def forward_kernel(
     E,  # B x K x C, float32; this and the next three are written if WHOLE
     ESUM,  # B x K, float32: sum of E over its channels; only with STATS
     EM2,  # B x K, float32: sum of its squares about their mean; only with STATS
+    Own,  # programs x C, float32: c, unless it stays in registers (HELD)
     Count,  # B + 1, int32: the counters of the backward pass
     sxb,  # stride of X from image to image
     sxn,  # and from pixel to pixel
@@ -138,7 +209,8 @@ def forward_kernel(
     BC: tl.constexpr,  # channels of a chunk, which one product covers
     OWN: tl.constexpr,  # chunks whose sums this program keeps; all of them unless programs share
     CHUNKS: tl.constexpr,  # chunks of all channels, a multiple of OWN
-    PREFETCH: tl.constexpr,  # read the following tile before the softmax of this one
+    HELD: tl.constexpr,  # c stays in registers
+    AHEAD: tl.constexpr,  # read the following tile while this one is worked on
     WHOLE: tl.constexpr,  # a program has all pixels of an image (splits is 1) and makes its E
     STATS: tl.constexpr,  # write ESUM and EM2
     PRECISION: tl.constexpr,  # of products: "tf32x3" where X is float32, else "tf32"
@@ -155,15 +227,25 @@ def forward_kernel(
     in_k = k < K
     scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
 
-    codewords, sums = (), ()
+    codewords, centers, sums = (), (), ()
     d2 = tl.zeros((KP,), tl.float32)
+    dr = tl.zeros((KP,), tl.float32)
+    cr = tl.zeros((KP,), tl.float32)
+    own = Own + tl.program_id(0).to(tl.int64) * C
     for j in tl.static_range(CHUNKS):
         column = _column(part, j, OWN, CHUNKS, BC)
-        # The norm is that of the codeword before rounding: rounding it would shift every distance
-        # by the same amount, and that does not average out as the error of the product does.
         d = load_rows(D, k, cols, in_k, column, C, C, EVEN).to(tl.float32)
-        d2 += tl.sum(d * d, 1)
-        codewords = codewords + (d.to(X.dtype.element_ty),)
+        center = center_of(tl.sum(d, 0), tl.sum(d * d, 0), K)
+        r, d_d, d_r, c_r = prepare(d, center, in_k, X.dtype.element_ty)
+        d2, dr, cr = d2 + d_d, dr + d_r, cr + c_r
+        codewords = codewords + (r,)
+        if HELD:
+            centers = centers + (center,)
+        else:
+            tl.store(own + column + cols, center, mask=cols + column < C)
+    m, q = line_of(d2, dr, cr)
+    if not HELD:
+        tl.debug_barrier()
     for _ in tl.static_range(OWN):
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
     mass = tl.zeros((KP, BN), tl.float32)
@@ -171,33 +253,41 @@ def forward_kernel(
     tiles = tl.cdiv(N, BN)
     begin, end = split * tiles // splits, (split + 1) * tiles // splits
     base, step = X + b * sxb, tl.cast(sxn, tl.int64) * BN
-    if PREFETCH:
+    if AHEAD:
         first = base + begin * step
         x = _load_tile(first, rows, cols, rows < N - begin * BN, part, sxn, C, BC, OWN, CHUNKS)
     for t in range(begin, end):
         in_n = rows < N - t * BN
-        if not PREFETCH:
+        if not AHEAD:
             tile = base + t * step
             x = _load_tile(tile, rows, cols, in_n, part, sxn, C, BC, OWN, CHUNKS)
-        xd = tl.zeros((KP, BN), tl.float32)
+        xr = tl.zeros((KP, BN), tl.float32)
         x2 = tl.zeros((BN,), tl.float32)
         for j in tl.static_range(CHUNKS):
-            xd = tl.dot(codewords[j], tl.trans(x[j]), xd, input_precision=PRECISION)
-            x2 += tl.sum(x[j].to(tl.float32) * x[j].to(tl.float32), 1)
-        if PREFETCH:
+            xr = tl.dot(codewords[j], tl.trans(x[j]), xr, input_precision=PRECISION)
+            if HELD:
+                center = centers[j]
+            else:
+                column = _column(part, j, OWN, CHUNKS, BC)
+                # t is never below 0. Were the address the same for all tiles, the compiler would
+                # keep what is there in registers, all the way through.
+                here = own + tl.minimum(t, 0) * C
+                center = load_center(here, cols, column, C, EVEN)
+            x2 += squares(x[j], center)
+        if AHEAD:
             # The tile is in shared memory now: its registers take the next one while the softmax
             # and the second product run.
             after = base + (t + 1) * step
             in_after = rows < tl.where(t + 1 < end, N - (t + 1) * BN, 0)
             following = _load_tile(after, rows, cols, in_after, part, sxn, C, BC, OWN, CHUNKS)
-        a = softmax(x2[None, :] - 2 * xd + d2[:, None], scale, in_k, in_n)
+        a = softmax(distances(x2, xr, m, q), scale, in_k, in_n)
         a = a.to(X.dtype.element_ty)
         mass += a.to(tl.float32)
         added = ()
         for j in tl.static_range(OWN):
             added = added + (tl.dot(a, x[j], sums[j], input_precision=PRECISION),)
         sums = added
-        if PREFETCH:
+        if AHEAD:
             x = following
 
     if WHOLE:
@@ -246,6 +336,7 @@ def backward_kernel(
     PM,  # B x splits x 3 x K, float32: sums of a, of w and of dl |x - d|^2; not if WHOLE
     dD,  # K x C; this and the next two are written if WHOLE
     dS,  # K
+    Own,  # programs x (C + 3 KP), float32: c, m, q and dg, unless they stay in registers (HELD)
     Count,  # B + 1, int32, at zero: how many images, and groups of images, are done
     sxb,  # stride of X from image to image
     sxn,  # and from pixel to pixel
@@ -259,6 +350,7 @@ def backward_kernel(
     BN: tl.constexpr,  # pixels of a tile
     BC: tl.constexpr,  # channels of a chunk, which one product covers
     CHUNKS: tl.constexpr,  # chunks of all channels
+    HELD: tl.constexpr,  # c stays in registers
     BE: tl.constexpr,  # entries of a row of P that add_images takes at once
     NEED_X: tl.constexpr,  # write dX
     WHOLE: tl.constexpr,  # a program has all pixels of an image (splits is 1)
@@ -273,20 +365,34 @@ def backward_kernel(
     b = (tl.program_id(0) // splits).to(tl.int64)
     rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
     in_k = k < K
-    scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
-    factor = 2 * tl.load(R + k, mask=in_k, other=0.0).to(tl.float32)
 
-    codewords, grads, sums = (), (), ()
+    codewords, grads, centers, sums = (), (), (), ()
     d2 = tl.zeros((KP,), tl.float32)
+    dr = tl.zeros((KP,), tl.float32)
+    cr = tl.zeros((KP,), tl.float32)
     dg = tl.zeros((KP,), tl.float32)
+    own = Own + tl.program_id(0).to(tl.int64) * (C + 3 * KP)
     for j in tl.static_range(CHUNKS):
         d = load_rows(D, k, cols, in_k, j * BC, C, C, EVEN).to(tl.float32)
         g = load_rows(G + b * K * C, k, cols, in_k, j * BC, C, C, EVEN)
-        d2 += tl.sum(d * d, 1)
-        dg += tl.sum(d * g, 1)
-        codewords = codewords + (d.to(X.dtype.element_ty),)
-        grads = grads + (g.to(X.dtype.element_ty),)
+        center = center_of(tl.sum(d, 0), tl.sum(d * d, 0), K)
+        r, d_d, d_r, c_r = prepare(d, center, in_k, X.dtype.element_ty)
+        d2, dr, cr = d2 + d_d, dr + d_r, cr + c_r
+        h = g.to(X.dtype.element_ty)
+        dg += offsets(d, g, h, center)
+        codewords = codewords + (r,)
+        grads = grads + (h,)
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
+        if HELD:
+            centers = centers + (center,)
+        else:
+            tl.store(own + j * BC + cols, center, mask=cols + j * BC < C)
+    m, q = line_of(d2, dr, cr)
+    if not HELD:
+        tl.store(own + C + k, m)
+        tl.store(own + C + KP + k, q)
+        tl.store(own + C + 2 * KP + k, dg)
+        tl.debug_barrier()
     mass = tl.zeros((KP,), tl.float32)
     moment = tl.zeros((KP,), tl.float32)
     slope = tl.zeros((KP,), tl.float32)
@@ -297,19 +403,26 @@ def backward_kernel(
         in_n = rows < N - t * BN
         tile = X + b * sxb + t * step
         x = _load_tile(tile, rows, cols, in_n, 0, sxn, C, BC, CHUNKS, CHUNKS)
-        xd = tl.zeros((KP, BN), tl.float32)
+        xr = tl.zeros((KP, BN), tl.float32)
         xg = tl.zeros((KP, BN), tl.float32)
         x2 = tl.zeros((BN,), tl.float32)
         for j in tl.static_range(CHUNKS):
             xt = tl.trans(x[j])
-            xd = tl.dot(codewords[j], xt, xd, input_precision=PRECISION)
+            xr = tl.dot(codewords[j], xt, xr, input_precision=PRECISION)
             xg = tl.dot(grads[j], xt, xg, input_precision=PRECISION)
-            x2 += tl.sum(x[j].to(tl.float32) * x[j].to(tl.float32), 1)
-        distance = x2[None, :] - 2 * xd + d2[:, None]
+            center = centers[j] if HELD else load_center(own, cols, j * BC, C, EVEN)
+            x2 += squares(x[j], center)
+        # Registers are short: what is one number a codeword is read where it is used.
+        if not HELD:
+            m, q = tl.load(own + C + k), tl.load(own + C + KP + k)
+            dg = tl.load(own + C + 2 * KP + k)
+        distance = distances(x2, xr, m, q)
+        scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
         a = softmax(distance, scale, in_k, in_n)
         da = xg - dg[:, None]
         dl = a * (da - tl.sum(a * da, 0)[None, :])
         mass += tl.sum(a, 1)
+        factor = 2 * tl.load(R + k, mask=in_k, other=0.0).to(tl.float32)
         w = (factor[:, None] * dl).to(X.dtype.element_ty)
         a = a.to(X.dtype.element_ty)
         moment += tl.sum(w.to(tl.float32), 1)
@@ -319,7 +432,9 @@ def backward_kernel(
             at, wt = tl.trans(a), tl.trans(-w)
             total = tl.sum(w.to(tl.float32), 0)
             for j in tl.static_range(CHUNKS):
-                dx = tl.dot(wt, codewords[j], input_precision=PRECISION)
+                center = centers[j] if HELD else load_center(own, cols, j * BC, C, EVEN)
+                dx = -total[:, None] * center[None, :]
+                dx = tl.dot(wt, codewords[j], dx, input_precision=PRECISION)
                 dx = tl.dot(at, grads[j], dx, input_precision=PRECISION)
                 dx = (dx + total[:, None] * x[j].to(tl.float32)).to(X.dtype.element_ty)
                 out = dX + (b * N + t * BN) * C

@@ -26,6 +26,10 @@ MAX_CHANNELS = 2048
 _MOST_STRIDE = 2**31 // 128
 # Images whose rows one program adds up, and entries of a row it takes at once.
 _GROUP, _ROW_ENTRIES = 16, 512
+# Chunks of channels up to which a fused program keeps what it knows of codewords in registers.
+_HELD_CHUNKS = 2
+# Codewords whose mean stands for that of all in the split form's tables: every program reads them.
+_FEW = 8
 
 
 def supports(x: Tensor, codewords: Tensor) -> bool:
@@ -84,6 +88,15 @@ class _Problem:
             PRECISION=_precision(self.x.dtype),
             **more,
         )
+
+    def held(self, chunks: int) -> bool:
+        """Whether a fused program has what it knows of the codewords in registers."""
+        return self.config.whole or chunks <= _HELD_CHUNKS
+
+    def notes(self, programs: int, chunks: int, numbers: int) -> Tensor:
+        """Room for so many numbers a fused program, where it does not; not initialised."""
+        size = (0,) if self.held(chunks) else (programs, numbers)
+        return self.x.new_empty(size, dtype=torch.float32)
 
     def partial(self, splits: int) -> Tensor:
         """Room for the sums over pixels of every program, K x C each; not initialised."""
@@ -145,10 +158,18 @@ class _Gradient:
 
 
 def _splits(problem: _Problem, programs: int, block: int) -> int:
-    """Programs along an image's pixels: one a multiprocessor, more if small, none without work."""
+    """Programs along an image's pixels: so many that the last one is done soonest.
+
+    `programs` run at once, more of them if small. Each takes its tiles one after another and, for
+    its prologue and its partial sums, as long as a tile besides. Of equal numbers the smallest.
+    """
     programs *= 4 if problem.channels <= 64 else 1
     most = cdiv(problem.pixels, block)
-    return max(1, min(programs // max(1, problem.images), most))
+
+    def last_done(splits: int) -> int:
+        return cdiv(problem.images * splits, programs) * (cdiv(most, splits) + 1)
+
+    return min(range(1, min(programs, most) + 1), key=last_done, default=1)
 
 
 def _asked(name: str, x: Tensor, codewords: Tensor, **options: Any) -> Problem:
@@ -236,13 +257,15 @@ def _fused_forward(problem: _Problem, code: _Code) -> tuple[Launch, Tensor, Tens
         (sharing * splits * problem.images,),
         dict(
             problem.walk(), **code.arguments(), D=problem.codewords, S=problem.scale, P=partial,
-            PM=masses, splits=splits,
+            PM=masses, Own=problem.notes(sharing * splits * problem.images, chunks, channels),
+            splits=splits,
         ),
         problem.constants(
             config,
             OWN=chunks // sharing,
             CHUNKS=chunks,
-            PREFETCH=channels > 128 and config.block_n <= 32,
+            HELD=problem.held(chunks),
+            AHEAD=config.stages > 1,
             WHOLE=config.whole,
             STATS=config.whole and code.with_stats,
         ),
@@ -257,7 +280,7 @@ def _split_forward(problem: _Problem) -> tuple[list[Launch], Tensor, Tensor]:
     tiles = cdiv(problem.pixels, problem.config.block_n)
     masses = problem.masses(tiles)
     # The kernel takes the backward pass's tensors too, and reads none of them.
-    unused = dict(TQ=masses, R=scale, dX=x)
+    unused = dict(TQ=masses, Center=masses, R=scale, dX=x)
     make_weights, weights = _weights(
         problem, tiles, dict(unused, T=problem.codewords, PM=masses), BACKWARD=False, NEED_X=False
     )
@@ -376,6 +399,7 @@ class Backward:
 def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Tensor, Tensor]:
     """The walk over the pixels; the whole form has a row of sums an image and one a group."""
     config, images = problem.config, problem.images
+    chunks = _chunks(problem.channels, config)
     if config.whole:
         splits = 1
         rows = (images + cdiv(images, _GROUP), problem.num * (problem.channels + 1))
@@ -389,11 +413,14 @@ def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Ten
         dict(
             problem.walk(), D=problem.codewords, S=problem.scale, R=gradient.factor,
             G=gradient.code, dX=gradient.x, P=partial, PM=masses, dD=gradient.codewords,
-            dS=gradient.scale, Count=gradient.counters, splits=splits, images=images, group=_GROUP,
+            dS=gradient.scale,
+            Own=problem.notes(splits * images, chunks, problem.channels + 3 * padded(problem.num)),
+            Count=gradient.counters, splits=splits, images=images, group=_GROUP,
         ),
         problem.constants(
             config,
-            CHUNKS=_chunks(problem.channels, config),
+            CHUNKS=chunks,
+            HELD=problem.held(chunks),
             BE=_ROW_ENTRIES,
             NEED_X=gradient.need_x,
             WHOLE=config.whole,
@@ -408,19 +435,30 @@ def _split_backward(problem: _Problem, gradient: _Gradient) -> tuple[list[Launch
     tiles = cdiv(problem.pixels, problem.config.block_n)
     rows = (1 + problem.images) * problem.num
     tables = problem.x.new_empty((rows, problem.channels))
-    squares = gradient.code.new_empty(rows)
+    products = gradient.code.new_empty(rows + 2 * problem.num)
+    center = gradient.code.new_empty(problem.channels)
     masses = problem.masses(tiles, 3)
     make_tables = Launch(
         split.tables_kernel,
         (rows,),
-        dict(D=problem.codewords, G=gradient.code, T=tables, TQ=squares),
-        dict(C=problem.channels, K=problem.num, CP=next_power_of_2(problem.channels)),
+        dict(D=problem.codewords, G=gradient.code, T=tables, TQ=products, Center=center),
+        dict(
+            C=problem.channels, K=problem.num, CP=next_power_of_2(problem.channels),
+            FEW=min(_FEW, problem.num),
+        ),
         num_warps=4,
-    )
+    )  # fmt: skip
     make_weights, weights = _weights(
         problem,
         tiles,
-        dict(T=tables, TQ=squares, R=gradient.factor, dX=gradient.x, PM=masses),
+        dict(
+            T=tables,
+            TQ=products,
+            Center=center,
+            R=gradient.factor,
+            dX=gradient.x,
+            PM=masses,
+        ),
         BACKWARD=True,
         NEED_X=gradient.need_x,
     )

@@ -7,8 +7,7 @@ logits, one for E. Backward: one with 2K rows for distances and da together, one
 for dx, one for dd. Temporaries are those of one tile, b x C x n.
 
 A tile is first shifted by the mean codeword. Distances and residuals stay the same, and the
-expanded square |x|^2 - 2 x.d + |d|^2 no longer cancels when x and d share a large offset. The
-kernels on CUDA have no such shift; README.md says what an offset costs there.
+expanded square |x|^2 - 2 x.d + |d|^2 no longer cancels when x and d share a large offset.
 """
 
 from __future__ import annotations

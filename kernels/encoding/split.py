@@ -10,14 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fused import load_rows, softmax, store_rows
+from .fused import (
+    center_of,
+    distances,
+    line_of,
+    load_center,
+    load_rows,
+    prepare,
+    softmax,
+    squares,
+    store_rows,
+)
 
 
 @triton.jit
 def weights_kernel(
     X,  # B x N x C, channels innermost
     T,  # forward: the codewords, K x C; BACKWARD: (1 + B) K x C, see tables_kernel
-    TQ,  # BACKWARD: (1 + B) K, float32, see tables_kernel
+    TQ,  # BACKWARD: (3 + B) K, float32, see tables_kernel
+    Center,  # BACKWARD: C, float32, see tables_kernel
     S,  # K, the scale
     R,  # BACKWARD: K, the scale in w
     dX,  # BACKWARD with NEED_X: B x N x C, contiguous
@@ -48,28 +59,37 @@ def weights_kernel(
     scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
     tile = X + b * sxb + t * (tl.cast(sxn, tl.int64) * BN)
     G = T + (b + 1) * K * C
-    xd = tl.zeros((KP, BN), tl.float32)
+    xr = tl.zeros((KP, BN), tl.float32)
     x2 = tl.zeros((BN,), tl.float32)
     d2 = tl.zeros((KP,), tl.float32)
+    dr = tl.zeros((KP,), tl.float32)
+    cr = tl.zeros((KP,), tl.float32)
     xg = tl.zeros((KP, BN), tl.float32)
     for column in range(0, C, BC):
         x = load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
-        d = load_rows(T, k, cols, in_k, column, C, C, EVEN)
-        xd = tl.dot(d.to(X.dtype.element_ty), tl.trans(x), xd, input_precision=PRECISION)
-        x2 += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        r = load_rows(T, k, cols, in_k, column, C, C, EVEN)
         if BACKWARD:
+            center = load_center(Center, cols, column, C, EVEN)
             g = load_rows(G, k, cols, in_k, column, C, C, EVEN)
             xg = tl.dot(g, tl.trans(x), xg, input_precision=PRECISION)
         else:
-            d2 += tl.sum(d.to(tl.float32) * d.to(tl.float32), 1)
+            d = r.to(tl.float32)
+            center = center_of(tl.sum(d, 0), tl.sum(d * d, 0), K)
+            r, d_d, d_r, c_r = prepare(d, center, in_k, X.dtype.element_ty)
+            d2, dr, cr = d2 + d_d, dr + d_r, cr + c_r
+        xr = tl.dot(r, tl.trans(x), xr, input_precision=PRECISION)
+        x2 += squares(x, center)
     if BACKWARD:
         d2 = tl.load(TQ + k, mask=in_k, other=0.0)
-    distance = x2[None, :] - 2 * xd + d2[:, None]
+        dr = tl.load(TQ + K + k, mask=in_k, other=0.0)
+        cr = tl.load(TQ + 2 * K + k, mask=in_k, other=0.0)
+    m, q = line_of(d2, dr, cr)
+    distance = distances(x2, xr, m, q)
     a = softmax(distance, scale, in_k, in_n)
     slot = tl.program_id(0).to(tl.int64)
     if BACKWARD:
         factor = 2 * tl.load(R + k, mask=in_k, other=0.0).to(tl.float32)
-        dg = tl.load(TQ + (b + 1) * K + k, mask=in_k, other=0.0)
+        dg = tl.load(TQ + (b + 3) * K + k, mask=in_k, other=0.0)
         da = xg - dg[:, None]
         dl = a * (da - tl.sum(a * da, 0)[None, :])
         tl.store(PM + slot * 3 * K + k, tl.sum(a, 1), mask=in_k)
@@ -82,11 +102,13 @@ def weights_kernel(
             total = tl.sum(w.to(tl.float32), 0)
             for column in range(0, C, BC):
                 x = load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)
-                d = load_rows(T, k, cols, in_k, column, C, C, EVEN)
+                r = load_rows(T, k, cols, in_k, column, C, C, EVEN)
                 g = load_rows(G, k, cols, in_k, column, C, C, EVEN)
-                dx = tl.dot(wt, d, input_precision=PRECISION)
+                dx = tl.dot(wt, r, input_precision=PRECISION)
                 dx = tl.dot(at, g, dx, input_precision=PRECISION)
-                dx = (dx + total[:, None] * x.to(tl.float32)).to(X.dtype.element_ty)
+                center = load_center(Center, cols, column, C, EVEN)
+                shifted = x.to(tl.float32) - center[None, :]
+                dx = (dx + total[:, None] * shifted).to(X.dtype.element_ty)
                 out = dX + (b * N + t * BN) * C
                 store_rows(out, rows, cols, in_n, column, C, dx, C, EVEN)
         weights = w
@@ -138,18 +160,37 @@ def aggregate_kernel(
 def tables_kernel(
     D,  # K x C, the codewords
     G,  # B x K x C, float32: dE
-    T,  # (1 + B) K x C, in X's dtype: rows of D, then of G
-    TQ,  # (1 + B) K, float32: the product of each row with its codeword
+    T,  # (1 + B) K x C, in X's dtype: rows of d - c, called r, then of G
+    TQ,  # (3 + B) K, float32: |d - c|^2, (d - c).r, c.r, then what is taken off x.G; see fused.py
+    Center,  # C, float32: c of the first codewords
     C: tl.constexpr,  # channels
     K: tl.constexpr,  # codewords
     CP: tl.constexpr,  # C padded to a power of two
+    FEW: tl.constexpr,  # how many codewords are the first
 ):
-    """T = codewords, then G, in X's dtype; TQ = |d|^2, then d.G; one row of C a program."""
+    """Tables of the split form backward; one row of C of T a program."""
     row = tl.program_id(0).to(tl.int64)
+    k = row % K
     c = tl.arange(0, CP)
-    d = tl.load(D + row % K * C + c, mask=c < C, other=0.0).to(tl.float32)
-    value = d
-    if row >= K:
-        value = tl.load(G + (row - K) * C + c, mask=c < C, other=0.0)
-    tl.store(T + row * C + c, value.to(T.dtype.element_ty), mask=c < C)
-    tl.store(TQ + row, tl.sum(value * d, 0))
+    in_c = c < C
+    total = tl.zeros((CP,), tl.float32)
+    total2 = tl.zeros((CP,), tl.float32)
+    for i in tl.static_range(FEW):
+        d = tl.load(D + i * C + c, mask=in_c, other=0.0).to(tl.float32)
+        total, total2 = total + d, total2 + d * d
+    center = center_of(total, total2, FEW)
+    d = tl.load(D + k * C + c, mask=in_c, other=0.0).to(tl.float32)
+    if row < K:
+        r = (d - center).to(T.dtype.element_ty)
+        tl.store(T + row * C + c, r, mask=in_c)
+        exact = r.to(tl.float32)
+        tl.store(TQ + k, tl.sum((d - center) * (d - center), 0))
+        tl.store(TQ + K + k, tl.sum((d - center) * exact, 0))
+        tl.store(TQ + 2 * K + k, tl.sum(exact * center, 0))
+        if row == 0:
+            tl.store(Center + c, center, mask=in_c)
+    else:
+        g = tl.load(G + (row - K) * C + c, mask=in_c, other=0.0)
+        h = g.to(T.dtype.element_ty)
+        tl.store(T + row * C + c, h, mask=in_c)
+        tl.store(TQ + 2 * K + row, tl.sum(g * (d - center) + h.to(tl.float32) * center, 0))

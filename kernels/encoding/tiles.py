@@ -82,6 +82,8 @@ def candidates(configs: list[Config], channels: int) -> list[Config]:
     found = list(configs)
     if configs[0].fused:
         found += varied(configs[0], max_registers=(None, _MOST_REGISTERS))
+    if configs[0].stages > 1:
+        found += varied(configs[0], stages=(1,))
     for config in configs:
         found += varied(config, block_n=(config.block_n // 2, 2 * config.block_n))
         if 2 * config.block_c <= padded(channels):
@@ -102,12 +104,9 @@ def forward_configs(
         fused = [split]
     elif channels <= 64:
         fused = [Config(64, padded(channels), 4), split]
-    elif padded(num) > 32 or parts(channels, num) > 1:
-        fused = [Config(16, 64, 8), split]
-    elif channels <= 128 or (_little_shared(arch) and channels > 256):
-        fused = [Config(32, 64, 8), split]
     else:
-        fused = [Config(64, 64, 8), Config(32, 64, 8), split]
+        block_n = 16 if padded(num) > 32 or parts(channels, num) > 1 else 32
+        fused = [Config(block_n, 64, 8, stages=2 if channels > 128 else 1), split]
     return _whole(fused, channels, num, pixels)
 
 

@@ -42,6 +42,7 @@ class Config:
             weights in between.
         whole: fused, and one program takes all pixels of an image and finishes what it sums.
         max_registers: a limit for the compiler, of a thread, or None.
+        stages: tiles under way at once: with 2 the following one is read while one is worked on.
     """
 
     block_n: int
@@ -50,11 +51,13 @@ class Config:
     fused: bool = True
     max_registers: Optional[int] = None
     whole: bool = False
+    stages: int = 1
 
     def __str__(self) -> str:
         kind = "whole" if self.whole else "fused" if self.fused else "split"
         limit = "" if self.max_registers is None else f" r{self.max_registers}"
-        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}"
+        stages = "" if self.stages == 1 else f" s{self.stages}"
+        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}{stages}"
 
 
 def varied(config: Config, **options: Sequence[Any]) -> list[Config]:

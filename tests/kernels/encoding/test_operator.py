@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from encnet_triton.kernels import encode, reference
 from encnet_triton.kernels.encoding import pytorch
-from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
+from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward, _laid_out_as
 from encnet_triton.kernels.runtime import tiling
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -249,6 +249,16 @@ def test_statistics_are_those_of_the_code() -> None:
     torch.testing.assert_close(code, encode(x, codewords, scale))
 
 
+def test_the_gradient_of_x_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(2, 5, 5, 8).permute(0, 3, 1, 2).flatten(2)
+    grad = torch.empty(2, 25, 8).transpose(1, 2)
+    with _Largest() as made:
+        assert _laid_out_as(x, grad) is grad
+    assert made.allocated == 0
+    contiguous = torch.empty(2, 8, 25)
+    assert _laid_out_as(contiguous, grad).stride() == contiguous.stride()
+
+
 def test_layout_of_the_input_gradient_follows_the_input() -> None:
     x, codewords, scale, grad = example("channels_last", torch.float32)
     assert run(encode, x, codewords, scale, grad)["x"].stride() == x.stride()
@@ -305,11 +315,13 @@ class _Largest(TorchDispatchMode):
         super().__init__()
         self.known = {t.untyped_storage().data_ptr() for t in known}
         self.elements = 0
+        self.allocated = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in self.known:
             self.elements = max(self.elements, out.untyped_storage().nbytes() // out.itemsize)
+            self.allocated += out.device.type != "meta"
         return out
 
 

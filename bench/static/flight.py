@@ -1,0 +1,82 @@
+"""How many bytes a program has asked global memory for and not used yet, read off machine code.
+
+A load is under way from where it stands to the first instruction that names a register it writes;
+an asynchronous copy until the program waits for its group. Counted in the largest loop, in steady
+state: the most, which is what a wait for memory brings, and the mean over the instructions, which
+is near to it where waits are hidden. Boxes of tensor descriptors have no size in the code and are
+not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+_LINE = re.compile(
+    r"^\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<op>[A-Z][A-Z0-9_.]*)\s*(?P<rest>.*?);",
+    re.M,
+)
+_WIDTHS = {"64": 8, "128": 16, "256": 32}
+_FEWEST = 4  # bytes; narrower loads are masks and sizes
+
+
+@dataclass
+class _Load:
+    """Bytes a thread, and what ends it: one of these registers, or the wait for its group."""
+
+    bytes: int
+    registers: frozenset[str] = frozenset()
+    group: int | None = None
+
+
+@dataclass
+class _State:
+    """What is under way at an instruction."""
+
+    loads: list[_Load] = field(default_factory=list)
+    groups: int = 0
+
+
+def in_flight(disassembly: str) -> tuple[int, float]:
+    """Bytes a thread at the most and on average, in the largest loop; zeros without a loop."""
+    program = [(int(m["at"], 16), m["op"], m["rest"]) for m in _LINE.finditer(disassembly)]
+    body = _largest_loop(program)
+    state = _State()
+    counted: list[int] = []
+    for _ in range(2):
+        counted.clear()
+        for _, op, rest in body:
+            _step(state, op, rest)
+            counted.append(sum(load.bytes for load in state.loads))
+    return (max(counted), sum(counted) / len(counted)) if body else (0, 0.0)
+
+
+def _largest_loop(program: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    loops = [(0, 0)]
+    for at, op, rest in program:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    return [one for one in program if first <= one[0] <= last] if last else []
+
+
+def _step(state: _State, op: str, rest: str) -> None:
+    """What an instruction ends, and what it begins."""
+    name, *modifiers = op.split(".")
+    named = set(re.findall(r"\bR\d+\b", rest))
+    if name == "DEPBAR" and (left := re.search(r"0x([0-9a-f]+)", rest)):
+        done = state.groups - int(left[1], 16)
+        state.loads = [one for one in state.loads if one.group is None or one.group >= done]
+    state.loads = [one for one in state.loads if not one.registers & named]
+    bytes_ = next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4)
+    if any(m.lstrip("US") in ("8", "16") for m in modifiers):
+        bytes_ = 2
+    if name == "LDG" and bytes_ >= _FEWEST and (to := re.match(r"(?:\w+, )?R(\d+)\b", rest)):
+        first = int(to[1])
+        written = frozenset(f"R{first + i}" for i in range(bytes_ // 4))
+        state.loads.append(_Load(bytes_, written))
+    elif name == "LDGSTS":
+        state.loads.append(_Load(bytes_, group=state.groups))
+    elif name == "LDGDEPBAR":
+        state.groups += 1
