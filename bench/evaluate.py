@@ -54,7 +54,7 @@ TIE = {"cpu": 1e-4, "cuda": 5e-2}
 
 @dataclass(frozen=True)
 class Result:
-    """What all images took.
+    """Time and memory for all images.
 
     Attributes:
         seconds: by the clock.

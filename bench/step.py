@@ -108,7 +108,7 @@ class StockEncoding(nn.Module):
 
 
 def stock(model: nn.Module) -> None:
-    """Put today's formulas instead of our operators, with the same parameters."""
+    """Replace our operators by today's formulas, with the same parameters."""
     set_norm_impl(model, "torch")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What this process leaves out as a whole, then why tests were skipped, with how many."""
+    """What this process does not run at all, then why tests were skipped, with counts."""
     say = terminalreporter.write_line
     terminalreporter.section("not run, and why")
     if INTERPRETED:
@@ -64,7 +64,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """New tensors of this process are float64: for tests that compare two trainings."""
+    """New tensors of this process are float64, for tests that compare two trainings."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -74,7 +74,7 @@ CLASSES = ("sky", "ground", "thing")
 
 
 def write_folder_data(root: Path, train: int = 8, val: int = 3, size: int = 64) -> Path:
-    """Images of two halves and a square, with ignored areas (255) of another size in each."""
+    """Images of two halves and a square, each with ignored areas (255) of another size."""
     rng = np.random.default_rng(0)
     (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     colours = np.array([[90, 140, 220], [90, 160, 60], [220, 60, 60]], dtype=np.int16)

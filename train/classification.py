@@ -191,7 +191,7 @@ def data_root(config: Config) -> str:
 
 
 def classifier_info(model: nn.Module, root: str) -> ModelInfo:
-    """What is stored beside the weights; ``root`` is the folder of CIFAR-10."""
+    """Metadata stored with the weights; ``root`` is the folder of CIFAR-10."""
     return ModelInfo(
         options=dict(model.options),  # type: ignore[arg-type]
         classes=list(CLASSES),

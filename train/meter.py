@@ -1,4 +1,4 @@
-"""Averages since the last record, kept on the device until they are asked for."""
+"""Averages since the last record, kept on the device until they are read."""
 
 from __future__ import annotations
 

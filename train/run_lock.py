@@ -141,7 +141,7 @@ class RunLock:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a lock says; nothing where it is not there or damaged."""
+    """The content of a lock file; empty if it is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -170,8 +170,8 @@ def _machine() -> str:
 
 
 def start_of(process: Any) -> str | None:
-    """When a process of this host started, since its number may be another's later; "?" where the
-    system does not tell, None if there is no such process."""
+    """When a process of this host started, because numbers are reused; "?" if the system does not
+    tell, None if there is no such process."""
     if not isinstance(process, int) or process <= 0:
         return None
     try:

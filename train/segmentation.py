@@ -110,13 +110,10 @@ class Segmentation(Task[Scores]):
 
     @classmethod
     def reads(cls, config: Config) -> frozenset[str]:
-        """All but what CIFAR-10 networks have; `create_model` and `create_dataset` refuse options
-        of another network or data set."""
-        return (
-            frozenset(all_fields())
-            - {"width", "block", "shake_scale"}
-            - config.optim.unread().keys()
-        )
+        """All fields except those of CIFAR-10 networks; `create_model` and `create_dataset` refuse
+        options of another network or data set."""
+        others = {"width", "block", "shake_scale", *config.optim.unread()}
+        return frozenset(all_fields()) - others
 
     @classmethod
     def outlook(cls, config: Config, world: World) -> Iterator[str]:
@@ -188,7 +185,7 @@ class Segmentation(Task[Scores]):
         )
 
     def warm_up(self) -> None:
-        """One prediction that is thrown away."""
+        """One prediction, whose result is discarded."""
         self.predictor()(np.asarray(self.val_set[0].image))
 
     def validate(self, watch: Watch) -> Scores:
@@ -211,7 +208,7 @@ class Segmentation(Task[Scores]):
         return {"miou": score.miou}
 
     def tell(self, score: Scores, record: dict[str, Any], log: Log) -> None:
-        """Everything into the file, two figures on the screen."""
+        """Everything goes into the file, two figures to the screen."""
         log.write({"kind": "val", **record, **score.as_dict(self.info.classes)})
         log.say(
             f"validation at step {record['step']} (epoch {record['epoch']}): "
@@ -293,7 +290,7 @@ def make_augment(config: Config, dataset: Dataset) -> Augment:
 
 
 def model_info(config: Config, dataset: Dataset, model: nn.Module) -> ModelInfo:
-    """What is stored beside the weights so that they can be used without this configuration."""
+    """Metadata stored with the weights, so that they can be used without this configuration."""
     data = config.data
     return ModelInfo(
         options=dict(model.options),  # type: ignore[arg-type]

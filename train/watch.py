@@ -51,7 +51,7 @@ class Peer:
     doing: str = ""
 
     def read(self, text: str) -> None:
-        """Take in what a rank has said."""
+        """Record what a rank has reported."""
         looks, marks, limit, host, doing = text.split("|", 4)
         now = time.monotonic()
         if looks != self.looks:
@@ -87,7 +87,7 @@ class Watch:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> Watch:
-        """Begin to look."""
+        """Start watching."""
         loops = [self._judge] if self._store is None else [self._judge, self._talk]
         for loop in loops:
             thread = threading.Thread(target=loop, daemon=True)
@@ -96,17 +96,18 @@ class Watch:
         return self
 
     def stop(self) -> None:
-        """End the threads, of a process that has done what it should."""
+        """End the threads of a process that has finished its work."""
         self._over.set()
         for thread in self._threads:
             thread.join(5)
 
     def before_end(self, action: Callable[[], Any]) -> None:
-        """Do something if this process is ended here; a few seconds are left for it."""
+        """Register a function to call if this process is ended here; it has a few seconds."""
         self._before_end.append(action)
 
     def mark(self, doing: str, limit: float | None = None) -> None:
-        """This rank goes on, with this; from now on it may take ``limit`` seconds a mark."""
+        """Mark progress: this rank is now at this, and may take ``limit`` seconds until the next
+        mark."""
         self._marks += 1
         self._doing = doing
         if limit is not None:
@@ -119,23 +120,23 @@ class Watch:
             yield item
 
     def somebody_is(self, doing: str) -> bool:
-        """Whether another rank has said that it is at this, a second ago or two."""
+        """Whether another rank has reported this activity within the last seconds."""
         return any(peer.doing == doing for peer in self._peers)
 
     @contextmanager
     def patiently(self, doing: str) -> Iterator[None]:
-        """What is done inside may take as long as the first step."""
+        """Work inside may take as long as the first step."""
         before = self._limit
         self.mark(doing, FIRST)
         yield
         self.mark(doing, before)
 
     def cause(self, sentence: str, lost: bool) -> str:
-        """What made this rank fail with a sentence; the others are told, and end too.
+        """Report why this rank failed; the others are told, and end too.
 
         Args:
-            lost: that it could not reach another rank. It waits for a few seconds then: whose
-                connections break is seldom the first to know why.
+            lost: that it could not reach another rank. It then waits for a few seconds: the rank
+                whose connection breaks is seldom the first to know why.
         """
         self._judging = False  # the caller ends this process
         deadline = time.monotonic() + 4
@@ -161,7 +162,7 @@ class Watch:
             return  # the store is gone, and the others notice
 
     def _talk(self) -> None:
-        """Say and hear; may wait for the network."""
+        """Exchange progress with the store; may wait for the network."""
         assert self._store is not None
         while not self._over.is_set():
             try:
@@ -185,7 +186,7 @@ class Watch:
             self._peers[rank].read(text.decode())
 
     def _judge(self) -> None:
-        """Look at what was heard; waits for nothing."""
+        """Check what was read; waits for nothing."""
         last = time.monotonic()
         while not self._over.wait(_EVERY / 2):
             now = time.monotonic()
@@ -197,7 +198,7 @@ class Watch:
                 self.end(sentence)
 
     def _forget(self, pause: float) -> None:
-        """Leave out a time in which this process stood still; schedulers suspend whole jobs."""
+        """Ignore time in which this process was suspended; schedulers suspend whole jobs."""
         for peer in self._peers:
             peer.heard += pause
             peer.moved += pause
@@ -230,9 +231,9 @@ class Watch:
         return self._silence(now, limit)
 
     def _silence(self, now: float, limit: float) -> str:
-        """What is known when no rank has come further for too long."""
+        """The message for when no rank has made progress for too long."""
         field = "" if limit == FIRST else " (--timeout)"
-        waited = f"no rank has come further for {limit:g} s{field}"
+        waited = f"no rank has made progress for {limit:g} s{field}"
         if now - self._heard > _SILENT:
             host = self._peers[0].host or os.environ.get("MASTER_ADDR", "of rank 0")
             return (

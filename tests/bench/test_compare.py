@@ -1,4 +1,4 @@
-"""The bench refuses what is wrong, compares like with like, and measures what it says."""
+"""The bench refuses wrong results, compares like with like, and measures what it claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets from one's own files: both layouts, label values, a sentence for whatever is wrong."""
+"""Data sets from your own files: both layouts, label values, a sentence for every error."""
 
 import os
 import re

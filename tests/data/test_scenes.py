@@ -1,4 +1,4 @@
-"""The embedded data set: does it really take global context to name its objects?"""
+"""The embedded data set: naming its objects does take global context."""
 
 import numpy as np
 import pytest

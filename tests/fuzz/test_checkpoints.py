@@ -82,7 +82,7 @@ def test_damaged_bytes(seeds: Iterator[int], state: Path, tmp_path: Path, config
 def test_changed_metadata(
     seeds: Iterator[int], state: Path, tmp_path: Path, config: Config
 ) -> None:
-    """In a file without checksums, as files of before are."""
+    """In a file without checksums, as old files are."""
     tensors, metadata = read(state)
     path = tmp_path / "x.safetensors"
     for seed in seeds:

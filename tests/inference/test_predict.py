@@ -1,4 +1,4 @@
-"""Photos as people have them: damaged ones, companions of macOS, brackets in names."""
+"""Photos as users have them: damaged files, macOS companions, brackets in names."""
 
 from __future__ import annotations
 

@@ -130,7 +130,10 @@ def test_a_printed_configuration_is_a_recipe_that_makes_it_again(name: str, tmp_
         assert again == config
 
 
-def test_print_config_shows_what_a_recipe_and_the_options_make(capsys) -> None:
+def test_print_config_shows_what_a_recipe_and_the_options_make(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["--recipe", "scenes", "--print-config", "--lr", "0.125", "--compile"]) == 0
     said = capsys.readouterr().out
     found = tomllib.loads(said)

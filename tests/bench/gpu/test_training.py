@@ -1,4 +1,4 @@
-"""A training, read from what it wrote."""
+"""The results of a training, read from its files."""
 
 from __future__ import annotations
 

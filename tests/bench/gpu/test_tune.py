@@ -1,4 +1,4 @@
-"""What the tune stage measures, ranks, writes and publishes."""
+"""The tune stage: what it measures, ranks, writes and publishes."""
 
 from __future__ import annotations
 
