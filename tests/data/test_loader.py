@@ -68,10 +68,13 @@ def make(dataset=None, **options):
 
 
 def samples(steps):
-    """Per optimiser step: name -> bytes of image and label."""
+    """Per optimiser step: name -> bytes of image, label and draws."""
     return [
         {
-            name: batch.images[i].contiguous().numpy().tobytes() + batch.labels[i].numpy().tobytes()
+            name: b"".join(
+                t.contiguous().numpy().tobytes()
+                for t in (batch.images[i], batch.labels[i], batch.draws[i])
+            )
             for batch in micro
             for i, name in enumerate(batch.names)
         }
@@ -90,6 +93,7 @@ def test_batches():
     assert batch.labels.shape == (4, 16, 20)
     assert batch.images.dtype == batch.labels.dtype == torch.uint8
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.draws.shape == (4, 4) and batch.draws.dtype == torch.float32
     assert len(batch.names) == 4
 
 
