@@ -3,9 +3,9 @@
 plan.py launches them; how they interpolate is in interpolation.py, and the backward pass in
 backward.py. All sums are in float32.
 
-A program has R rows of output, which lie between at most three low rows, and walks the classes in
-chunks with a running maximum and sum of exponentials a pixel. Between threads that share a pixel
-these are joined once, at the end.
+A program has R rows of output, which lie between two low rows, and walks the classes in chunks with
+a running maximum and the sums of exponentials of its rows. For `upsample_argmax`, threads that
+share a pixel join what they have once, at the end.
 """
 
 from __future__ import annotations
@@ -177,8 +177,10 @@ def forward_kernel(
             mean += added
             mean_step += added_step
         steepest = tl.maximum(steepest, tl.max(tl.abs(step), 1))
+        # That of the upper low row: the largest value of any row is at most STEEPEST away from it.
         new_peak = tl.maximum(peak, tl.max(above, 1))
         factor = tl.exp2(peak - new_peak)
+        # Rows are evenly spaced, so the exponential of a class grows by one factor from row to row.
         power = tl.exp2(above - new_peak[:, None] + first * step)
         ratio = tl.exp2(onward * step) if R > 1 else power
         new_totals = ()
@@ -197,6 +199,7 @@ def forward_kernel(
     wrong_sum = tl.zeros((BX,), tl.float32)
     at = labels + tl.cast(y, tl.int64) * W + x
     if tl.max(steepest) > STEEPEST:
+        # One exponential a value, about a maximum for each pixel.
         for row in range(rows):
             down = row_share(y + row, i, h, H, ALIGN)
             lse2 = _exact_lse(image, i, h, w, left, right, share, down, C, VEC, G)

@@ -145,7 +145,7 @@ def _lanes(classes: int) -> int:
     return 2 if classes > 8 else 1
 
 
-def forward_configs(logits: Tensor, arch: int, smoothing: float = 0.0) -> list[Config]:
+def forward_configs() -> list[Config]:
     """Columns and classes of a program, the preferred one first, the conservative one last."""
     free = Config(_COLUMNS, _OWN_CLASSES, _COLUMNS // 32)
     return [free, replace(free, block_c=_OWN_CLASSES // 2)]
@@ -259,7 +259,7 @@ class Forward:
         return _asked("forward", *given, align_corners=align, smooth=smooth)
 
     def configs(self, machine: Machine) -> list[Config]:
-        return forward_configs(self.logits, machine.arch, self.options.smoothing)
+        return forward_configs()
 
     def candidates(self, machine: Machine) -> list[Config]:
         return _candidates_of_columns(self.configs(machine))
