@@ -84,12 +84,12 @@ def _load_tile(
 def center_of(total, total2, count: tl.constexpr):
     """c of some channels, from the sums of that many codewords and of their squares.
 
-    That is their mean, or 0 where it is within three times what chance makes of codewords about 0:
+    That is their mean, or 0 where it is within four times what chance makes of codewords about 0:
     x is about 0 too there, and what c and a rounded G had in common would not average out.
     """
     mean = total / count
     chance = tl.maximum(total2 / count - mean * mean, 0.0) / count
-    return tl.where(mean * mean > 9 * chance, mean, 0.0)
+    return tl.where(mean * mean > 16 * chance, mean, 0.0)
 
 
 @triton.jit
