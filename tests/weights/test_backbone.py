@@ -120,5 +120,5 @@ def test_unreadable_files_are_named(file: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             load_backbone(model(), tmp_path / name)
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "run.pth")
-    with pytest.raises(ValueError, match=r"run.pth holds something else"):
+    with pytest.raises(ValueError, match=r"run.pth holds something other"):
         load_backbone(model(), tmp_path / "run.pth")

@@ -169,7 +169,7 @@ def test_other_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
         read_tensors(str(tmp_path / "plain.pth"))
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
         archive.writestr("notes.txt", "nothing")
-    with pytest.raises(ValueError, match="ZIP archive of something else"):
+    with pytest.raises(ValueError, match="ZIP archive of something other"):
         read_tensors(str(tmp_path / "other.pth"))
     torch.save({"a": torch.zeros(2), "b": "text"}, tmp_path / "mixed.pth")
     with pytest.raises(ValueError, match="other than a state dict of tensors: b is a str"):
