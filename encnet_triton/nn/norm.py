@@ -166,9 +166,8 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
         impl: "torch" is torch's batch norm followed by in-place add and ReLU; "fused" is
             `encnet_triton.kernels.batch_norm_act`; "auto" takes "fused" where the statistics are
             synchronised over a process group and on GPUs from sm_80 on, where it moves fewer bytes
-            (kernels/README.md has the table), and "torch" otherwise, which is faster on the CPU:
-            on 2 cores with AVX-512, fp32 channels_last, forward + backward, "fused" took 1.1 to 2.5
-            times as long a layer.
+            (docs/kernels.md has the table), and "torch" otherwise, which is faster on the CPU
+            (docs/benchmarks.md).
     """
 
 
