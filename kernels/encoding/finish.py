@@ -1,10 +1,10 @@
-"""Triton kernels of the Encoding Layer that add up what programs left; see fused.py.
+"""Triton kernels of the Encoding Layer that add up the programs' partial sums; see fused.py.
 
-Either a kernel of its own does it, or the programs that come last: the last of a group of images
-adds up the group's rows, and the last of the groups theirs. Which program is last varies from run
-to run, the order of the sums does not. Count[1 + i] is how many images of group i have arrived,
-Count[0] how many groups; all are zero before and after a launch, and there are enough of them for
-groups of one image.
+Either a separate kernel does it, or the programs that finish last: the last one of a group of
+images adds up the group's rows, and the last one of all groups adds up the groups' sums. Which
+program is last varies from run to run; the order of the sums does not. Count[1 + i] is how many
+images of group i are done, Count[0] how many groups. All are zero before and after a launch, and
+there are enough of them for groups of one image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def clear_counters(Count, b):
-    """Image b's part of the counters that the backward pass wants to find at zero."""
+    """Set image b's part of the counters to zero, as the backward pass expects them."""
     tl.store(Count + 1 + b, 0)
     if b == 0:
         tl.store(Count, 0)
@@ -29,16 +29,16 @@ def _sum_rows(P, first, count, entries, WIDTH: tl.constexpr):
         for s in tl.static_range(16):
             row = (first + begin + s).to(tl.int64) * WIDTH
             mask = (entries < WIDTH) & (begin + s < count)
-            # Other programs wrote them: to be read from the cache that all share.
+            # Other programs wrote them, so they are read from the cache that all share.
             total += tl.load(P + row + entries, mask, 0.0, cache_modifier=".cg")
     return total
 
 
 @triton.jit
 def _arrive(Count, of):
-    """Note that this program's stores are done; whether it is the last of so many programs."""
-    # One thread counts, and releases with it what the whole program stored: it has to wait for the
-    # other threads' stores, and Triton puts a barrier here only where it shares memory with them.
+    """Note that this program's stores are done; return whether it is the last of `of` programs."""
+    # One thread counts, which releases what the whole program stored. So it must wait for the other
+    # threads' stores, and Triton puts a barrier here only where they share memory.
     tl.debug_barrier()
     last = tl.atomic_add(Count, 1, sem="acq_rel") == of - 1
     if last:
@@ -59,7 +59,7 @@ def add_images(
     K: tl.constexpr,  # codewords
     BE: tl.constexpr,  # entries of a row taken at once
 ):
-    """dD and dS from the rows of P, one an image; those behind them are for sums of groups."""
+    """dD and dS from the rows of P, one an image; the rows after them hold sums of groups."""
     WIDTH: tl.constexpr = K * (C + 1)
     number = b // group
     members = tl.minimum(group, images - number * group)

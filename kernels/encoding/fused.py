@@ -8,17 +8,17 @@ registers, chunk by chunk. A tile of x is read once and feeds both products; the
 shared memory from the first tile to the last. Where K x C is too much for the registers, two
 programs share the channels of the sum and both make the weights.
 
-Backward: the same walk. Weights and their gradients are made again from the tile, the tile's dx is
-stored, and sum_i w_ik x_i stays in registers.
+Backward: the same walk. The weights are recomputed from the tile and their gradients made, the
+tile's dx is stored, and sum_i w_ik x_i stays in registers.
 
-Distances are those between x - c and d - c, where c is about the mean codeword (`center_of`): they
-do not lose digits to an offset that x and d share. Products still take x as it is, and d - c
-rounded to x's dtype: what c adds to them is the same for all pixels, and taken off with the norms.
+Distances are those between x - c and d - c, where c is roughly the mean codeword (`center_of`), so
+an offset that x and d share costs no digits. Products still take x as it is, and d - c rounded to
+x's dtype: what c adds to them is the same for all pixels, and is subtracted with the norms.
 
-A kernel of its own then adds the programs' sums in a fixed order. WHOLE is for small images: a
-program owns all pixels of one, makes its E and, backward, its share of the gradients of the
-parameters, which the programs that come last add up. Both are in finish.py; kernels
-for what does not fit into these are in split.py.
+A separate kernel then adds the programs' sums in a fixed order. WHOLE is for small images: a
+program owns all pixels of one, makes its E and, backward, its share of the parameters' gradients,
+which the programs that finish last add up. Both are in finish.py; kernels for what does not fit
+into these are in split.py.
 
 Logits are K x pixels, codewords first: products then have few rows, the same instructions serve all
 architectures, and the softmax runs along a warp's own registers.
@@ -26,7 +26,7 @@ architectures, and the softmax runs along a warp's own registers.
 
 from __future__ import annotations
 
-# Kernels grow tuples in unrolled loops, and mypy takes the empty one's type for good.
+# Kernels grow tuples in unrolled loops, and mypy keeps the type of the empty one.
 # mypy: disable-error-code="assignment"
 import triton
 import triton.language as tl
@@ -84,8 +84,8 @@ def _load_tile(
 def center_of(total, total2, count: tl.constexpr):
     """c of some channels, from the sums of that many codewords and of their squares.
 
-    That is their mean, or 0 where it is within four times what chance makes of codewords about 0:
-    x is about 0 too there, and what c and a rounded G had in common would not average out.
+    That is their mean, or 0 where the mean is within four times what chance gives for codewords
+    around 0: x is around 0 there too, and the error of c with a rounded G would not average out.
     """
     mean = total / count
     chance = tl.maximum(total2 / count - mean * mean, 0.0) / count
@@ -125,8 +125,8 @@ def distances(x2, xr, m, q):
 def offsets(d, g, h, center):
     """What is taken off x.h for (x - d).G: (d - c).G + c.h, where h is G in the dtype of products.
 
-    x and c meet the same h, so that what they share takes no part; d, which is the same for all
-    pixels, meets the G before rounding.
+    x and c are multiplied by the same h, so that what they share cancels; d, which is the same for
+    all pixels, is multiplied by G before rounding.
     """
     return tl.sum(g * (d - center[None, :]) + h.to(tl.float32) * center[None, :], 1)
 
@@ -269,14 +269,14 @@ def forward_kernel(
                 center = centers[j]
             else:
                 column = _column(part, j, OWN, CHUNKS, BC)
-                # t is never below 0. Were the address the same for all tiles, the compiler would
-                # keep what is there in registers, all the way through.
+                # t is never below 0. If the address were the same for all tiles, the compiler
+                # would keep the values in registers throughout.
                 here = own + tl.minimum(t, 0) * C
                 center = load_center(here, cols, column, C, EVEN)
             x2 += squares(x[j], center)
         if AHEAD:
-            # The tile is in shared memory now: its registers take the next one while the softmax
-            # and the second product run.
+            # The tile is in shared memory now, so its registers are free for the next one while
+            # the softmax and the second product run.
             after = base + (t + 1) * step
             in_after = rows < tl.where(t + 1 < end, N - (t + 1) * BN, 0)
             following = _load_tile(after, rows, cols, in_after, part, sxn, C, BC, OWN, CHUNKS)
@@ -412,7 +412,7 @@ def backward_kernel(
             xg = tl.dot(grads[j], xt, xg, input_precision=PRECISION)
             center = centers[j] if HELD else load_center(own, cols, j * BC, C, EVEN)
             x2 += squares(x[j], center)
-        # Registers are short: what is one number a codeword is read where it is used.
+        # Registers are scarce: values of one number a codeword are read where they are used.
         if not HELD:
             m, q = tl.load(own + C + k), tl.load(own + C + KP + k)
             dg = tl.load(own + C + 2 * KP + k)

@@ -10,8 +10,8 @@ codewords d K x C, scale K, E B x K x C. Gradients, with G = dE:
     dd_k  = -sum_i a_ik G_k - sum_i w_ik (x_i - d_k)    dscale_k = sum_i dl_ik |x_i - d_k|^2
 
 On a GPU the kernels that plan.py lists compute these, elsewhere pytorch.py. Nothing of size B N K C
-exists in either, and only x, the parameters and B + 1 integers are saved: the weights are computed
-again. Bytes: forward reads x once, backward reads x once and writes dx once.
+exists in either, and only x, the parameters and B + 1 integers are saved: the weights are
+recomputed. Bytes: forward reads x once, backward reads x once and writes dx once.
 """
 
 from __future__ import annotations
@@ -75,18 +75,18 @@ def _check_inputs(
 
 
 def _counters(x: Tensor) -> Tensor:
-    """B + 1 zeros, in which the programs of the backward kernels count who is last.
+    """B + 1 zeros, with which the programs of the backward kernels count which one is last.
 
-    They are put back to zero, so that the operator that writes them may say that it changes nothing
-    and a second backward pass finds them as the first one did. Two at once, on two streams, would
-    disturb one another.
+    The kernels reset them to zero, so the operator is declared non-mutating and a second backward
+    pass finds them as the first one did. Two passes at once, on two streams, would disturb one
+    another.
     """
     return x.new_zeros(x.shape[0] + 1, dtype=torch.int32)
 
 
 def _laid_out_as(x: Tensor, grad_x: Tensor) -> Tensor:
-    """The gradient, or a copy of it, as a new tensor like x would lie in memory."""
-    # The meta device says how that would be and allocates nothing.
+    """The gradient, or a copy of it, in the memory layout of a new tensor like x."""
+    # The meta device gives that layout and allocates nothing.
     if grad_x.stride() == torch.empty_like(x, device="meta").stride():
         return grad_x
     return torch.empty_like(x).copy_(grad_x)
@@ -108,7 +108,7 @@ def _encode_forward(
     if plan := plan_of(__package__, x, codewords):
         x, codewords, scale = plan.channels_last(x), codewords.contiguous(), scale.contiguous()
         return run(plan.Forward(x, codewords, scale, return_stats))
-    # Autocast would reach into the body and run its products in half precision.
+    # Autocast would change the body and run its products in half precision.
     with torch.autocast(x.device.type, enabled=False):
         code = pytorch.forward(x, codewords, scale)
         if return_stats:
@@ -173,7 +173,7 @@ def _encode_backward_fake(
     return grad_x, codewords.new_empty(codewords.shape), scale.new_empty(scale.shape)
 
 
-# As eager code calls the operators.
+# Called as eager code calls the operators.
 _forward, _backward = Direct(_encode_forward), Direct(_encode_backward)
 
 
@@ -198,7 +198,7 @@ def _gradients(
     need_codewords: bool,
     need_scale: bool,
 ) -> tuple[Optional[Tensor], ...]:
-    """Of x, B x C x N, codewords and scale, None where not needed."""
+    """Gradients of x, B x C x N, codewords and scale; None where not needed."""
     grad_x, grad_codewords, grad_scale = _backward(
         grad, x, codewords, scale, backward_scale, need_x, need_codewords, counters
     )
@@ -229,7 +229,7 @@ _all_forward, _all_backward = Repeated(_encoded), Repeated(_derived)
 
 
 class _Encode(torch.autograd.Function):
-    """`_encoded` and `_derived` round the dispatcher."""
+    """`_encoded` and `_derived`, bypassing the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, call: Callable[[], Any], *inputs: Optional[Tensor]) -> tuple[Tensor, ...]:
@@ -241,7 +241,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
         given = grad, *ctx.saved_tensors, *ctx.needs_input_grad[1:4]
-        # Second derivatives are the operator's to refuse.
+        # The operator refuses second derivatives.
         direct = not torch.is_grad_enabled() and quiet()
         return (None, *(_all_backward(*given) if direct else _derived(*given)), None)
 
@@ -250,7 +250,7 @@ _apply = applied(_Encode)
 
 
 def _as_planes(x: Tensor) -> Tensor:
-    """B x C x N of B x C x H x W or B x N x C."""
+    """View B x C x H x W or B x N x C as B x C x N."""
     return x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
 
 

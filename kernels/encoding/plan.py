@@ -24,11 +24,11 @@ from .tiles import backward_configs, candidates, forward_configs, padded, parts
 MAX_CHANNELS = 2048
 # Offsets within a tile of up to 128 pixels are 32-bit numbers.
 _MOST_STRIDE = 2**31 // 128
-# Images whose rows one program adds up, and entries of a row it takes at once.
+# Images whose rows one program adds up, and entries of a row that it adds at once.
 _GROUP, _ROW_ENTRIES = 16, 512
 # Chunks of channels up to which a fused program keeps what it knows of codewords in registers.
 _HELD_CHUNKS = 2
-# Codewords whose mean stands for that of all in the split form's tables: every program reads them.
+# Codewords whose mean stands in for that of all in the split form's tables; all programs read them.
 _FEW = 8
 
 
@@ -94,7 +94,7 @@ class _Problem:
         return self.config.whole or chunks <= _HELD_CHUNKS
 
     def notes(self, programs: int, chunks: int, numbers: int) -> Tensor:
-        """Room for so many numbers a fused program, where it does not; not initialised."""
+        """Room for `numbers` numbers a program, if it does not hold them; not initialised."""
         size = (0,) if self.held(chunks) else (programs, numbers)
         return self.x.new_empty(size, dtype=torch.float32)
 
@@ -104,13 +104,13 @@ class _Problem:
         return self.x.new_empty(size, dtype=torch.float32)
 
     def masses(self, slots: int, *kinds: int) -> Tensor:
-        """Room for sums of weights, K of each kind, a slot a program or tile."""
+        """Room for sums of weights, K of each kind, one slot a program or tile."""
         return self.x.new_empty((self.images, slots, *kinds, self.num), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class _Code:
-    """What the forward pass makes: E, its sums and M2 or two empty tensors, the counters."""
+    """What the forward pass returns: E, its sums and M2 or two empty tensors, the counters."""
 
     code: Tensor
     sums: Tensor
@@ -143,7 +143,7 @@ class _Code:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """What only the backward pass has: G, the scale in w, and dx or, if not needed, nothing."""
+    """What only the backward pass has: G, the scale in w, and dx (empty unless needed)."""
 
     code: Tensor
     factor: Tensor
@@ -158,10 +158,10 @@ class _Gradient:
 
 
 def _splits(problem: _Problem, programs: int, block: int) -> int:
-    """Programs along an image's pixels: so many that the last one is done soonest.
+    """Programs along an image's pixels: the number with which the last one finishes earliest.
 
-    `programs` run at once, more of them if small. Each takes its tiles one after another and, for
-    its prologue and its partial sums, as long as a tile besides. Of equal numbers the smallest.
+    `programs` run at once, more of them if small. Each works through its tiles in turn and spends
+    the time of one more tile on its prologue and partial sums. Ties go to the smallest number.
     """
     programs *= 4 if problem.channels <= 64 else 1
     most = cdiv(problem.pixels, block)
@@ -279,7 +279,7 @@ def _split_forward(problem: _Problem) -> tuple[list[Launch], Tensor, Tensor]:
     x, scale = problem.x, problem.scale
     tiles = cdiv(problem.pixels, problem.config.block_n)
     masses = problem.masses(tiles)
-    # The kernel takes the backward pass's tensors too, and reads none of them.
+    # The kernel also takes the tensors of the backward pass, but reads none of them.
     unused = dict(TQ=masses, Center=masses, R=scale, dX=x)
     make_weights, weights = _weights(
         problem, tiles, dict(unused, T=problem.codewords, PM=masses), BACKWARD=False, NEED_X=False
@@ -373,7 +373,7 @@ class Backward:
             gradient.codewords,
             gradient.scale,
         )
-        # Without images there is no program that could be the last one.
+        # Without images no program is the last one.
         if config.whole and images:
             return [_fused_backward(problem, gradient)[0]], outputs
         if config.fused:
@@ -397,7 +397,7 @@ class Backward:
 
 
 def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Tensor, Tensor]:
-    """The walk over the pixels; the whole form has a row of sums an image and one a group."""
+    """The walk over the pixels; the whole form has one row of sums an image and one a group."""
     config, images = problem.config, problem.images
     chunks = _chunks(problem.channels, config)
     if config.whole:

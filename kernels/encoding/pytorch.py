@@ -1,4 +1,4 @@
-"""`encode` in PyTorch: the code of CPUs, of float64, and of what the kernels do not take.
+"""`encode` in PyTorch: for CPUs, float64, and whatever the kernels do not support.
 
 x is B x C x N: images, channels, pixels; codewords d are K x C. The maths are in operator.py.
 
@@ -24,10 +24,10 @@ _RUN = 64
 
 
 class _Workspace(Scratch):
-    """Scratch with the steps that forward and backward share."""
+    """Scratch memory, and the steps that forward and backward share."""
 
     def accumulator(self, images: int, channels: int, num: int) -> Tensor:
-        """Zeros [B, C, K] in the order in which products with these tiles are written fastest."""
+        """Zeros [B, C, K] in the memory order that products with these tiles write fastest."""
         if self.channels_last:
             return torch.zeros(
                 images, num, channels, dtype=self.dtype, device=self.device
@@ -46,7 +46,7 @@ class _Workspace(Scratch):
             weights = logits.transpose(1, 2).softmax(2).transpose(1, 2)
         else:
             weights = logits.softmax(1)
-        # A product with a subnormal operand takes a hundred times as long on a CPU, and sharp
+        # Products with subnormal operands take many times as long on a CPU, and sharp
         # assignments are full of them. Weights this small cannot change a sum with a total of 1.
         info = torch.finfo(weights.dtype)
         return torch.threshold_(weights, info.tiny / info.eps, 0.0)
@@ -62,8 +62,8 @@ class _Workspace(Scratch):
 def _products(bias: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """out [b, r, n] = bias + left [b, r, m] right [b, m, n]; bias is broadcast, or is out.
 
-    Of many small images one call multiplies all where the result is contiguous, and one call an
-    image where it is not: hence the transposed product where that is.
+    For many small images, one call multiplies all of them if the result is contiguous; otherwise
+    there is one call an image. Hence the transposed product where that one is contiguous.
     """
     turned = out.transpose(1, 2)
     if out.shape[0] > 1 and turned.is_contiguous():
@@ -77,9 +77,9 @@ def _products(bias: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 def _add_in_runs(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [b, C, K] += left [b, C, n] right^T [b, n, K], in runs of pixels summed by torch.sum.
 
-    E adds up weights and features that may all be positive. One long product does so one pixel
-    after another and its error grows with their number; the plain formula's sum does not. (The
-    products of the backward pass have terms of both signs and need no such care.)
+    E adds up weights and features that may all be positive. One long product adds one pixel after
+    another, so its error grows with their number; the plain formula's sum does not. (The products
+    of the backward pass have terms of both signs and need no such care.)
     """
     images, channels, pixels = left.shape
     runs = pixels // _RUN

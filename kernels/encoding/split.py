@@ -1,8 +1,8 @@
 """Triton kernels of the Encoding Layer that store the weights in between; see fused.py.
 
-For more channels or codewords than a fused kernel takes, and where one does not fit. One kernel
-makes the weights (and dx) a tile at a time and stores the weights, about B N K entries;
-another sums over pixels.
+For more channels or codewords than a fused kernel supports, and where one does not fit. One kernel
+makes the weights (and dx) a tile at a time and stores the weights, about B N K entries; another
+sums over pixels.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ..runtime.launch import Config, cdiv, next_power_of_2, varied
 
 # Entries of the K x C sum that one program can hold: 64 registers a thread in 8 warps.
 _FUSED_ENTRIES = 16384
-# Said to the compiler where it would rather spill some bytes than keep fewer programs resident.
+# Given to the compiler where it would otherwise spill some bytes to keep more programs resident.
 _MOST_REGISTERS = 255
 # Entries of an image's x, and its channels, up to which one program takes the whole image.
 _WHOLE_ENTRIES, _WHOLE_CHANNELS = 32768, 128
@@ -44,8 +44,8 @@ def _small_config(dtype: torch.dtype, channels: int, num: int, pixels: int) -> C
     """For up to 64 channels and 32 codewords.
 
     Where the K x C sum is wider than tall, Triton gives each warp columns of it and pixels of the
-    logits; where it is not, every warp computes the same. Channels that are read one by one, and
-    3xTF32 products, need registers that leave room for fewer pixels.
+    logits; otherwise every warp computes the same. Channels that are read one by one, and 3xTF32
+    products, take so many registers that fewer pixels fit.
     """
     single, height = dtype == torch.float32, padded(num)
     if channels % 8:
@@ -68,7 +68,7 @@ def _is_small(dtype: torch.dtype, channels: int, num: int) -> bool:
 
 
 def _whole(configs: list[Config], channels: int, num: int, pixels: int) -> list[Config]:
-    """These configurations, and before them the first one's whole form for small images."""
+    """These configurations, preceded for small images by the whole form of the first one."""
     small = channels <= _WHOLE_CHANNELS and channels * pixels <= _WHOLE_ENTRIES
     if not small or padded(num) > 32 or not configs[0].fused:
         return configs
@@ -78,7 +78,7 @@ def _whole(configs: list[Config], channels: int, num: int, pixels: int) -> list[
 def candidates(configs: list[Config], channels: int) -> list[Config]:
     """These configurations and some that are a step away from one of them, to be measured.
 
-    8 warps and their registers are what a fused sum of many channels needs; it spills with others.
+    A fused sum of many channels needs 8 warps and their registers; it spills with any other number.
     """
     found = list(configs)
     if configs[0].fused:

@@ -1,4 +1,4 @@
-"""What every operator asks of its arguments, worded once."""
+"""Checks of arguments that all operators share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Not public. Without them torch refuses by itself, in its own words.
+# Not public. Without them torch raises its own error.
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _transforms: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 
@@ -49,7 +49,7 @@ def _shown(value: object) -> str:
 
 
 def check_derivatives(name: str, *tensors: Optional[Tensor]) -> None:
-    """Raise NotImplementedError for a derivative that is not there and would be taken for zero."""
+    """Raise NotImplementedError for a derivative that torch would otherwise take to be zero."""
     if _nothing_derives():
         return
     for tensor in tensors:
@@ -68,20 +68,20 @@ def check_derivatives(name: str, *tensors: Optional[Tensor]) -> None:
 
 
 def _nothing_derives() -> bool:
-    """Whether this is plain code, as far as torch can be asked: no dual numbers, no torch.func."""
+    """Whether, as far as torch can tell, this is plain code: no dual numbers, no torch.func."""
     if _transforms is None or torch.compiler.is_compiling():
         return False
     return getattr(forward_ad, "_current_level", 0) < 0 and not _transforms()
 
 
 def check_no_vmap(name: str, *tensors: Optional[Tensor]) -> None:
-    """Raise NotImplementedError inside of torch.func.vmap."""
+    """Raise NotImplementedError inside torch.func.vmap."""
     if any(tensor is not None and _is("is_batchedtensor", tensor) for tensor in tensors):
         raise NotImplementedError(f"{name} does not work inside torch.func.vmap.")
 
 
 def _is(question: str, tensor: Tensor) -> bool:
-    # A compiler would make an operator of the question.
+    # A compiler would turn the question into an operator.
     if _functorch is None or torch.compiler.is_compiling():
         return False
     return bool(getattr(_functorch, question)(tensor))

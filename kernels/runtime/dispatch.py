@@ -25,7 +25,7 @@ def interpreting() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_sm_80_or_newer(index: Optional[int]) -> bool:
-    # Of no index it is the current device's, and that changes.
+    # Without an index it is the current device, which can change.
     if index is None:
         return torch.cuda.get_device_capability() >= (8, 0)
     if index not in _new_enough:
@@ -45,8 +45,8 @@ def takes_triton(x: Tensor) -> bool:
 def plan_of(package: str, x: Tensor, *sizes: Any, **more: Any) -> Any:
     """The plan of the operator in `package` where its kernels run, or None: PyTorch code runs.
 
-    Kernels run where they take tensors like x and the plan supports what is asked for; the rest of
-    the arguments goes to its `supports` behind x. Not to be asked of symbolic sizes that it reads.
+    Kernels run if they take tensors like x and the plan supports the request; the other arguments
+    are passed to its `supports` after x. Do not call this with symbolic sizes that it reads.
     """
     if not takes_triton(x):
         return None

@@ -1,8 +1,8 @@
-"""Calls that go round torch.library's dispatcher, where nothing would see them there.
+"""Calls that bypass torch.library's dispatcher, if nothing there needs to see them.
 
-An operator of torch.library costs the host ten times its body. Compilers, exports, functorch and
-modes need it; a plain eager call does not, and gets the body itself, to the same bits. What is
-asked of torch here is not public: a version that has it no more gets the operators.
+An operator of torch.library costs the host ten times as much as its body. Compilers, exports,
+functorch and modes need the operator; a plain eager call runs the body itself, with the same bits.
+The parts of torch used here are not public: in a version without them, calls use the operators.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _questions = _found(
 _is_wrapped: Callable[[Tensor], bool] = getattr(
     getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
 )
-# Without it bodies cannot run as torch.library runs them.
+# Without it, bodies cannot run as torch.library runs them.
 _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 
 
 def quiet() -> bool:
-    """Whether nothing but autograd is to know of the calls that are made now."""
+    """Whether only autograd needs to see the calls made now."""
     if torch.compiler.is_compiling() or _questions is None or _below_autograd is None:
         return False
     modes, functions, transforms, tracing = _questions
@@ -46,12 +46,12 @@ def quiet() -> bool:
 
 
 def undisturbed(*arguments: Any) -> bool:
-    """Whether nothing but autograd is to know of a call with these arguments."""
+    """Whether only autograd needs to see a call with these arguments."""
     return quiet() and plain(*arguments)
 
 
 def plain(*arguments: Any) -> bool:
-    """Whether these are values and tensors as bodies take them: no class of others, no symbol."""
+    """Whether these are values and tensors that bodies take: no tensor subclasses, no symbols."""
     for value in arguments:
         kind = type(value)
         if kind not in _PLAIN:
@@ -62,14 +62,14 @@ def plain(*arguments: Any) -> bool:
 
 
 def _is_odd(tensor: Tensor) -> bool:
-    """Whether its memory is not to be read, or not as it is; functorch leaves some of those."""
+    """Whether its memory cannot be read, or not directly; functorch leaves such tensors."""
     return tensor.is_meta or tensor.is_neg() or _is_wrapped(tensor)
 
 
 class Direct:
-    """An operator of torch.library; called, it is its body where nothing is to know of the call.
+    """An operator of torch.library; a call runs its body if nothing else needs to see the call.
 
-    `changes`: places of the arguments that it writes.
+    `changes`: positions of the arguments that it writes.
     """
 
     def __init__(self, operator: Any, changes: tuple[int, ...] = ()) -> None:
@@ -102,7 +102,7 @@ class Direct:
         return call
 
     def body(self, *arguments: Any) -> Any:
-        """What it computes, below autograd; for calls that are `undisturbed`."""
+        """Its result, below autograd; for calls that are `undisturbed`."""
         assert self._body is not None
         made = self._body(*arguments)
         changed([arguments[place] for place in self.changes])
@@ -110,9 +110,10 @@ class Direct:
 
 
 def _implement(operator: Any, body: Callable[..., Any]) -> None:
-    """Let compiled code, too, get the body without what torch.library puts round it at each call.
+    """Let compiled code, too, run the body without torch.library's wrapper around each call.
 
-    That looks for results that share memory, which is tested, and keeps Dynamo out, which stays.
+    The wrapper looks for results that share memory, which tests cover, and keeps Dynamo out, which
+    remains so.
     """
     name = getattr(operator, "_qualname", None)
     disable = getattr(torch, "_disable_dynamo", None)
@@ -121,17 +122,17 @@ def _implement(operator: Any, body: Callable[..., Any]) -> None:
 
 
 def changed(tensors: Sequence[Optional[Tensor]]) -> None:
-    """Count that these were written, for whoever keeps them."""
+    """Count that these were written, for code that saved them."""
     torch.autograd.graph.increment_version([t for t in tensors if t is not None])
 
 
 def applied(function: Any) -> Callable[..., Any]:
-    """`apply` of an autograd.Function without its look at functorch, for calls that are `quiet`."""
+    """`apply` of an autograd.Function without its functorch check, for calls that are `quiet`."""
     return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
 
 
 def _recorded(arguments: tuple[Any, ...]) -> bool:
-    """Whether autograd would record: second derivatives are the operator's to refuse."""
+    """Whether autograd would record; the operator refuses second derivatives."""
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(value, Tensor) and value.requires_grad for value in arguments)

@@ -1,4 +1,4 @@
-"""Our operators as Inductor sees them: calls that it makes as they are."""
+"""How Inductor treats our operators: it calls them as they are."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Callable
 def register_fake(operator: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`operator.register_fake`, of an operator that Inductor calls as it is.
 
-    Inductor finds out by itself when it first meets the operator, but that of torch 2.11 then
-    writes down all that the arguments are computed from: eight times more text with every batch
-    normalisation in the way, so a deep network never compiles. A fake function runs before that
+    Inductor finds this out when it first meets the operator, but in torch 2.11 it then writes
+    down everything that the arguments are computed from: eight times more text with every batch
+    normalisation on the way, so a deep network never compiles. A fake function runs before that
     whenever Inductor compiles the operator.
     """
 
@@ -30,10 +30,10 @@ def register_fake(operator: Any) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 def _call_as_it_is(operator: Any) -> None:
-    """What Inductor does when it meets the operator, if Inductor is there: we do not load it."""
+    """What Inductor does when it meets the operator, if it is loaded: we do not load it."""
     if "torch._inductor.lowering" not in sys.modules:
         return
-    # These are not public: a version of torch that has renamed one finds out by itself.
+    # These are not public: in a torch that has renamed one, Inductor finds out by itself.
     with contextlib.suppress(AttributeError, ImportError, TypeError):
         from torch._inductor import lowering  # waits for a thread that is loading it
         from torch._library.utils import get_layout_constraint_tag

@@ -4,9 +4,9 @@ A plan lists the kernel launches of a call without running them, so that the sam
 compiled for an architecture that is not there, or counted byte by byte.
 
 Another Triton version may compile a kernel differently. The first time a program is used, it is
-compiled and looked at before it runs: where it keeps values in local memory or does not fit, the
-next configuration of the list takes its place, and one line in the log says so. What was measured
-on the device (tuned.py) stands before the list.
+compiled and checked before it runs: if it keeps values in local memory or does not fit, the next
+configuration of the list takes its place, and one line in the log says so. Configurations measured
+on the device (tuned.py) come before the list.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Config:
             weights in between.
         whole: fused, and one program takes all pixels of an image and finishes what it sums.
         max_registers: a limit for the compiler, of a thread, or None.
-        stages: tiles under way at once: with 2 the following one is read while one is worked on.
+        stages: tiles in flight at once: with 2 the next one is read while one is worked on.
     """
 
     block_n: int
@@ -93,16 +93,16 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
     def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
+        """Options for the compiler."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # Said because the default is to change; without it there are more instructions.
+        # Set because the default is to change; without it there are more instructions.
         options["enable_fp_fusion"] = True
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def program(self) -> Any:
         """Different for launches that Triton compiles to different programs on one device."""
         return (
-            id(self.kernel),  # it lives as long as its module; its hash takes long
+            id(self.kernel),  # it lives as long as its module; its hash is slow
             self.num_warps,
             self.num_stages,
             self.max_registers,
@@ -123,16 +123,16 @@ class Launch:
         return self.kernel[self.grid](**self._call())
 
     def obstacle(self) -> Optional[str]:
-        """Compile for the current device; why the result is not to be used, or None."""
+        """Compile for the current device; why the result cannot be used, or None."""
         import triton  # not at the top: not every platform has it
 
         try:
             compiled = self.kernel.warmup(**self._call(), grid=self.grid)
-            # Asking for it loads the program; only then does the driver tell what it takes.
+            # Asking for it loads the program; only then does the driver say what it takes.
             compiled.run  # noqa: B018
         except triton.runtime.OutOfResources as error:
             return f"{self.name} does not fit: {error}"
-        # Not a count of spills: a quarter of a thread's local memory, where the stack is as well.
+        # Not a count of spills: a quarter of a thread's local memory, which includes the stack.
         if compiled.n_spills:
             local = 4 * compiled.n_spills
             return f"{self.name} takes {local} bytes of local memory (stack and spills) a thread"
@@ -140,9 +140,9 @@ class Launch:
 
 
 def _specialised(value: Any) -> Any:
-    """What Triton compiles for anew in a run-time argument: its type, and what divides it.
+    """What of a run-time argument makes Triton compile again: its type, and what divides it.
 
-    This is asked for every argument of every launch, hence one small object for each kind.
+    This is needed for every argument of every launch, hence one small object for each kind.
     """
     kind = type(value)
     if kind is int:
@@ -151,7 +151,7 @@ def _specialised(value: Any) -> Any:
         if -(2**31) <= value < 2**31:
             return 16 if value % 16 == 0 else kind
         return value % 16 == 0, value < 2**63
-    # Asked second: of what is no tensor, isinstance takes long.
+    # Asked second: isinstance is slow for what is not a tensor.
     if kind is not float and isinstance(value, Tensor):
         return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
     return kind
@@ -163,14 +163,14 @@ def cdiv(number: int, divisor: int) -> int:
 
 
 def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is not below number."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 _ANYWHERE = contextlib.nullcontext()
-# Why a program, on a device, is not to be used, or None.
+# Why a program cannot be used on a device, or None.
 _obstacles: dict[Any, Optional[str]] = {}
-# What a pass over arguments like these ran with on a device.
+# The configuration that a pass over arguments like these used on a device.
 _chosen: dict[Any, tuple[Machine, Config]] = {}
 
 Outputs = TypeVar("Outputs")
@@ -178,14 +178,14 @@ Made = TypeVar("Made", covariant=True)
 
 
 class Machine(NamedTuple):
-    """What a plan has to know of a GPU: its compute capability, such as 90, and multiprocessors."""
+    """What a plan must know of a GPU: its compute capability, such as 90, and multiprocessors."""
 
     arch: int
     processors: int
 
 
 class Call(Protocol[Made]):
-    """One pass of an operator over tensors that its kernels can read: what every plan is made of.
+    """One pass of an operator over tensors that its kernels can read; plans consist of these.
 
     Nothing of it runs. The tensors may be on the meta device.
     """
@@ -195,10 +195,10 @@ class Call(Protocol[Made]):
         """Where the tensors are."""
 
     def problem(self) -> Problem:
-        """What measured configurations are found by."""
+        """The key for measured configurations."""
 
     def configs(self, machine: Machine) -> Sequence[Config]:
-        """What the launches can be made with, the preferred first, the conservative one last."""
+        """Configurations for the launches, the preferred first, the conservative one last."""
 
     def candidates(self, machine: Machine) -> Sequence[Config]:
         """`configs`, and what else is worth measuring."""
@@ -215,9 +215,9 @@ def machine(device: torch.device) -> Machine:
 
 
 def run(call: Call[Outputs]) -> Outputs:
-    """Run a call on its device, with the first good configuration that there is; its outputs.
+    """Run a call on its device with the first good configuration; its outputs.
 
-    It is looked for once for arguments that are alike.
+    That is looked for once for arguments of one kind.
     """
     key = call.device, type(call), _kinds(call)
     with on(call.device):
@@ -237,9 +237,9 @@ def run(call: Call[Outputs]) -> Outputs:
 
 
 def _kinds(arguments: Any) -> tuple[Any, ...]:
-    """All of a pass's arguments that decides what it launches, and how that is compiled.
+    """Everything in a pass's arguments that decides what it launches and how that is compiled.
 
-    Of a number that is no size a plan only asks whether it is above 0.
+    For a number that is not a size, a plan only asks whether it is above 0.
     """
     found: list[Any] = []
     for value in vars(arguments).values():
@@ -256,31 +256,31 @@ def _kinds(arguments: Any) -> tuple[Any, ...]:
 
 
 def forget() -> None:
-    """What was chosen, and how launches are made again."""
+    """The choice, and how to make the launches again."""
     _chosen.clear()
     forget_replays()
 
 
 def _preferred_first(call: Call[Any], here: Machine) -> Sequence[Config]:
-    """The plan's list, with what was measured for such a call before it."""
+    """The plan's list, after the configuration measured for such a call, if any."""
     configs = call.configs(here)
     found = tuned.preferred(call.problem(), partial(call.candidates, here), call.device)
     if found is None or found == configs[0]:
         return configs
-    # The last one stays where it is, even if it was the fastest: nothing looks at it there.
+    # The last one stays where it is, even if it was the fastest: it is used unchecked there.
     return [found, *(config for config in configs[:-1] if config != found), configs[-1]]
 
 
-# What has been chosen since a trial began, or None.
+# What was chosen since a trial began, or None.
 _seen: Optional[list[tuple[Call[Any], Config]]] = None
 
 
 @contextlib.contextmanager
 def trial(entries: Sequence[Entry] = ()) -> Iterator[list[tuple[Call[Any], Config]]]:
-    """Choose anew within, with these entries in place of those of the files.
+    """Choose again inside this context, with these entries in place of those of the files.
 
-    The list gets each pass that runs, once for arguments that are alike, and what it runs with. For
-    tuning: it holds for all threads, since a backward pass runs in one of its own.
+    The list gets each pass that runs, once for arguments of one kind, and its configuration. For
+    tuning: this holds for all threads, since a backward pass runs in one of its own.
     """
     global _seen
     before = _seen, tuned.tried
@@ -299,7 +299,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def run_all(launches: Sequence[Launch]) -> None:
-    """Run them in order, but those without programs: a GPU refuses an empty grid."""
+    """Run them in order, except empty grids, which a GPU refuses."""
     for launch in launches:
         if all(launch.grid):
             run_noted(launch)
@@ -312,8 +312,8 @@ def choose(
 ) -> tuple[Config, Sequence[Launch], Outputs]:
     """The first good configuration, and what `launches` lists for it.
 
-    Good is one whose kernels fit and need no local memory. The last one is taken without a look:
-    it is the conservative one, and a slow result is better than none.
+    A configuration is good if its kernels fit and need no local memory. The last one is taken
+    unchecked: it is the conservative one, and a slow result is better than none.
     """
     for config, following in zip(configs, configs[1:]):
         made, outputs = launches(config)
@@ -326,7 +326,7 @@ def choose(
 def _good(
     launches: Sequence[Launch], device: torch.device, config: Config, following: Config
 ) -> bool:
-    """Whether no program of these is to be avoided; looks at each once, and logs what it finds."""
+    """Whether all of these programs can be used; checks each once, and logs what it finds."""
     good = True
     for launch in launches:
         key = device, launch.program()

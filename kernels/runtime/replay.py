@@ -1,13 +1,13 @@
-"""The launches of a function as they were made before, for arguments that are alike.
+"""Repeats the launches of a function as they were made before, for arguments of the same kind.
 
 A body that launches kernels makes the same launches of the same compiled programs for all arguments
-of the same kinds (shapes, strides, dtypes, alignment, options); only addresses and numbers differ.
-So the second time it is watched: what it allocates and where the arguments of its launches come
-from is written down. Later calls allocate, fill in and call the programs' launchers, without the
-checks, plans and views of the body and without Triton's binder. Whatever is not understood leaves
-the call to the body and to Triton: a body that computes something else, arguments whose origin is
-unclear, a Triton whose launchers are not known here, hooks that somebody has set. ENCNET_REPLAY=0
-in the environment leaves all of them to it.
+of the same kind (shapes, strides, dtypes, alignment, options); only addresses and numbers differ.
+So its second call is watched: what it allocates, and where the arguments of its launches come from,
+is written down. Later calls allocate, fill in and call the programs' launchers, without the checks,
+plans and views of the body and without Triton's binder. In any unclear case the body and Triton
+handle the call: a body that computes something else, arguments whose origin is unclear, a Triton
+whose launchers are not known here, hooks that are set. With ENCNET_REPLAY=0 in the environment they
+handle all calls.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dispatch import interpreting, takes_triton
 
-# Versions whose compiled programs are launched as `Replay` does; in another one Triton launches.
+# Versions whose programs `Replay` knows how to launch; in any other, Triton launches them.
 _KNOWN = ("3.6", "3.7", "3.8", "3.9")
-# Bytes that buffers within one allocation begin at a multiple of.
+# Buffers within one allocation begin at a multiple of this many bytes.
 _ALIGNED = 256
 # Calls that are watched for arguments of one kind, at most: two tensors that are the same one, as
 # the arguments may be by chance, are not told apart.
@@ -39,7 +39,7 @@ _WATCHED = 3
 _ALLOCATE = frozenset(("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"))
 
 _PLAIN = frozenset({type(None), bool, str, torch.dtype})
-# How a number that is no size is known: all that a body asks of it.
+# What is kept of a number that is not a size: all that a body asks of it.
 _ABOVE, _NOT_ABOVE = object(), object()
 
 # What torch.library runs a body in: views and changes are not recorded.
@@ -49,9 +49,9 @@ _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextli
 def kinds_of(
     arguments: Sequence[Any], pointers: list[int], numbers: list[float]
 ) -> Optional[tuple[Any, ...]]:
-    """All of the arguments that decides what is launched for them, and how it is compiled.
+    """Everything in the arguments that decides what is launched and how it is compiled.
 
-    The rest is added to the lists. None where one of them is no plain tensor or value.
+    The rest is added to the lists. None if one of them is not a plain tensor or value.
     """
     found: list[Any] = []
     bits = 0
@@ -83,7 +83,7 @@ def kinds_of(
 
 
 class Repeated:
-    """A body that launches kernels, with what is known of its calls."""
+    """A body that launches kernels, with the record of its calls."""
 
     def __init__(self, body: Callable[..., Any]) -> None:
         self.body = body
@@ -92,7 +92,7 @@ class Repeated:
         _all.append(self)
 
     def again(self, *arguments: Any) -> Optional[Callable[[], Any]]:
-        """What to call for its outputs where such arguments were seen, or None."""
+        """What to call for its outputs if such arguments were seen before, or None."""
         found = self._find(arguments)
         return None if found is None else partial(self._run, found, arguments)
 
@@ -134,7 +134,7 @@ class Repeated:
         return outputs
 
     def forget(self) -> None:
-        """Whatever is known of calls."""
+        """Forget all calls."""
         self._replays.clear()
         self._calls.clear()
 
@@ -143,13 +143,13 @@ _all: list[Repeated] = []
 
 
 def forget() -> None:
-    """What is known of calls, of all bodies: their plans are to be asked again."""
+    """Forget the calls of all bodies: their plans must be asked again."""
     for one in _all:
         one.forget()
 
 
 def _is_known_here(arguments: Sequence[Any]) -> bool:
-    """Whether kernels that Triton compiles run on the first tensor, and are launched as here."""
+    """Whether Triton compiles kernels for the first tensor, in a version that launches as here."""
     first = next((value for value in arguments if isinstance(value, Tensor)), None)
     if first is None or interpreting() or not takes_triton(first):
         return False
@@ -175,7 +175,7 @@ _watching = _Watching()
 
 
 def watching() -> bool:
-    """Whether a body runs on this thread of which all is written down."""
+    """Whether this thread runs a body that is being recorded."""
     return _watching.launches is not None
 
 
@@ -188,12 +188,12 @@ def run_noted(launch: Any) -> None:
 
 
 def _unmarked(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Triton asks what type a number has."""
+    """The arguments with plain numbers, because Triton looks at their type."""
     return {n: float(v) if type(v) is _Number else v for n, v in arguments.items()}
 
 
 class _Allocations(TorchDispatchMode):
-    """Keeps what is allocated, so that no memory is given out twice; sees what else is done."""
+    """Keeps what is allocated, so that no memory is handed out twice; sees other operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ def _is_known(launch: Any, program: Any) -> bool:
 
 
 class NotReplayable(Exception):
-    """Why calls are left to the body."""
+    """Why the body must handle the calls."""
 
 
 class _Places:
@@ -318,7 +318,7 @@ class _Places:
         kind = type(value)
         if kind is _Number:
             return self._first_number + value.place
-        # A number that is not the call's own may have been made from one of them.
+        # A number that is not an argument of the call may have been computed from one.
         if kind is int or kind is bool or value is None or (kind is float and not self._numbers):
             return self.constant(value)
         if not isinstance(value, Tensor):
@@ -354,7 +354,7 @@ def _range(storage: Any) -> tuple[int, int]:
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes from its first element to behind its last."""
+    """Bytes from its first element to the end of its last."""
     if not tensor.numel():
         return 0
     steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
@@ -408,7 +408,7 @@ class Replay:
         self._constants = places.constants[::-1]
 
     def holds(self) -> bool:
-        """Whether nothing has changed that Triton would look at, and the device is the current."""
+        """Whether nothing that Triton looks at has changed, and the device is the current one."""
         for settings, before in self._settings:
             if settings != before:
                 return False
@@ -418,7 +418,7 @@ class Replay:
         return bool(self._driver.get_current_device() == self._index)
 
     def run(self, pointers: list[int], numbers: list[float]) -> Any:
-        """The outputs, or None where memory lies as it did not before."""
+        """The outputs, or None if an allocation does not begin at a multiple of 16 bytes."""
         device = self._device
         outputs: list[Optional[Tensor]] = []
         values: list[Any] = [*pointers, *numbers]
@@ -448,7 +448,7 @@ class Replay:
 
 
 def _calls_of(hook: Any) -> Any:
-    """The list of those that listen."""
+    """The list of hooks that are set."""
     if not hasattr(hook, "calls"):
         raise NotReplayable("a hook is set")
     return hook.calls

@@ -1,9 +1,9 @@
-"""Configurations that were the fastest when measured: a file a device, tuned/<device>.json.
+"""Configurations that were the fastest when measured: one file a device, tuned/<device>.json.
 
-`python -m bench tune` makes it. The file of a device is read when a pass first runs there, and only
-names configurations: a plan says which of them there are, and the launcher looks at their programs
-as it does at those of its own list. Whatever is wrong with a file, plans then choose as they do
-without one. ENCNET_TUNED=0 in the environment leaves the files unread.
+`python -m bench tune` makes it. The file of a device is read when a pass first runs there. It only
+names configurations: a plan says which of them exist, and the launcher checks their programs as it
+checks those of its own list. If anything is wrong with a file, plans choose as they do without one.
+With ENCNET_TUNED=0 in the environment no file is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "tuned"
-# How far away a measured shape may be: the sum of what each size differs by, in powers of two.
+# How far away a measured shape may be: the ratios of all sizes together, in powers of two.
 _FAR = 3.0
 
 Config = TypeVar("Config")
@@ -37,8 +37,8 @@ class Problem:
     Attributes:
         name: operator and pass, such as "encode forward".
         dtype: of x, such as "bfloat16".
-        options: what its programs are compiled for; what was measured for others says nothing.
-        sizes: numbers that its programs are given; what was measured for near ones says something.
+        options: what its programs are compiled for; a measurement for others does not apply.
+        sizes: numbers that its programs are given; a measurement for near ones applies.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Problem:
     sizes: Mapping[str, int]
 
     def distance(self, other: Problem) -> float:
-        """0 between equal ones, infinite between those that have nothing to say of each other."""
+        """0 between equal ones, infinite if a measurement of one does not apply to the other."""
         if (self.name, self.dtype) != (other.name, other.dtype):
             return math.inf
         if self.options != other.options or self.sizes.keys() != other.sizes.keys():
@@ -71,7 +71,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a file says: of which device, made with which Triton."""
+    """What a file says: for which device, made with which Triton."""
 
     device: str
     triton: str
@@ -87,7 +87,7 @@ def read(file: Path) -> Tuned:
     """A file as `bench tune` makes it.
 
     Raises:
-        ValueError: it cannot be read, or holds something else; the message is a sentence.
+        ValueError: it cannot be read or has other contents; the message is a sentence.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def _entry(found: Any) -> Optional[Entry]:
     return Entry(Problem(found["name"], found["dtype"], options, sizes), found["config"])
 
 
-# By name of device; and what `launch.trial` prefers on every device in place of it, or None.
+# By device name; and what `launch.trial` uses on every device instead, or None.
 _tables: dict[str, Sequence[Entry]] = {}
 tried: Optional[Sequence[Entry]] = None
 
@@ -146,7 +146,7 @@ def preferred(
 
 
 def _entries(device: torch.device) -> Sequence[Entry]:
-    """Of the file of this device; read once, and what is wrong is said once."""
+    """The entries of this device's file; read once, and an error is logged once."""
     if device.type != "cuda" or os.environ.get("ENCNET_TUNED") == "0":
         return ()
     name = torch.cuda.get_device_name(device)

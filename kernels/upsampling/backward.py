@@ -1,10 +1,10 @@
 """Triton kernel of `upsample_cross_entropy`, backward; plan.py launches it.
 
 A program owns low rows and columns of a chunk of classes, and visits all output pixels that touch
-them, also those that its neighbours visit too. It walks down the rows with two sums a column and
-class: of the gradient that goes to the low row above the pixels and to that below. When it passes a
-low row, the sums of the row above are complete, and one product of matrices sums them over columns
-into the gradient of the low pixels. Each is written once, by one program.
+them, including those that its neighbours also visit. It walks down the rows with two sums a column
+and class: of the gradient for the low row above the pixels and for the one below. When it passes a
+low row, the sums of the row above are complete, and one matrix product sums them over columns into
+the gradient of the low pixels. Each is written once, by one program.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def backward_kernel(
 
     x = first_after(first_column - 1, w, W, ALIGN) + tl.arange(0, BX)
     end_x = first_after(end_column, w, W, ALIGN)
-    # Columns beyond the last compute what that one does, and count nowhere. Downsampling, a
+    # Columns beyond the last repeat it and count nowhere. When downsampling, a
     # program may have none, and low rows below the last output row: then it reads what is nearest.
     in_x, x = x < end_x, tl.maximum(tl.minimum(x, end_x - 1), 0)
     left, share = between(x, w, W, ALIGN)
@@ -147,7 +147,7 @@ def backward_kernel(
     sum_above = tl.zeros((BX, BC), tl.float32)
     sum_below = tl.zeros((BX, BC), tl.float32)
     y = first_after(begin, h, H, ALIGN)
-    # Of the next row, one ahead: it comes from far.
+    # Of the next row, read early because memory is far away.
     first = labels + tl.cast(tl.minimum(y, H - 1), tl.int64) * W + x
     lse_at, label_at, grad_at = Lse + first, Target + first, Grad + first
     next_lse, next_label = tl.load(lse_at), tl.load(label_at)
@@ -173,7 +173,7 @@ def backward_kernel(
             lse_at += onward
             label_at += onward
             next_lse, next_label = tl.load(lse_at), tl.load(label_at)
-            # Ignored pixels have an infinite lse, and so no probabilities.
+            # Ignored pixels have an infinite lse, so their probabilities are 0.
             label = tl.where(lse == float("inf"), -1, label)
             down = numerator(row, h, H, ALIGN) - i * whole
             down = tl.cast(down, tl.float32) * (1.0 / whole)

@@ -5,12 +5,12 @@ backward.py. All sums are in float32.
 
 A program has R rows of output, which lie between two low rows, and walks the classes in chunks with
 a running maximum and the sums of exponentials of its rows. For `upsample_argmax`, threads that
-share a pixel join what they have once, at the end.
+share a pixel combine their results once, at the end.
 """
 
 from __future__ import annotations
 
-# Kernels grow tuples in unrolled loops, and mypy takes the empty one's type for good.
+# Kernels grow tuples in unrolled loops, and mypy keeps the type of the empty one.
 # mypy: disable-error-code="assignment"
 import triton
 import triton.language as tl
@@ -69,7 +69,7 @@ def _finish_row(
     w, h, ignore, smoothing, C: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
     LSE: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
-    """Stores lse and loss of a row; the losses, the weights of their labels, and what is wrong.
+    """Store lse and loss of a row; return losses, label weights, and labels not allowed.
 
     lse2 is lse times log2 e, and average the sum of all logits (with class weights, if any) times
     log2 e, for the label smoothing.

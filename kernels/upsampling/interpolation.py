@@ -1,15 +1,15 @@
-"""Bilinear interpolation of logits, and what labels ask of it, in the upsampling Triton kernels.
+"""Bilinear interpolation of logits, also at labels, in the upsampling Triton kernels.
 
-Logits are B x C x h x w, channels last and dense: Logits[b, y, x, c]. No product of
-matrices stands between a logit and its upsampled value, so the values are those of interpolation in
-float32, whatever the dtype of the logits.
+Logits are B x C x h x w, channels last and dense: Logits[b, y, x, c]. There is no matrix product
+between a logit and its upsampled value, so the values are those of interpolation in float32,
+whatever the dtype of the logits.
 
 Interpolation goes first along the columns and then along the rows. A thread has a column of output
 pixels to itself, and some classes. Upsampling by 8, eight rows of output lie between two low rows;
 so the columns are interpolated once for many output rows, and a further row costs a multiplication
-or two a value. What the loss needs of a value is in registers.
+or two a value. Everything the loss needs of a value is in registers.
 
-Values are kept times log2 e, for exp2 is what the hardware computes.
+Values are kept times log2 e, because the hardware computes exp2.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below every logit; finite, because the difference of two infinities is not a number.
 LOWEST = tl.constexpr(-1e30)
-# How much a value may differ from a low row to the next for exponentials by recurrence. The sum of
-# a row is then at least 2^-46 of the reference; a class whose first exponential is lost, for it is
-# below 2^-126, is at most 2^-80 in every row, which float32 does not notice beside that.
+# How much a value may change from one low row to the next for exponentials by recurrence. The sum
+# of a row is then at least 2^-46 of the reference. A class whose first exponential is lost,
+# because it is below 2^-126, is at most 2^-80 in every row, and disappears when float32 rounds
+# that sum.
 STEEPEST = tl.constexpr(46.0)
 
 
@@ -81,7 +82,7 @@ def _load_classes(
 ):  # fmt: skip
     """Logits of G groups of VEC classes, `step` words apart, in float32: columns x lanes x VEC G.
 
-    One load a group: as many classes side by side as C allows to be read at once. Groups run
+    One load a group: as many neighbouring classes as C allows to be read at once. Groups run
     fastest, so that joining them moves nothing between registers. A word is PACK logits, and a
     pixel has LIMIT of them; EVEN: no load reaches beyond.
     """
@@ -109,16 +110,16 @@ def _load_classes(
 
 @triton.jit
 def first_class_of(chunk, C: tl.constexpr, CHUNK: tl.constexpr):
-    """That of a chunk of CHUNK classes.
+    """The first class of a chunk of CHUNK classes.
 
-    The last one begins early where it would end late: then no load needs a mask.
+    The last chunk begins early rather than end beyond the last class, so no load needs a mask.
     """
     return tl.minimum(chunk * CHUNK, C - CHUNK) if C >= CHUNK else chunk * CHUNK
 
 
 @triton.jit
 def classes_of(chunk, C: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr):
-    """The classes of a chunk as they lie in registers, L x VEC G, and which are not another's.
+    """The classes of a chunk as registers hold them, L x VEC G, and which of them it owns.
 
     L threads share a pixel, and each has G groups of VEC classes side by side.
     """
@@ -160,9 +161,9 @@ def two_rows(
     image, i, h, w, left, right, share, chunk,
     C: tl.constexpr, L: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Low row i made wide, and what the next one has more; far below 0 where not to be counted.
+    """Low row i made wide, and how much the next one differs; far below 0 where it must not count.
 
-    Above the first and below the last low row is that row once more.
+    Above the first and below the last low row, that row is repeated.
     """
     above = image + tl.maximum(i, 0) * (w * C)
     above = widen(above, left, right, share, chunk, C, L, VEC, G)
@@ -202,7 +203,7 @@ def logits_of_labels(image, label, i, down, left, right, share, w, h, C: tl.cons
 
 @triton.jit
 def label_rate(Weight, label, valid, WEIGHT: tl.constexpr):
-    """m_t, 0 where no label counts."""
+    """m_t, 0 where the label is ignored."""
     if WEIGHT:
         rate = tl.load(Weight + label, mask=valid, other=0.0).to(tl.float32)
     else:

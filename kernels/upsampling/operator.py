@@ -14,17 +14,17 @@ With p_ic = exp(v_ic - lse_i), g_i = dL/dloss_i and r_i = (1 - e) m_t + (e / C) 
     dL/dv_ic = g_i (r_i p_ic - (1 - e) m_t [c = t] - (e / C) m_c)
     dL/dz    = U_h^T (dL/dv) U_w
 
-v, p and dL/dv have B C H W entries and are never stored. Three ways through:
+v, p and dL/dv have B C H W entries and are never stored. There are three ways:
 
-- On a GPU (plan.py) forward keeps lse, 4 B H W bytes, and backward makes v again.
+- On a GPU (plan.py) forward keeps lse, 4 B H W bytes, and backward recomputes v.
   Bytes that must move, logits of e bytes, labels of one: forward reads e B C h w + B H W and writes
   4 B H W; backward reads those and writes e B C h w.
 - On a CPU (pytorch.py) v exists for a tile of pixels small enough for a cache. Per-pixel
   losses (reduction "none"): as on a GPU.
 - There, sum and mean: the gradient of the sum is made in the pass that makes the loss, while exp v
-  is at hand, and kept in fp32, 4 B C h w bytes; backward only scales it. That takes two thirds of
-  the time. Forward reads 4 B C h w + B H W (fp32 logits) and writes 4 B C h w; backward reads and
-  writes 4 B C h w.
+  is available, and kept in fp32, 4 B C h w bytes; backward only scales it. That takes two thirds
+  of the time. Forward reads 4 B C h w + B H W (fp32 logits) and writes 4 B C h w; backward reads
+  and writes 4 B C h w.
 
 On a CPU: a softmax does not change when one number is subtracted from all classes of a
 low-resolution pixel, so each pixel's largest logit is subtracted first, on the small map.
@@ -96,12 +96,12 @@ def _check_inputs(logits: Tensor, target: Tensor, weight: Optional[Tensor]) -> N
 
 
 def _check_weight(weight: Optional[Tensor]) -> None:
-    """Refuse weights that are negative or not finite; asked once their values are there."""
+    """Refuse weights that are negative or not finite, once their values are known."""
     if weight is None:
         return
     allowed = (weight.isfinite() & (weight >= 0)).all()
     message = "upsample_cross_entropy: weight must hold finite numbers of at least 0"
-    # An accelerator is not waited for: as with a wrong label, it fails later.
+    # Do not wait for an accelerator: as with a wrong label, it fails later.
     if weight.device.type != "cpu":
         torch._assert_async(allowed, message)
     elif not allowed:
@@ -143,7 +143,7 @@ def _map_op(
     if plan := _plan_of(logits, target, align_corners):
         _, _, lse, loss = _run_forward(plan, logits, target, options, True, True)
         return loss, lse
-    # Autocast would reach into the body and run its products in half precision.
+    # Autocast would change the body and run its products in half precision.
     with torch.autocast(logits.device.type, enabled=False):
         loss, lse, _ = pytorch.forward(logits, target, *options, with_grad=False)
     return loss, lse
@@ -232,7 +232,7 @@ _map_op.register_autograd(_map_autograd, setup_context=_map_setup_context)
 
 
 class _Losses(torch.autograd.Function):
-    """`_map_op` and its backward pass round the dispatcher."""
+    """`_map_op` and its backward pass, bypassing the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -324,7 +324,7 @@ def _reduced_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _keep(ctx: Any, logits: Tensor, target: Tensor, weight: Optional[Tensor], *rest: Any) -> None:
     *ctx.options, mean, with_grad, rates, saved = rest
     ctx.dtype = logits.dtype
-    # vmap hides from the caller that a gradient will be asked for: then nothing was kept for it.
+    # vmap hides from the caller that a gradient will be needed: then nothing was kept for it.
     ctx.made = with_grad
     needs_inputs = not with_grad or saved.dim() == 3
     inputs = (logits, target, weight) if needs_inputs else ()
@@ -355,7 +355,7 @@ _reduced_op.register_autograd(_reduced_autograd, setup_context=_reduced_setup_co
 
 
 class _Reduced(torch.autograd.Function):
-    """`_reduced_op` and its backward pass round the dispatcher."""
+    """`_reduced_op` and its backward pass, bypassing the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, call: Callable[[], Any], *inputs: Any) -> Tensor:
@@ -394,12 +394,12 @@ def _argmax_fake(
     return label, logits.new_empty(shape if with_prob else (0,), dtype=pytorch.result_dtype(logits))
 
 
-# As eager code calls the operators.
+# Called as eager code calls the operators.
 _backward, _scale = Direct(_backward_op), Direct(_scale_op)
 _map, _reduced, _argmax = Direct(_map_op), Direct(_reduced_op), Direct(_argmax_op)
 
 
-# Counted: the multiplications and additions of the interpolation, of its two taps a direction.
+# Counts the multiplications and additions of the interpolation, with two taps a direction.
 
 
 @register_flop_formula(_map_op._opoverload.overloadpacket)
@@ -533,7 +533,7 @@ def upsample_argmax(
     align_corners: bool = True,
     return_prob: bool = False,
 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
-    """The most likely class of each pixel of bilinearly upsampled logits, made tile by tile.
+    """The most likely class of each pixel of bilinearly upsampled logits, computed tile by tile.
 
     Args:
         logits: B x C x h x w in any memory format; float32, bfloat16, float16 or float64. Finite.

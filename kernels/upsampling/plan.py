@@ -19,13 +19,13 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .pytorch import label_dtype
 
-# Forward: columns of a program, classes of a chunk that one thread has to itself.
+# Forward: columns of a program, and classes of a chunk that one thread owns.
 _COLUMNS, _OWN_CLASSES, _MOST_ROWS = 32, 8, 9
 # Backward: classes of a program; the low columns it may own, rows of a product of matrices.
 _CLASSES, _LOW_COLUMNS = 16, 32
 _WIDTHS, _REGISTERS = (256, 128, 64, 32), 128
 _MOST_REGISTERS = 255
-# Programs a multiprocessor that the backward pass is split for, and the least rows of a part.
+# Programs a multiprocessor that the backward pass is split into, and the fewest rows of a part.
 _PROGRAMS, _LEAST_ROWS = 8, 8
 _MOST_NUMBER = 2**31
 
@@ -64,7 +64,7 @@ class Axis:
 
 @cache
 def rows_of_part(axis: Axis) -> tuple[int, int]:
-    """Output rows of a program of the forward pass, and in how many parts it does the rest.
+    """Output rows of a program of the forward pass, and in how many parts the rows of a gap come.
 
     A program has rows that lie between the same two low rows, or beyond the first or last one.
     """
@@ -77,7 +77,7 @@ def rows_of_part(axis: Axis) -> tuple[int, int]:
 def strip_of(axis: Axis) -> Optional[tuple[int, int]]:
     """Low columns that a program of the backward pass owns, and the width that all theirs fit in.
 
-    The pair with the fewest threads in all; None where even one low column touches too many.
+    The pair with the fewest threads in total; None if even one low column touches too many.
     """
     found: list[tuple[int, int, int]] = []
     for width, own in itertools.product(_WIDTHS, range(1, _LOW_COLUMNS + 1)):
@@ -92,7 +92,7 @@ def strip_of(axis: Axis) -> Optional[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Options:
-    """What the operators of the cross-entropy take besides tensors."""
+    """The options of the cross-entropy operators."""
 
     weight: Optional[Tensor]
     ignore_index: int
@@ -104,7 +104,7 @@ class Options:
         needs_mean = self.weight is not None and self.smoothing > 0
         return {
             "Weight": weight,
-            # Its mean over the classes; on the device, which is not to be waited for.
+            # Its mean over the classes; on the device, so that nothing waits for it.
             "Mean": weight.mean() if needs_mean else weight,
             "ignore": self.ignore_index,
             "smoothing": self.smoothing,
@@ -166,8 +166,8 @@ def backward_configs(
     found = strip_of(Axis(logits.shape[3], width, align_corners))
     assert found is not None, "supports was not asked"
     free = Config(found[1], _CLASSES, found[1] // 32)
-    # Left alone, the compiler takes so many that only 8 warps are resident. One warp a program is
-    # for small maps, and smoothing needs them.
+    # Left alone, the compiler takes so many registers that only 8 warps are resident. Programs of
+    # one warp serve small maps, and smoothing needs the registers.
     if smoothing or free.num_warps == 1:
         return [free]
     return [replace(free, max_registers=_REGISTERS), free]
@@ -362,7 +362,7 @@ class Backward:
             "segments": segments,
             "strips": strips,
         }
-        # Three products in TF32, which would do for float32, need more registers than there are.
+        # Three TF32 products, which would be exact enough for float32, need too many registers.
         precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(logits.dtype, "ieee")
         constants = {"BX": config.block_n, "BM": _LOW_COLUMNS}
         constants |= {"MAP": self.grad.dim() > 0, "MEAN": self.rates is not None}
@@ -431,9 +431,9 @@ class ArgMax:
 def channels_last(logits: Tensor) -> Tensor:
     """logits, or a dense copy of them with the classes of a pixel side by side.
 
-    They begin at a multiple of 16 bytes, as a read of several classes at once must. Where they do
-    not, a copy of the small map lets the kernels do without a slower program that reads the classes
-    one by one.
+    They begin at a multiple of 16 bytes, as reads of several classes at once require. Where they do
+    not, a copy of the small map saves the kernels a slower program that reads the classes one by
+    one.
     """
     dense = logits.contiguous(memory_format=torch.channels_last)
     return dense.clone(memory_format=torch.channels_last) if dense.data_ptr() % 16 else dense

@@ -14,7 +14,7 @@ from .tiles import RANGE, Strip, TiledUpsampling
 
 
 class _Pixels(NamedTuple):
-    """What the loss of each pixel of a strip is made of; every map is H x X."""
+    """The parts of the loss of each pixel of a strip; every map is H x X."""
 
     label: Tensor  # int64, 0 where ignored
     labelled: Tensor  # 1 or 0
@@ -50,7 +50,7 @@ def _pixels(
 
 
 def _check_labels(index: Tensor, classes: int, ignore_index: int) -> None:
-    # An accelerator is not asked: it would stall. There a wrong label is a device-side assertion.
+    # Asking an accelerator would stall it: there a wrong label is a device-side assertion.
     if index.device.type != "cpu" or index.numel() == 0:
         return
     low, high = (int(bound) for bound in index.aminmax())

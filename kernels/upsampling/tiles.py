@@ -124,7 +124,7 @@ class TiledUpsampling:
         self.rows = spans(low_height, height, rows, align_corners, self.low)
         self.columns = spans(low_width, width, columns, align_corners, self.low)
         self.scratch_shapes = self._scratch_shapes()
-        # Asking an accelerator would stall it, so there the values are never taken for granted.
+        # Asking an accelerator would stall it, so there no values are assumed to be safe.
         self._ask = logits.device.type == "cpu"
         self._safe = self._ask and bool((self._floor >= -RANGE).all())
 
@@ -263,8 +263,8 @@ def in_threads(
 ) -> Iterator[_Result]:
     """`map`, on a CPU in threads, each of which computes with its share of PyTorch's threads.
 
-    The operations of a tile are short. Split over all cores one by one they would meet two thousand
-    times a call, and where another process (a data loader) has a core, each meeting waits for it.
+    The operations of a tile are short. Split over all cores one by one, threads would synchronise
+    two thousand times a call, and wait each time if another process (a data loader) has a core.
     """
     workers = _workers(device, len(items))
     if workers == 1:
