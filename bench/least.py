@@ -22,15 +22,19 @@ def batch_norm(
     relu: bool = True,
     frozen: bool = False,
     channels_last: bool = True,
+    forked: bool = False,
 ) -> tuple[int, int]:
     """Tensors of x's size: x twice, residual, y; dy and x twice, dx, dresidual; a mask of bits.
 
-    Frozen statistics need x, and dy and x, once.
+    Frozen statistics need x, and dy and x, once. A result that has two uses (`forked`) needs both
+    gradients and x, g written; g and x, dx.
     """
     whole = size * B * C * N
     rows, width = (B * N, C) if channels_last else (B * C, N)
     mask = rows * -(-width // 8) if residual and relu else 0
     forward = whole * (2 + (not frozen) + residual) + (0 if frozen else mask)
+    if forked:
+        return forward, whole * 7 + mask
     passes = 1 if frozen else 2
     reads = 2 if not frozen or relu or residual else 1
     return forward, whole * (reads * passes + 1 + bool(mask)) + mask * passes

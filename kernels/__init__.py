@@ -21,8 +21,14 @@ if __name__ == "kernels":
     sys.modules[__name__] = _other = module_from_spec(_found)
     _found.loader.exec_module(_other)
 else:
-    from .batch_norm.operator import batch_norm_act
+    from .batch_norm.operator import batch_norm_act, batch_norm_act_forked
     from .encoding.operator import encode
     from .upsampling.operator import upsample_argmax, upsample_cross_entropy
 
-__all__ = ["batch_norm_act", "encode", "upsample_argmax", "upsample_cross_entropy"]
+__all__ = [
+    "batch_norm_act",
+    "batch_norm_act_forked",
+    "encode",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+]

@@ -129,18 +129,23 @@ def encode_launches(
 
 @dataclass(frozen=True)
 class Variant:
-    """What a layer does beside normalising; `frozen` is evaluation, with gradients backward."""
+    """What a layer does beside normalising; `frozen` is evaluation, with gradients backward.
+
+    `forked`: its result has two uses, hence two gradients.
+    """
 
     relu: bool = True
     residual: bool = False
     frozen: bool = False
     synchronised: bool = False
+    forked: bool = False
 
     def __str__(self) -> str:
         parts = ["frozen"] if self.frozen else []
         parts += ["synchronised"] if self.synchronised else []
         parts += ["residual"] if self.residual else []
         parts += ["relu"] if self.relu else []
+        parts += ["forked"] if self.forked else []
         return " + ".join(parts) or "linear"
 
 
@@ -151,6 +156,7 @@ VARIANTS = (
     Variant(frozen=True),
     Variant(frozen=True, residual=True),
     Variant(synchronised=True),
+    Variant(residual=True, forked=True),
 )
 
 
@@ -207,7 +213,10 @@ def batch_norm_passes(x: Tensor, variant: Variant, direction: str) -> list[Pass]
         return [*made, plan.Normalise(x, affine, residual, relu, pack, fold=frozen)]
     mask = x.new_empty(plan.mask_bytes(x), dtype=torch.uint8) if packed else None
     given = (x, torch.empty_like(x), mask, affine, relu)
-    made.append(plan.BackwardSums(*given, frozen, packed))
+    other = torch.empty_like(x) if variant.forked else None
+    made.append(plan.BackwardSums(*given, frozen, packed, other))
+    if other is not None:  # that pass has written g
+        given, packed = (x, torch.empty_like(x), None, affine, False), False
     if not frozen:
         sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
         count = x.new_empty(1, dtype=torch.float64)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # Arguments that come from memory once a program: their name, or how it begins.
 STREAMED = {
     "encode": ("X", "dX", "P"),
-    "batch_norm_act": ("X", "R", "Y", "dY", "dX", "dR", "Bits", "P"),
+    "batch_norm_act": ("X", "R", "Y", "dY", "Other", "dX", "dR", "Bits", "P"),
     # An image's logits, labels and lse are a few MB, and its programs follow one another: what one
     # of them read the others find in the L2 cache.
     "upsample": (),
@@ -111,7 +111,7 @@ def batch_norm_cases(
     """Both directions of one layer."""
     bytes_ = least.batch_norm(
         B=size.B, C=size.C, N=size.N, size=dtype.itemsize, channels_last=size.channels_last,
-        relu=variant.relu, residual=variant.residual, frozen=variant.frozen,
+        relu=variant.relu, residual=variant.residual, frozen=variant.frozen, forked=variant.forked,
     )  # fmt: skip
     for direction, least_bytes in zip(DIRECTIONS, bytes_, strict=True):
         yield Case(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from encnet_triton.models.layers import check_images, conv3x3, init_convolutions
 from encnet_triton.nn.arguments import check_choice
 from encnet_triton.nn.norm import BatchNormAct2d
-from encnet_triton.nn.recompute import recomputed
+from encnet_triton.nn.recompute import Paths, recomputed
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,15 @@ def _shortcut(plan: BlockPlan, out_channels: int) -> nn.Sequential | None:
     )
 
 
+def _forked(x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the convolutions and what the shortcut of a residual block take.
+
+    A block maps a tensor to a tensor, or a pair of equal ones to such a pair: one for either path,
+    so that their gradients meet in the batch norm before (`batch_norm_act_forked`).
+    """
+    return x if isinstance(x, tuple) else (x, x)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions."""
 
@@ -76,10 +85,12 @@ class BasicBlock(nn.Module):
         self.bn2 = BatchNormAct2d(plan.width)
         self.downsample = _shortcut(plan, plan.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1(self.conv1(x))
-        out: Tensor = self.bn2(self.conv2(y), residual=shortcut)
+    def forward(self, x: Paths) -> Paths:
+        main, shortcut = _forked(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        y = self.bn1(self.conv1(main))
+        out: Paths = self.bn2(self.conv2(y), residual=shortcut, fork=isinstance(x, tuple))
         return out
 
 
@@ -99,11 +110,13 @@ class Bottleneck(nn.Module):
         self.bn3 = BatchNormAct2d(out_channels)
         self.downsample = _shortcut(plan, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1(self.conv1(x))
+    def forward(self, x: Paths) -> Paths:
+        main, shortcut = _forked(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        y = self.bn1(self.conv1(main))
         y = self.bn2(self.conv2(y))
-        out: Tensor = self.bn3(self.conv3(y), residual=shortcut)
+        out: Paths = self.bn3(self.conv3(y), residual=shortcut, fork=isinstance(x, tuple))
         return out
 
 
@@ -280,10 +293,17 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_images(x, self.output_stride)
         x = self.maxpool(self.bn1(self.conv1(x)))
-        c2: Tensor = self.layer2(self.layer1(x))
-        c3 = self._stage(self.layer3, c2)
-        c4 = self._stage(self.layer4, c3)
+        # Where there will be gradients, a block gives either path of the next one its own tensor.
+        if self.training and torch.is_grad_enabled():
+            c2, c3, c4 = (paths[0] for paths in self._features((x, x)))
+        else:
+            c2, c3, c4 = self._features(x)
         return c2, c3, c4
+
+    def _features(self, x: Paths) -> tuple[Paths, Paths, Paths]:
+        c2: Paths = self.layer2(self.layer1(x))
+        c3 = self._stage(self.layer3, c2)
+        return c2, c3, self._stage(self.layer4, c3)
 
     def stages(self) -> list[tuple[nn.Module, ...]]:
         """The stem's modules, then those of each stage, as they follow each other."""
@@ -291,12 +311,12 @@ class ResNet(nn.Module):
             (self.conv1, self.bn1), (self.layer1,), (self.layer2,), (self.layer3,), (self.layer4,)
         ]  # fmt: skip
 
-    def _stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+    def _stage(self, stage: nn.Sequential, x: Paths) -> Paths:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             for block in stage:
                 x = recomputed(block, x)
             return x
-        y: Tensor = stage(x)
+        y: Paths = stage(x)
         return y
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from encnet_triton.kernels import batch_norm_act
+from encnet_triton.kernels import batch_norm_act, batch_norm_act_forked
 from encnet_triton.kernels.runtime.dispatch import takes_triton
 from encnet_triton.nn.arguments import check_choice
 
@@ -53,18 +53,40 @@ class _BatchNormAct(_BatchNorm):
             return True
         return self.impl == "auto" and x.is_cuda and takes_triton(x)
 
+    @overload
     def forward(
         self,
         x: Tensor,
         residual: Tensor | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        fork: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        *,
+        fork: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        fork: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise over dimension 1 and return a tensor of x's shape and dtype.
 
         Args:
             x: B x num_features x ... .
             residual: added after the normalisation and before the activation; shape of ``x``.
             statistics: sum and M2 of ``x`` per image and channel, where `takes_statistics`.
+            fork: return the result twice, in one memory, for the two things that use it: their
+                gradients are then added where they are read (`batch_norm_act_forked`).
 
         Raises:
             TypeError: ``x`` holds integers.
@@ -82,8 +104,10 @@ class _BatchNormAct(_BatchNorm):
             self.num_batches_tracked.add_(1)
         of_batch = self.training or mean is None
         if not self._fused(x):
-            return self._torch(x, residual, mean, var, of_batch)
-        y: Tensor = batch_norm_act(
+            y = self._torch(x, residual, mean, var, of_batch)
+            return (y, y) if fork else y
+        fused = batch_norm_act_forked if fork else batch_norm_act
+        return fused(
             x,
             self.weight,
             self.bias,
@@ -97,7 +121,6 @@ class _BatchNormAct(_BatchNorm):
             group=self.group if self.training else None,
             statistics=statistics if of_batch else None,
         )
-        return y
 
     def extra_repr(self) -> str:
         return (

@@ -245,6 +245,7 @@ def _masked(
 @triton.jit
 def backward_sums_kernel(
     dY,  # as X
+    Other,  # as X: another gradient of y; read with TWO
     X,  # B x C x N, dense
     Bits,  # the mask of the activation, uint8; read with PACKED
     Mean,  # C, float32
@@ -254,7 +255,7 @@ def backward_sums_kernel(
     eps,  # added to Var
     P,  # runs x 2 x C, float32: sums of g and of g u
     dX,  # as X; written with FROZEN
-    dR,  # as X: g, the gradient of the residual; written with FROZEN and RESIDUAL
+    dR,  # as X: g, the gradient of the residual; written with RESIDUAL
     B,  # images
     C,  # channels
     N,  # pixels
@@ -270,8 +271,12 @@ def backward_sums_kernel(
     PACKED: tl.constexpr,  # its mask is read, not made again from X
     FROZEN: tl.constexpr,  # statistics are constants: dX needs no sums
     RESIDUAL: tl.constexpr,  # write dR
+    TWO: tl.constexpr,  # the gradient of y is the sum of dY and Other
 ):
-    """P[split] = sum g and sum g u, 2 x C; frozen statistics: dX, and dR, in the same pass."""
+    """P[split] = sum g and sum g u, 2 x C; frozen statistics: dX, and dR, in the same pass.
+
+    Of TWO gradients it writes g as dR, so that nothing has to write their sum.
+    """
     split, block, channels = _split(tl.program_id(0), C, BQ, LAST)
     in_c = channels < C
     mean, inv_std, factor, bias = _coefficients(
@@ -285,6 +290,9 @@ def backward_sums_kernel(
         offsets, inside = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dY + offsets, mask=inside, other=0.0).to(tl.float32)
+        if TWO:
+            grad += tl.load(Other + offsets, mask=inside, other=0.0).to(tl.float32)
+            grad = grad.to(dY.dtype.element_ty).to(tl.float32)  # as it is kept
         grad = _masked(
             grad, x, Bits, t, block, mean, factor, bias, B, C, N, packed,
             BP, BQ, LAST, RELU, PACKED, FROZEN,
@@ -293,8 +301,8 @@ def backward_sums_kernel(
         product += grad * (x - mean)
         if FROZEN:
             tl.store(dX + offsets, (grad * factor).to(dX.dtype.element_ty), mask=inside)
-            if RESIDUAL:
-                tl.store(dR + offsets, grad.to(dR.dtype.element_ty), mask=inside)
+        if RESIDUAL:
+            tl.store(dR + offsets, grad.to(dR.dtype.element_ty), mask=inside)
     slot = P + tl.cast(split, tl.int64) * 2 * C + channels
     tl.store(slot, _sum(total, LAST), mask=in_c)
     tl.store(slot + C, _sum(product, LAST), mask=in_c)

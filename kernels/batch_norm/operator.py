@@ -25,6 +25,7 @@ x, the mask if any, and two values a channel; the PyTorch code keeps y in place 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -195,11 +196,13 @@ def normalise(
     eps: float,
     pack: bool,
     group_name: str,
-) -> tuple[Tensor, Tensor]:
-    """y of x [B, C, N], and which values the ReLU let pass, a bit each, or empty.
+    forked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y of x [B, C, N]; which values the ReLU let pass, a bit each, or empty; y's twin, or empty.
 
-    `pack` asks for them; the PyTorch code makes none, for it keeps y. `count` (None: frozen
-    statistics) and `group_name` serve the backward pass.
+    `pack` asks for the bits; the PyTorch code makes none, for it keeps y. `count` (None: frozen
+    statistics) and `group_name` serve the backward pass. `forked` asks for the twin: it has y's
+    shape and no values, for an operator must not return y twice, and takes a gradient like y.
     """
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
     if plan := plan_of(__package__, x):
@@ -207,9 +210,13 @@ def normalise(
         added = None if residual is None else _like(residual, dense)
         affine = _affine(plan, mean, var, weight, bias, eps)
         y, mask = run(plan.Normalise(dense, affine, added, relu, pack, fold=count is None))
-        return _like(y, x), mask
+        return _like(y, x), mask, _twin(x, forked)
     y = pytorch.normalise(x, mean, var, weight, bias, residual, relu, eps)
-    return y, x.new_empty(0, dtype=torch.uint8)
+    return y, x.new_empty(0, dtype=torch.uint8), _twin(x, forked)
+
+
+def _twin(x: Tensor, forked: bool) -> Tensor:
+    return x.new_empty(1).expand(x.shape) if forked else x.new_empty(0)
 
 
 @register_fake(normalise)
@@ -225,16 +232,18 @@ def _normalise_fake(
     eps: float,
     pack: bool,
     group_name: str,
-) -> tuple[Tensor, Tensor]:
+    forked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_op(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
     plan = plan_of(__package__, x) if pack else None
     size = plan.mask_bytes(x) if plan else 0
-    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
+    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8), _twin(x, forked)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_sums"), mutates_args=())
 def backward_sums(
     grad: Tensor,
+    other: Optional[Tensor],
     x: Tensor,
     kept: Optional[Tensor],
     mean: Tensor,
@@ -246,21 +255,28 @@ def backward_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[sum g, sum g u s] of this process, 2 x C in float64; dweight, dbias; g (or empty).
 
-    `kept` is the mask as `normalise` packed it, or y, or None where g is made again from x.
+    `kept` is the mask as `normalise` packed it, or y, or None where g is made again from x. `other`
+    is a gradient of y's twin, which is added to `grad`: g is then always made.
     """
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
-        affine = _affine(plan, mean, var, weight, bias, eps)
-        call = plan.BackwardSums(dense, _like(grad, dense), kept, affine, relu, False, False)
+        given = _like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu
+        twin = None if other is None else _like(other, dense)
+        call = plan.BackwardSums(dense, *given, False, False, twin)
         sums, grad_weight, grad_bias, _, masked = run(call)
-        return sums, grad_weight, grad_bias, masked
+        return sums, grad_weight, grad_bias, _like(masked, x)
+    if other is not None:
+        grad = torch.add(grad, other, out=torch.empty_like(x))
     sums, masked = pytorch.backward_sums(grad, x, kept, mean, (var + eps).rsqrt())
+    if other is not None and kept is None:
+        masked = grad
     return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
 
 
 @register_fake(backward_sums)
 def _backward_sums_fake(
     grad: Tensor,
+    other: Optional[Tensor],
     x: Tensor,
     kept: Optional[Tensor],
     mean: Tensor,
@@ -271,8 +287,8 @@ def _backward_sums_fake(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
-    no_copy = kept is None or plan_of(__package__, x)
-    masked = x.new_empty(0) if no_copy else torch.empty_like(x)
+    made = other is not None or not (kept is None or plan_of(__package__, x))
+    masked = torch.empty_like(x) if made else x.new_empty(0)
     return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
 
 
@@ -390,10 +406,11 @@ _backward_sums, _backward_input = Direct(backward_sums), Direct(backward_input)
 _backward_frozen = Direct(backward_frozen)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, mask = output
-    ctx.mark_non_differentiable(mask)
-    x, mean, var, count, weight, bias, _, ctx.relu, ctx.eps, pack, ctx.group_name = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    y, mask, twin = output
+    x, mean, var, count, weight, bias, _, ctx.relu, ctx.eps, pack, ctx.group_name, forked = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((mask,) if forked else (mask, twin)))
     kept = _kept(x, y, mask, ctx.relu, pack)
     ctx.save_for_backward(x, kept, mean, var, count, weight, bias)
 
@@ -405,25 +422,38 @@ def _kept(x: Tensor, y: Tensor, mask: Tensor, relu: bool, pack: bool) -> Optiona
     return mask if pack else None
 
 
-def _autograd_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional[Tensor], ...]:
-    need_x, need_weight, need_bias, need_residual = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
+def _autograd_backward(
+    ctx: Any, grad: Optional[Tensor], _: Any, other: Optional[Tensor]
+) -> tuple[Optional[Tensor], ...]:
+    options = ctx.relu, ctx.eps, ctx.group_name
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6)]
+    made = _needed(_gradients, grad, other, ctx.saved_tensors, options, needs)
+    return (made[0], None, None, None, *made[1:], None, None, None, None, None)
+
+
+def _needed(
+    gradients: Callable[..., Any],
+    grad: Optional[Tensor],
+    other: Optional[Tensor],
+    saved: Sequence[Any],
+    options: tuple[bool, float, str],
+    needs: Sequence[bool],
+) -> tuple[Optional[Tensor], ...]:
+    """Of x, weight, bias and residual, as needed; y or its twin may have no gradient."""
+    if grad is None:
+        grad, other = other, None
+    if grad is None:
+        return None, None, None, None
+    need_x, need_weight, need_bias, need_residual = needs
     # Without a ReLU the residual's gradient is dy itself.
-    write_residual = need_residual and ctx.relu
-    options = ctx.relu, ctx.eps, ctx.group_name, need_x, write_residual
-    given: tuple[Any, ...] = (grad, *ctx.saved_tensors, *options)
-    grad_x, grad_weight, grad_bias, grad_residual = _gradients(*given)
+    write = need_residual and (options[0] or other is not None)
+    made = gradients(grad, other, *saved, *options, need_x, write)
+    grad_x, grad_weight, grad_bias, grad_residual = made
     return (
         grad_x,
-        None,
-        None,
-        None,
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
-        (grad_residual if write_residual else grad) if need_residual else None,
-        None,
-        None,
-        None,
-        None,
+        (grad_residual if write else grad) if need_residual else None,
     )
 
 
@@ -432,6 +462,7 @@ normalise.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 def _gradients(
     grad: Tensor,
+    other: Optional[Tensor],
     x: Tensor,
     kept: Optional[Tensor],
     mean: Tensor,
@@ -445,19 +476,23 @@ def _gradients(
     need_x: bool,
     write_residual: bool,
 ) -> tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor]]:
-    """Of x, weight, bias and residual; x, grad and kept (if it is y) are B x C x N."""
+    """Of x, weight, bias and residual; x, grads and kept (if it is y) are B x C x N.
+
+    `other` is None where the statistics are frozen.
+    """
     call = (x, kept, mean, var, weight, bias)
     if count is None:
         grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
             grad, *call, relu, eps, write_residual
         )
         return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
-    sums, grad_weight, grad_bias, masked = _backward_sums(grad, *call, relu, eps)
+    sums, grad_weight, grad_bias, masked = _backward_sums(grad, other, *call, relu, eps)
     if not need_x and not write_residual:
         return None, grad_weight, grad_bias, None
     if group_name:
         sums = _all_reduce(sums, group_name)
-    if kept is not None and not plan_of(__package__, x):  # the PyTorch code has made g
+    # The PyTorch code has made g where it has y.
+    if other is not None or (kept is not None and not plan_of(__package__, x)):
         given = masked, x, None, *call[2:], sums, count, False, eps, False
         grad_x, grad_residual = _backward_input(*given)[0], masked
     else:
@@ -489,7 +524,7 @@ def _normalised(
     running = running_mean, running_var
     moments = _moments_of(planes, training, *running, momentum, group, statistics)
     pack = relu and added is not None and derived
-    y, mask = _normalise(planes, *moments, weight, bias, added, relu, eps, pack, "")
+    y, mask, _ = _normalise(planes, *moments, weight, bias, added, relu, eps, pack, "", False)
     # A view that autograd takes for none: else nobody could change it in place.
     y = torch.ops.aten._unsafe_view(y, x.shape)
     kept = _kept(planes, y, mask, relu, pack)
@@ -500,6 +535,7 @@ def _normalised(
 
 def _derived(
     grad: Tensor,
+    other: Optional[Tensor],
     x: Tensor,
     kept: Optional[Tensor],
     mean: Tensor,
@@ -512,7 +548,8 @@ def _derived(
     """`_gradients` in x's own shape, None where there is nothing."""
     if kept is not None and kept.dim() > 1:  # y, and not a mask
         kept = _as_planes(kept)
-    given = _as_planes(grad), _as_planes(x), kept, mean, var, count, weight, bias
+    twin = None if other is None else _as_planes(other)
+    given = _as_planes(grad), twin, _as_planes(x), kept, mean, var, count, weight, bias
     grad_x, grad_weight, grad_bias, grad_residual = _gradients(*given, *options)
     return (
         None if grad_x is None else grad_x.reshape(x.shape),
@@ -535,47 +572,52 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: Callable[[], Any],
+        forked: bool,
         options: tuple[bool, float, str],
         running: tuple[Optional[Tensor], Optional[Tensor]],
         x: Tensor,
         weight: Optional[Tensor],
         bias: Optional[Tensor],
         residual: Optional[Tensor],
-    ) -> Tensor:
+    ) -> Any:
         y, kept, mean, var, count = call()
         if mean is None:
             mean, var = running
         ctx.options = options
         ctx.save_for_backward(x, kept, mean, var, count, weight, bias)
-        return y  # type: ignore[no-any-return]
+        if not forked:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, y.detach()  # one count of changes in place
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        *_, need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad
-        relu, eps, group_name = ctx.options
-        # Without a ReLU the residual's gradient is dy itself.
-        write = need_residual and relu
-        given = grad, *ctx.saved_tensors, relu, eps, group_name, need_x, write
+    def backward(ctx: Any, grad: Optional[Tensor], other: Optional[Tensor] = None) -> Any:
         # Second derivatives are the operators' to refuse.
-        direct = not torch.is_grad_enabled() and not group_name and quiet()
-        made = _backward(*given) if direct else _derived(*given)
-        grad_x, grad_weight, grad_bias, grad_residual = made
-        return (
-            None,
-            None,
-            None,
-            grad_x,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            (grad_residual if write else grad) if need_residual else None,
-        )
+        direct = not torch.is_grad_enabled() and not ctx.options[2] and quiet()
+        gradients = _backward if direct else _derived
+        needs = ctx.needs_input_grad[4:]
+        made = _needed(gradients, grad, other, ctx.saved_tensors, ctx.options, needs)
+        return (None, None, None, None, *made)
 
 
 _apply = applied(_Normalise)
 
 
+class _Twin(torch.autograd.Function):
+    """The values of y, whose gradient goes to its twin."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, twin: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, grad
+
+
 def _normalise_by(
     call: Callable[[], Any],
+    forked: bool,
     x: Tensor,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
@@ -589,14 +631,15 @@ def _normalise_by(
     derived: bool,
     group: Optional[ProcessGroup],
     __: Any,
-) -> Tensor:
-    """y of `_normalised` by this call, given the same arguments."""
+) -> Any:
+    """y of `_normalised` by this call, given the same arguments; with its twin where `forked`."""
     if training:
         changed((running_mean, running_var))
     if not derived:
         return call()[0]
     options = activation == "relu", eps, "" if group is None else group.group_name
-    return _apply(call, options, (running_mean, running_var), x, weight, bias, residual)
+    running = running_mean, running_var
+    return _apply(call, forked, options, running, x, weight, bias, residual)
 
 
 def _check_inputs(
@@ -791,19 +834,76 @@ def batch_norm_act(
             missing in evaluation, or there is no more than one value per channel to train on.
         NotImplementedError: forward-mode differentiation, or by torch.func; vmap in training.
     """
+    y: Tensor = _normalise_all(
+        False, x, weight, bias, running_mean, running_var, residual, training, momentum, eps,
+        activation, group, statistics,
+    )  # fmt: skip
+    return y
+
+
+def batch_norm_act_forked(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Optional[Tensor] = None,
+    activation: Optional[str] = "relu",
+    group: Optional[ProcessGroup] = None,
+    statistics: Optional[tuple[Tensor, Tensor]] = None,
+) -> tuple[Tensor, Tensor]:
+    """`batch_norm_act` for a result that two things use, such as both paths of a residual block.
+
+    Arguments, errors and gradients are those of `batch_norm_act`. Where either use takes an output
+    of its own, backward in training moves 7 tensors of x's size where the sum of the gradients and
+    `batch_norm_act` move 9: its first pass reads both gradients and writes g, their sum where the
+    activation let it pass, which is the residual's gradient, too, and all that the second pass
+    reads beside x.
+
+    Returns:
+        y, and y again: the same memory, so that neither may be changed in place.
+    """
+    made = _normalise_all(
+        True, x, weight, bias, running_mean, running_var, residual, training, momentum, eps,
+        activation, group, statistics,
+    )  # fmt: skip
+    return made if isinstance(made, tuple) else (made, made)
+
+
+def _normalise_all(
+    forked: bool,
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    residual: Optional[Tensor],
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: Optional[str],
+    group: Optional[ProcessGroup],
+    statistics: Optional[tuple[Tensor, Tensor]],
+) -> Any:
+    """y; where `forked` and two gradients are to be added, y and its twin."""
     derived = _needs_gradient(x, weight, bias, residual)
+    forked = forked and derived and training
     tensors = x, weight, bias, running_mean, running_var, residual
     options = activation, derived, group, statistics
     if quiet() and type(eps) is float and eps >= 0.0:
         given = *tensors, training, momentum, eps, *options
         again = _forward.again(*given)
         if again is not None:
-            return _normalise_by(again, *given)
+            return _normalise_by(again, forked, *given)
     _check_all(*tensors, training, eps, activation, group, statistics)
     eps, momentum = float(eps), _checked_momentum(training, momentum, running_mean, running_var)
     given = *tensors, training, momentum, eps, *options
     if undisturbed(*tensors):
-        return _normalise_by(partial(_forward, *given), *given)
+        return _normalise_by(partial(_forward, *given), forked, *given)
     features, relu = _as_planes(x), activation == "relu"
     with torch.no_grad():
         moments = _moments_of(
@@ -812,8 +912,9 @@ def batch_norm_act(
     pack = relu and residual is not None and derived
     added = None if residual is None else _as_planes(residual)
     name = "" if group is None else group.group_name
-    y, _ = _normalise(features, *moments, weight, bias, added, relu, eps, pack, name)
-    return y.view(x.shape)
+    y, _, twin = _normalise(features, *moments, weight, bias, added, relu, eps, pack, name, forked)
+    y = y.view(x.shape)
+    return (y, _Twin.apply(y.detach(), twin.view(x.shape))) if forked else y  # type: ignore[no-untyped-call]
 
 
 def _as_planes(x: Tensor) -> Tensor:

@@ -355,19 +355,25 @@ class _BackwardPass(_Pass):
 
 @dataclass(frozen=True)
 class BackwardSums(_BackwardPass):
-    """Sums of g and g u s over this process.
+    """Sums of g and g u s over this process; `other` is a gradient of y beside `grad`, or None.
 
     Outputs: sums, 2 x C in float64, the gradients of weight and bias, and for frozen statistics dx
-    and, where needed, that of the residual; empty where there is none.
+    and, where needed, that of the residual, g; empty where there is none. Of two gradients g is
+    always written.
     """
 
     frozen: bool
     need_residual: bool
+    other: Optional[Tensor] = None
+
+    @property
+    def write_residual(self) -> bool:
+        return self.other is not None or (self.frozen and self.need_residual)
 
     def problem(self) -> Problem:
-        written = self.frozen and self.need_residual
-        packed = self.mask is not None
-        return self.asked("backward sums", residual=written, packed=packed, frozen=self.frozen)
+        name = "backward sums" if self.other is None else "backward sums of two"
+        written, packed = self.write_residual, self.mask is not None
+        return self.asked(name, residual=written, packed=packed, frozen=self.frozen)
 
     def launches(
         self, machine: Machine, config: Config
@@ -377,19 +383,21 @@ class BackwardSums(_BackwardPass):
         channels = x.shape[1]
         sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
         sums = x.new_empty((2, channels), dtype=torch.float64)
-        write_residual = self.frozen and self.need_residual
         grad_x = torch.empty_like(x) if self.frozen else x.new_empty(0)
-        grad_residual = torch.empty_like(x) if write_residual else x.new_empty(0)
+        grad_residual = torch.empty_like(x) if self.write_residual else x.new_empty(0)
+        other = self.grad if self.other is None else self.other
         grad_weight, grad_bias = (
             x.new_empty(0) if t is None else torch.empty_like(t)
             for t in (affine.weight, affine.bias)
         )
         first = walk.launch(
             kernels.backward_sums_kernel,
-            self.arguments() | {"P": sums_of_runs, "dX": grad_x, "dR": grad_residual},
+            self.arguments()
+            | {"Other": other, "P": sums_of_runs, "dX": grad_x, "dR": grad_residual},
             **self.constants(),
             FROZEN=self.frozen,
-            RESIDUAL=write_residual,
+            RESIDUAL=self.write_residual,
+            TWO=self.other is not None,
         )
         finish = _finish(
             kernels.finish_backward_kernel,

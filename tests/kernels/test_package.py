@@ -38,6 +38,7 @@ SOURCES = sorted(FOLDER.rglob("*.py"))
 def test_exports_the_operators() -> None:
     assert kernels.__all__ == [
         "batch_norm_act",
+        "batch_norm_act_forked",
         "encode",
         "upsample_argmax",
         "upsample_cross_entropy",

@@ -1,9 +1,11 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from encnet_triton.kernels.batch_norm import operator as norms
 from encnet_triton.models.resnet import (
     BACKBONES,
     BasicBlock,
@@ -12,6 +14,7 @@ from encnet_triton.models.resnet import (
     ResNetConfig,
     create_backbone,
 )
+from encnet_triton.nn import set_norm_impl
 
 TINY = ResNetConfig(BasicBlock, (2, 2, 2, 2), widths=(4, 4, 8, 8), stem=(4, 4, 8))
 
@@ -166,3 +169,35 @@ def test_unknown_name_and_impossible_stride_are_named() -> None:
         create_backbone("resnet18", output_stride=6)
     with pytest.raises(ValueError, match="output_stride is 8, but must be one of 4"):
         create_backbone("demo", output_stride=8)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_no_gradients_are_added_at_a_block_s_input(
+    block: type[BasicBlock] | type[Bottleneck], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch norm before takes both, and the gradients are those of blocks in a row."""
+    joined = []
+    original = norms._backward_sums
+
+    def backward_sums(grad: Tensor, other: Tensor | None, *rest: Any) -> Any:
+        if other is not None:
+            joined.append(other.shape)
+        return original(grad, other, *rest)
+
+    monkeypatch.setattr(norms, "_backward_sums", backward_sums)
+    torch.manual_seed(0)
+    network = ResNet(replace(TINY, block=block)).double()
+    set_norm_impl(network, "fused")
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    sum(c.square().mean() for c in network(x)).backward()
+    ours = {name: parameter.grad for name, parameter in network.named_parameters()}
+    # The outputs of all blocks but the last, whose path is one.
+    assert len(joined) == sum(TINY.depths) - 1
+
+    network.zero_grad()
+    c2 = network.layer2(network.layer1(network.maxpool(network.bn1(network.conv1(x)))))
+    c3 = network.layer3(c2)
+    sum(c.square().mean() for c in (c2, c3, network.layer4(c3))).backward()
+    assert len(joined) == sum(TINY.depths) - 1
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-10, atol=1e-12)

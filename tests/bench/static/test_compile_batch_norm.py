@@ -9,7 +9,7 @@ from tests.support.compiled import ARCHS, Row, compiled, faults, needs_triton, s
 pytestmark = [needs_triton, pytest.mark.slow]
 
 # Tensors of the layer's size; parameters and sums are small.
-LARGE = ("X", "R", "Y", "dY", "dX", "dR")
+LARGE = ("X", "R", "Y", "dY", "Other", "dX", "dR")
 
 
 @pytest.fixture(scope="session", params=ARCHS)

@@ -67,6 +67,7 @@ def test_the_least_of_batch_norm_is_that_of_the_design() -> None:
     assert least["forward", "relu"] == 3 and least["backward", "relu"] == 5
     assert least["forward", "residual + relu"] == 4 + 1 / 16
     assert least["backward", "residual + relu"] == 6 + 2 / 16
+    assert least["backward", "residual + relu + forked"] == 7 + 1 / 16
     assert least["forward", "frozen + relu"] == 2 and least["backward", "frozen + relu"] == 3
 
 

@@ -193,9 +193,9 @@ def test_opcheck(layout: str, frozen: bool, full: bool) -> None:
     optional = [tensors["weight"], tensors["bias"], tensors["residual"].flatten(2)]
     optional = [t.requires_grad_() if full else None for t in optional]
     weight, bias, residual = optional
-    inputs = (x.clone().requires_grad_(), mean, var, count, *optional, full, 1e-5, full, "")
+    inputs = (x.clone().requires_grad_(), mean, var, count, *optional, full, 1e-5, full, "", False)
     torch.library.opcheck(normalise, inputs)
-    y, mask = normalise(*inputs)
+    y, mask, _ = normalise(*inputs)
     kept = (mask if mask.numel() else y).detach() if full else None
     call = (torch.randn_like(x), x, kept, mean, var)
     parameters = [None if t is None else t.detach() for t in (weight, bias)]
@@ -206,7 +206,9 @@ def test_opcheck(layout: str, frozen: bool, full: bool) -> None:
     torch.library.opcheck(moments, (x, *running, 0.1))
     torch.library.opcheck(statistics_of, (x,))
     torch.library.opcheck(unpack, (statistics_of(x), x, *running, 0.1))
-    torch.library.opcheck(backward_sums, (*call, *parameters, full, 1e-5))
+    for other in (None, torch.randn_like(x)):
+        given = call[0], other, *call[1:], *parameters, full, 1e-5
+        torch.library.opcheck(backward_sums, given)
     sums = torch.randn(2, 6, dtype=torch.float64)
     call = (torch.randn_like(x), x, mask if mask.numel() else None, mean, var, *parameters)
     torch.library.opcheck(backward_input, (*call, sums, count, full, 1e-5, bool(mask.numel())))

@@ -154,7 +154,7 @@ def test_the_mask_is_one_bit_a_value(layout: str) -> None:
     x = tensors["x"].flatten(2)
     residual = tensors["residual"].flatten(2)
     mean, var = tensors["running_mean"], tensors["running_var"]
-    y, mask = normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "")
+    y, mask, _ = normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "", False)
     assert mask.numel() == plan.mask_bytes(x)
     if plan._channels_last(x):  # planes of 64 channels or, with small tiles, of 8
         rows = y.transpose(1, 2).reshape(-1, y.shape[1])
@@ -306,11 +306,13 @@ def test_opcheck(layout: str) -> None:
     count = torch.tensor([105.0], dtype=torch.float64, device=DEVICE)
     for frozen in (True, False):
         leaves = [t.clone().requires_grad_() for t in (weight, bias, residual)]
-        call = (mean, var, None if frozen else count, *leaves, True, 1e-5, True, "")
+        call = (mean, var, None if frozen else count, *leaves, True, 1e-5, True, "", False)
         torch.library.opcheck(normalise, (x.clone().requires_grad_(), *call))
-    _, mask = normalise(x, mean, var, None, weight, bias, residual, True, 1e-5, True, "")
+    call = (mean, var, None, weight, bias, residual, True, 1e-5, True, "", False)
+    _, mask, _ = normalise(x, *call)
     backward = (torch.randn_like(x), x, mask, mean, var, weight, bias)
-    torch.library.opcheck(backward_sums, (*backward, True, 1e-5))
+    for other in (None, torch.randn_like(x)):
+        torch.library.opcheck(backward_sums, (backward[0], other, *backward[1:], True, 1e-5))
     torch.library.opcheck(backward_frozen, (*backward, True, 1e-5, True))
     sums = torch.randn(2, x.shape[1], dtype=torch.float64, device=DEVICE)
     torch.library.opcheck(backward_input, (*backward, sums, count, True, 1e-5, True))

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from encnet_triton.kernels import (
     batch_norm_act,
+    batch_norm_act_forked,
     encode,
     upsample_argmax,
     upsample_cross_entropy,
@@ -48,6 +49,8 @@ def call_all(group: dist.ProcessGroup) -> None:
     common = {"momentum": 0.1, "eps": 1e-5}
     for options in ({"training": True}, {"training": True, "group": group}, {"training": False}):
         batch_norm_act(x, weight, None, *running, **options, **common).sum().backward()
+    y, again = batch_norm_act_forked(x, weight, None, *running, training=True, **common)
+    (y * again).sum().backward()
     encode(x, torch.randn(4, 3, requires_grad=True), torch.ones(4)).sum().backward()
     target = torch.zeros(2, 8, 8, dtype=torch.uint8)
     for reduction in ("mean", "none"):

@@ -16,7 +16,13 @@ import triton
 from triton.runtime import driver
 
 from bench.static.driver import no_gpu
-from encnet_triton.kernels import batch_norm_act, encode, upsample_argmax, upsample_cross_entropy
+from encnet_triton.kernels import (
+    batch_norm_act,
+    batch_norm_act_forked,
+    encode,
+    upsample_argmax,
+    upsample_cross_entropy,
+)
 from encnet_triton.kernels.batch_norm import operator as norm_operators
 from encnet_triton.kernels.batch_norm import plan as norms
 from encnet_triton.kernels.runtime import launch, replay
@@ -50,7 +56,8 @@ def _norm(channels: int = 16, images: int = 2, size: int = 3, **options: Any) ->
     if residual:
         tensors["residual"] = _last(images, channels, size, size, dtype=dtype)
     given: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, **options}
-    return lambda **t: batch_norm_act(**t, **given), tensors
+    function = batch_norm_act_forked if given.pop("forked", False) else batch_norm_act
+    return lambda **t: function(**t, **given), tensors
 
 
 def _encode(channels: int = 16, stats: bool = True, shake: bool = False) -> Case:
@@ -73,6 +80,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "norm": _norm,
     "norm residual": lambda: _norm(residual=True),
     "norm residual linear": lambda: _norm(residual=True, activation=None),
+    "norm forked": lambda: _norm(residual=True, forked=True),
     "norm frozen": lambda: _norm(training=False),
     "norm frozen residual": lambda: _norm(training=False, residual=True),
     "encode": lambda: _encode(stats=False),
@@ -88,7 +96,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 cases = pytest.mark.parametrize("name", CASES)
 # There before all that a call allocates.
-GRADS = {dtype: torch.ones(4096, dtype=dtype) for dtype in (HALF, torch.float32, torch.uint8)}
+GRADS = {dtype: torch.ones(2, 4096, dtype=dtype) for dtype in (HALF, torch.float32, torch.uint8)}
 DIFFERENTIABLE = {"x", "weight", "bias", "residual", "codewords", "scale", "logits"}
 
 
@@ -161,12 +169,15 @@ def _runs(case: Case, launched: list[Launched]) -> tuple[list[Launched], list[Te
         tensors[name].requires_grad_()
     with torch.enable_grad():
         outputs = _leaves(call(**tensors))
-    grad = GRADS[outputs[0].dtype].as_strided(outputs[0].shape, outputs[0].stride())
-    if outputs[0].requires_grad:
-        outputs[0].backward(grad)
+    y = outputs[0]
+    grad, other = (row.as_strided(y.shape, y.stride()) for row in GRADS[y.dtype])
+    # A y that is returned for two uses has two gradients.
+    uses = [t for t in outputs if t.requires_grad and t.data_ptr() == y.data_ptr()]
+    if uses:
+        torch.autograd.backward(uses, [grad, other][: len(uses)])
     outputs += [tensors[n].grad for n in sorted(tensors) if tensors[n].grad is not None]
     # What launches hold is alive until here, so that no memory is given out twice.
-    return _said(launched, {**tensors, "grad": grad}), outputs
+    return _said(launched, {**tensors, "grad": grad, "other": other}), outputs
 
 
 def _by_triton(said: list[Launched]) -> bool:
@@ -193,7 +204,7 @@ def test_operators_that_compiled_code_calls_repeat_launches(launched: list[Launc
         launched.clear()
         x, rows = _planes(), [torch.rand(16) for _ in range(4)]
         mean, var, count = norm_operators.moments(x, *rows[:2], 0.1)
-        norm_operators.normalise(x, mean, var, count, *rows[2:], None, True, 1e-5, False, "")
+        norm_operators.normalise(x, mean, var, count, *rows[2:], None, True, 1e-5, False, "", False)
     assert len(launched) == 3 and not _by_triton(launched)
 
 
