@@ -118,7 +118,7 @@ def test_a_file_that_is_none_is_named(
     for main, arguments, said in (
         (convert.main, [*convert_it, "latin.py"], "configuration latin.py is not UTF-8 text: line"),
         (convert.main, [*convert_it, "none.py"], "configuration none.py does not exist"),
-        (convert.main, [*convert_it, "."], "configuration . is no file"),
+        (convert.main, [*convert_it, "."], "configuration . is not a file"),
         (predict.main, [*label_it, "photo.jpg"], "the output folder photo.jpg cannot be made (F"),
     ):
         assert main(arguments) == 2

@@ -78,7 +78,10 @@ class Task(ABC, Generic[Score]):
         given = set(given)
         for name, where in config.optim.unread().items():
             if name in given:
-                raise ConfigError(f"{name} belongs to {where}; leave it out")
+                raise ConfigError(
+                    f"the training of {config.model.model} reads {name} with {where} alone; "
+                    "leave it out"
+                )
         unread = sorted(given - cls.reads(config))
         free = [name for name in unread if name not in cls.fixed]
         if free:

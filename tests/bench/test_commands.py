@@ -84,11 +84,20 @@ def test_static_alone_lists_what_needs_no_gpu(capsys) -> None:
         (["versions", "--json", "x"], "unrecognized arguments: --json x; python -m bench versions"),
         (
             ["step", "--batch", "many"],
-            "argument --batch: 'many' is no whole number of at least 1; ",
+            "argument --batch: 'many' is not a whole number of at least 1; ",
         ),
-        (["host", "--rounds", "0"], "argument --rounds: '0' is no whole number of at least 1; py"),
-        (["static", "memory", "--crop", "-8"], "argument --crop: '-8' is no whole number of at le"),
-        (["context", "--seeds", "0"], "argument --seeds: '0' is no whole number of at least 1; p"),
+        (
+            ["host", "--rounds", "0"],
+            "argument --rounds: '0' is not a whole number of at least 1; py",
+        ),
+        (
+            ["static", "memory", "--crop", "-8"],
+            "argument --crop: '-8' is not a whole number of at le",
+        ),
+        (
+            ["context", "--seeds", "0"],
+            "argument --seeds: '0' is not a whole number of at least 1; p",
+        ),
         (["encode", "--json", "no/x.json"], "argument --json: file no/x.json: the folder no does"),
         (["static", "cost", "--json", "/"], "argument --json: file / is a folder, but must be a"),
         (["static", "compile", "--shape", "512"], "argument --shape: '512' is not channels x code"),

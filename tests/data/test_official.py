@@ -255,7 +255,7 @@ def test_coco_keeps_images_with_more_than_1000_pixels_and_the_first_instance_on_
     [
         ("[]", "holds no JSON object"),
         ("{}", "have no 'images'"),
-        ("[" * 100_000, "is no JSON"),
+        ("[" * 100_000, "is not JSON"),
         ('{"images": 3, "annotations": []}', "is not of the published form"),
         ('{"images": [{"id": 1}], "annotations": [{"category_id": 1}]}', "'image_id'"),
         (

@@ -27,7 +27,8 @@ def test_a_rehearsal_goes_through_all_stages(tmp_path) -> None:
     outcomes = Results(out).outcomes
     assert set(outcomes) == {job.key for job in jobs_of(list(STAGES), True, None)}
     left = {o.reason for o in outcomes.values() if o.status != "ok"}
-    assert all("a rehearsal does without" in reason for reason in left)
+    known = ("a rehearsal does without", "a Triton kernel, which needs a GPU")
+    assert all(any(why in reason for why in known) for reason in left)
     assert outcomes["tests", "part 1 of 1"].result["passed"] >= 5
     text = (out / "report.md").read_text()
     assert "no figure here is one of a GPU" in text

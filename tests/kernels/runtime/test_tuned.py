@@ -190,12 +190,12 @@ def block_of(ran: list[Launch]) -> list[int]:
 
 def test_a_measured_configuration_runs_before_the_plans_own(ran) -> None:
     call = forward()
-    wanted = Config(128, 64, 8)
+    wanted = Config(64, 64, 8)
     assert wanted not in call.configs(launch.machine(call.device))
     with launch.trial([Entry(call.problem(), str(wanted))]) as seen:
         launch.run(call)
     launch.run(call)
-    assert block_of(ran) == [128, 64]
+    assert block_of(ran) == [64, 32]
     assert seen == [(call, wanted)]
 
 
@@ -205,26 +205,26 @@ def test_a_trial_leaves_nothing_behind(ran) -> None:
     before = tuned.tried
     with (
         pytest.raises(ZeroDivisionError),
-        launch.trial([Entry(call.problem(), str(Config(128, 64, 8)))]),
+        launch.trial([Entry(call.problem(), str(Config(64, 64, 8)))]),
     ):
         launch.run(call)
         raise ZeroDivisionError
     assert tuned.tried is before
     launch.run(call)
-    assert block_of(ran) == [64, 128, 64]
+    assert block_of(ran) == [32, 64, 32]
 
 
 def test_a_measured_configuration_that_spills_gives_way_to_the_plans_own(
     ran, monkeypatch, caplog
 ) -> None:
     def obstacle(one: Launch) -> str | None:
-        return "spills" if one.constants.get("BN") == 128 else None
+        return "spills" if one.constants.get("BN") == 64 else None
 
     monkeypatch.setattr(Launch, "obstacle", obstacle)
-    with launch.trial([Entry(forward().problem(), str(Config(128, 64, 8)))]):
+    with launch.trial([Entry(forward().problem(), str(Config(64, 64, 8)))]):
         launch.run(forward())
-    assert block_of(ran) == [64]
-    assert "using 'fused n64 c64 w8' in place of 'fused n128 c64 w8'" in caplog.text
+    assert block_of(ran) == [32]
+    assert "using 'fused n32 c64 w8 s2' in place of 'fused n64 c64 w8'" in caplog.text
 
 
 def test_the_conservative_configuration_stays_last_when_it_was_the_fastest(ran) -> None:
