@@ -105,11 +105,39 @@ def run(
 def check(
     inputs: list[Tensor], assert_accurate: Callable[..., None], ours: dict[str, Tensor]
 ) -> None:
+    plain, exact = with_products(*inputs)
+    for name, value in exact.items():
+        its = plain[name]
+        if name == "scale":
+            # K sums that cancel: how much one draw loses is luck, of PyTorch's as of ours. Its
+            # error is the largest of some draws.
+            its = value + max(
+                largest_error(*(made["scale"] for made in with_products(*others)))
+                for others in (inputs, *(redrawn(inputs, seed) for seed in range(8)))
+            )
+        assert_accurate(name, ours[name].cpu(), its, value)
+
+
+def with_products(*inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """E and every gradient, by matrix products and by the reference in float64, on the CPU."""
     *inputs, grad = inputs
     plain = run(products, *inputs, grad=grad)
     exact = run(reference.encode, *(t.cpu().double() for t in inputs), grad=grad.cpu())
-    for name, value in exact.items():
-        assert_accurate(name, ours[name].cpu(), plain[name].cpu(), value)
+    return {name: t.cpu() for name, t in plain.items()}, exact
+
+
+def redrawn(inputs: list[Tensor], seed: int) -> list[Tensor]:
+    """Others like them, with the same scale."""
+    generator = torch.Generator().manual_seed(seed)
+    x, codewords, scale, grad = inputs
+    x, codewords, grad = (
+        torch.randn(t.shape, generator=generator).to(t) for t in (x, codewords, grad)
+    )
+    return [x, codewords, scale, grad]
+
+
+def largest_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).abs().max())
 
 
 @pytest.mark.usefixtures("config")
