@@ -156,7 +156,7 @@ class DataConfig:
     jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Largest random change of brightness, contrast and saturation: 0.4 is 40 % either way."""
     hue: float = 0.0
-    """Largest random turn of the colours, either way, in turns of the colour wheel."""
+    """Largest random hue shift in either direction, as a fraction of the colour wheel."""
     outside: str = "mean"
     """Around an image that is smaller than the crop: the "mean" colour on all sides, or "black"
     below and on the right, as in the published code."""
@@ -208,13 +208,13 @@ class OptimConfig:
     decay_norm_bias: bool = True
     """Apply the penalty to batch-norm parameters and biases too, as the paper's code does."""
     layer_decay: float = 1.0
-    """Learning rate of each stage of the backbone relative to the next one (the last one's to the
-    head's); 1: all alike."""
+    """Learning-rate factor between one backbone stage and the next, lowest at the input (the last
+    stage is scaled relative to the head); 1 trains all stages at the same rate."""
     clip_norm: float | None = None
-    """Largest norm of the gradient; a longer one is scaled down to it."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, such as 0.999, which is then validated
-    and saved beside them; 0: none. In step t it is at most (1 + t) / (10 + t)."""
+    """Decay of an exponential moving average of the weights, such as 0.999; the average is
+    validated and saved too. 0 turns it off; at step t the decay is at most (1 + t) / (10 + t)."""
     schedule: str = "poly"
     """Learning-rate schedule: poly, or cosine (half a period, to zero)."""
     power: float = 0.9
@@ -240,9 +240,8 @@ class OptimConfig:
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
     ohem: float = 0.0
-    """Online hard example mining: leave out pixels whose class has at least this probability (0.7
-    is usual) from the cross-entropy, which is the mean over those of each micro-batch that are
-    left; 0: none is left out."""
+    """Online hard example mining: average the cross-entropy, per micro-batch, only over pixels
+    whose class has a probability below this (0.7 is usual); 0 uses every pixel."""
     ohem_least: float = 0.0625
     """Share of a micro-batch's pixels, the hardest, that stay with ohem in any case."""
     dice_weight: float = 0.0
