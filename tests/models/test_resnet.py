@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encnet_triton.kernels.batch_norm import operator as norms
+from encnet_triton.kernels.batch_norm import library as norms
 from encnet_triton.models.resnet import (
     BACKBONES,
     BasicBlock,

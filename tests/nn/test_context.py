@@ -158,8 +158,8 @@ def test_batch_norm_takes_the_statistics_of_the_encoding(
     def nothing(*_: Any) -> None:
         raise AssertionError("E was read once more")
 
-    monkeypatch.setattr(operator, "moments", nothing)
-    monkeypatch.setattr(operator, "statistics_of", nothing)
+    monkeypatch.setattr(operator, "direct_moments", nothing)
+    monkeypatch.setattr(operator, "direct_statistics_of", nothing)
     results = []
     for m in (module, other):
         leaf = x.clone().requires_grad_()

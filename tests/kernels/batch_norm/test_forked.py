@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from encnet_triton.kernels import batch_norm_act, batch_norm_act_forked
-from encnet_triton.kernels.batch_norm.operator import normalise
+from encnet_triton.kernels.batch_norm.library import normalise
 from encnet_triton.kernels.runtime import dispatch
 from tests.support.batch_norm import LAYOUTS, OPTIONS, example
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from encnet_triton.kernels import batch_norm_act, reference
-from encnet_triton.kernels.batch_norm.operator import (
+from encnet_triton.kernels.batch_norm.library import (
     backward_frozen,
     backward_input,
     backward_sums,

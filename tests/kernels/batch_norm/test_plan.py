@@ -19,7 +19,7 @@ from bench.static.interpreter import Watch
 from bench.static.launches import BatchNormShape, Variant, batch_norm_launches
 from encnet_triton.kernels import batch_norm_act, encode, reference
 from encnet_triton.kernels.batch_norm import plan
-from encnet_triton.kernels.batch_norm.operator import (
+from encnet_triton.kernels.batch_norm.library import (
     backward_frozen,
     backward_input,
     backward_sums,

@@ -21,12 +21,10 @@ from encnet_triton.kernels import (
     upsample_argmax,
     upsample_cross_entropy,
 )
+from encnet_triton.kernels.batch_norm import library
 from encnet_triton.nn import BatchNormAct2d, ContextEncoding, set_norm_impl, set_sync_group
 
-MODULES = [
-    sys.modules[function.__module__]
-    for function in (batch_norm_act, encode, upsample_cross_entropy)
-]
+MODULES = [library, *(sys.modules[f.__module__] for f in (encode, upsample_cross_entropy))]
 OPERATORS = {
     value._opoverload
     for module in MODULES

@@ -23,6 +23,7 @@ from encnet_triton.kernels import (
     upsample_argmax,
     upsample_cross_entropy,
 )
+from encnet_triton.kernels.batch_norm import library as norm_library
 from encnet_triton.kernels.batch_norm import operator as norm_operators
 from encnet_triton.kernels.batch_norm import plan as norms
 from encnet_triton.kernels.runtime import launch, replay
@@ -203,8 +204,8 @@ def test_operators_that_compiled_code_calls_repeat_launches(launched: list[Launc
     for _ in range(3):
         launched.clear()
         x, rows = _planes(), [torch.rand(16) for _ in range(4)]
-        mean, var, count = norm_operators.moments(x, *rows[:2], 0.1)
-        norm_operators.normalise(x, mean, var, count, *rows[2:], None, True, 1e-5, False, "", False)
+        mean, var, count = norm_library.moments(x, *rows[:2], 0.1)
+        norm_library.normalise(x, mean, var, count, *rows[2:], None, True, 1e-5, False, "", False)
     assert len(launched) == 3 and not _by_triton(launched)
 
 

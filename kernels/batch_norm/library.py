@@ -1,0 +1,459 @@
+"""The torch.library operators that a batch normalisation is made of, and their gradients; see
+operator.py.
+
+The collectives of a synchronised one stand between them, where a compiler sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor
+
+from .._namespace import add_op_namespace_prefix
+from ..runtime.dispatch import plan_of
+from ..runtime.eager import Direct
+from ..runtime.inductor import register_fake
+from ..runtime.launch import run
+from ..runtime.tiling import accumulation_dtype
+from . import pytorch
+from .checks import check_devices
+
+
+def _pack(mean: Tensor, m2: Tensor, count: Tensor) -> Tensor:
+    """[sum x, sum x^2, count] in float64; from it the variance loses no digits that x has."""
+    total = mean * count
+    return torch.cat([total, m2 + mean * total, count])
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor, or a copy of it, as a new tensor like x would lie in memory."""
+    if tensor.numel() == 0 or tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x).copy_(tensor)
+
+
+def _rows(*per_channel: Optional[Tensor]) -> list[Optional[Tensor]]:
+    """As the kernels read them: one value behind the other."""
+    return [None if tensor is None else tensor.contiguous() for tensor in per_channel]
+
+
+def _affine(
+    plan: Any,
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+) -> Any:
+    return plan.Affine(*_rows(mean, var, weight, bias), eps)
+
+
+def _write_back(moved: Any, mean: Optional[Tensor], var: Optional[Tensor]) -> None:
+    """Running statistics that were copied to be moved."""
+    for tensor, row in ((mean, moved.mean), (var, moved.var)):
+        if tensor is not None and tensor is not row:
+            tensor.copy_(row)
+
+
+def _empty_moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x)
+    mean, var = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+    return mean, var, x.new_empty(1, dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("batch_norm_moments"), mutates_args=("running_mean", "running_var")
+)
+def moments(
+    x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of x [B, C, N]; moves the running statistics."""
+    if plan := plan_of(__package__, x):
+        running = plan.Running(*_rows(running_mean, running_var), momentum)
+        made: tuple[Tensor, Tensor, Tensor] = run(plan.Statistics(plan.dense(x), running))
+        _write_back(running, running_mean, running_var)
+        return made
+    mean, m2, count = pytorch.statistics(x)
+    pytorch.move_running(running_mean, running_var, mean, m2, count, momentum)
+    dtype = accumulation_dtype(x)
+    return mean.to(dtype, copy=True), (m2 / count).to(dtype), count.clone()
+
+
+@register_fake(moments)
+def _moments_fake(
+    x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_moments(x, x.shape[1])
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_statistics"), mutates_args=())
+def statistics_of(x: Tensor) -> Tensor:
+    """[sum x, sum x^2, count] of x [B, C, N]: 2 C + 1 float64 values."""
+    if plan := plan_of(__package__, x):
+        return run(plan.Statistics(plan.dense(x), None))[0]
+    return _pack(*pytorch.statistics(x))
+
+
+@register_fake(statistics_of)
+def _statistics_fake(x: Tensor) -> Tensor:
+    return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("batch_norm_unpack"), mutates_args=("running_mean", "running_var")
+)
+def unpack(
+    packed: Tensor,
+    x: Tensor,
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count from [sum x, sum x^2, count]; moves the running statistics.
+
+    x gives the dtype alone: it may be empty on this rank.
+    """
+    if plan := plan_of(__package__, x, read=False):
+        running = plan.Running(*_rows(running_mean, running_var), momentum)
+        made: tuple[Tensor, Tensor, Tensor] = run(plan.Moments(packed, running))
+        _write_back(running, running_mean, running_var)
+        return made
+    channels = packed.shape[0] // 2
+    total, squares, count = packed.split([channels, channels, 1])
+    count = count.clamp(min=1.0)
+    mean = total / count
+    m2 = (squares - mean * total).clamp(min=0.0)
+    pytorch.move_running(running_mean, running_var, mean, m2, count, momentum)
+    dtype = accumulation_dtype(x)
+    return mean.to(dtype, copy=True), (m2 / count).to(dtype), count
+
+
+@register_fake(unpack)
+def _unpack_fake(
+    packed: Tensor,
+    x: Tensor,
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_moments(x, packed.shape[0] // 2)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_normalise"), mutates_args=())
+def normalise(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    pack: bool,
+    group_name: str,
+    forked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y of x [B, C, N]; which values the ReLU let pass, a bit each, or empty; y's twin, or empty.
+
+    `pack` asks for the bits; the PyTorch code makes none, for it keeps y. `count` (None: frozen
+    statistics) and `group_name` serve the backward pass. `forked` asks for the twin: it has y's
+    shape and no values, for an operator must not return y twice, and takes a gradient like y.
+    """
+    check_devices(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        added = None if residual is None else _like(residual, dense)
+        affine = _affine(plan, mean, var, weight, bias, eps)
+        y, mask = run(plan.Normalise(dense, affine, added, relu, pack, fold=count is None))
+        return _like(y, x), mask, _twin(x, forked)
+    y = pytorch.normalise(x, mean, var, weight, bias, residual, relu, eps)
+    return y, x.new_empty(0, dtype=torch.uint8), _twin(x, forked)
+
+
+def _twin(x: Tensor, forked: bool) -> Tensor:
+    return x.new_empty(1).expand(x.shape) if forked else x.new_empty(0)
+
+
+@register_fake(normalise)
+def _normalise_fake(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    pack: bool,
+    group_name: str,
+    forked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
+    plan = plan_of(__package__, x) if pack else None
+    size = plan.mask_bytes(x) if plan else 0
+    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8), _twin(x, forked)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_sums"), mutates_args=())
+def backward_sums(
+    grad: Tensor,
+    other: Optional[Tensor],
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[sum g, sum g u s] of this process, 2 x C in float64; dweight, dbias; g (or empty).
+
+    `kept` is the mask as `normalise` packed it, or y, or None where g is made again from x. `other`
+    is a gradient of y's twin, which is added to `grad`: g is then always made.
+    """
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        given = _like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu
+        twin = None if other is None else _like(other, dense)
+        call = plan.BackwardSums(dense, *given, False, False, twin)
+        sums, grad_weight, grad_bias, _, masked = run(call)
+        return sums, grad_weight, grad_bias, _like(masked, x)
+    if other is not None:
+        grad = torch.add(grad, other, out=torch.empty_like(x))
+    sums, masked = pytorch.backward_sums(grad, x, kept, mean, (var + eps).rsqrt())
+    if other is not None and kept is None:
+        masked = grad
+    return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
+
+
+@register_fake(backward_sums)
+def _backward_sums_fake(
+    grad: Tensor,
+    other: Optional[Tensor],
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    made = other is not None or not (kept is None or plan_of(__package__, x))
+    masked = torch.empty_like(x) if made else x.new_empty(0)
+    return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
+
+
+def _parameter_gradients(
+    x: Tensor, sums: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """dweight and dbias, empty where there is no parameter."""
+    grad_weight = x.new_empty(0) if weight is None else sums[1].to(weight.dtype, copy=True)
+    grad_bias = x.new_empty(0) if bias is None else sums[0].to(bias.dtype, copy=True)
+    return grad_weight, grad_bias
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_input"), mutates_args=())
+def backward_input(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    sums: Tensor,
+    count: Tensor,
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx from the sums over all processes; the residual's gradient, if needed, or empty.
+
+    `grad` is dL/dy with `kept` as in `backward_sums`, or g with `relu` False.
+    """
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        given = (_like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu)
+        made = run(plan.BackwardInput(dense, *given, sums, count, need_residual))
+        return _like(made[0], x), _like(made[1], x)
+    inv_std = (var + eps).rsqrt()
+    grad_x = pytorch.backward_input(grad, x, mean, inv_std, weight, sums, count)
+    return grad_x, x.new_empty(0)
+
+
+@register_fake(backward_input)
+def _backward_input_fake(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    sums: Tensor,
+    count: Tensor,
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x) if need_residual else x.new_empty(0)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_frozen"), mutates_args=())
+def backward_frozen(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and the residual's gradient (or empty) with frozen statistics."""
+    if plan := plan_of(__package__, x):
+        dense = plan.dense(x)
+        given = (_like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu)
+        call = plan.BackwardSums(dense, *given, frozen=True, need_residual=need_residual)
+        _, grad_weight, grad_bias, grad_x, grad_residual = run(call)
+        return _like(grad_x, x), grad_weight, grad_bias, _like(grad_residual, x)
+    inv_std = (var + eps).rsqrt()
+    sums, masked = pytorch.backward_sums(grad, x, kept, mean, inv_std)
+    grad = grad if kept is None else masked
+    grad_x = pytorch.backward_input(grad, x, mean, inv_std, weight, None, None)
+    return (grad_x, *_parameter_gradients(x, sums, weight, bias), masked)
+
+
+@register_fake(backward_frozen)
+def _backward_frozen_fake(
+    grad: Tensor,
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    written = need_residual if plan_of(__package__, x) else kept is not None
+    grad_residual = torch.empty_like(x) if written else x.new_empty(0)
+    return torch.empty_like(x), *_parameter_gradients(x, sums, weight, bias), grad_residual
+
+
+def all_reduce(packed: Tensor, group_name: str) -> Tensor:
+    reduced = torch.ops._c10d_functional.all_reduce(packed, "sum", group_name)
+    return torch.ops._c10d_functional.wait_tensor(reduced)
+
+
+# As eager code calls the operators.
+direct_moments, direct_unpack = Direct(moments, changes=(1, 2)), Direct(unpack, changes=(2, 3))
+direct_statistics_of, direct_normalise = Direct(statistics_of), Direct(normalise)
+_backward_sums, _backward_input = Direct(backward_sums), Direct(backward_input)
+_backward_frozen = Direct(backward_frozen)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    y, mask, twin = output
+    x, mean, var, count, weight, bias, _, ctx.relu, ctx.eps, pack, ctx.group_name, forked = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((mask,) if forked else (mask, twin)))
+    kept = kept_of(x, y, mask, ctx.relu, pack)
+    ctx.save_for_backward(x, kept, mean, var, count, weight, bias)
+
+
+def kept_of(x: Tensor, y: Tensor, mask: Tensor, relu: bool, pack: bool) -> Optional[Tensor]:
+    """What tells the backward pass which values the ReLU let pass, where x alone does not."""
+    if relu and not plan_of(__package__, x):
+        return y
+    return mask if pack else None
+
+
+def _autograd_backward(
+    ctx: Any, grad: Optional[Tensor], _: Any, other: Optional[Tensor]
+) -> tuple[Optional[Tensor], ...]:
+    options = ctx.relu, ctx.eps, ctx.group_name
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6)]
+    made = needed_gradients(gradients_of, grad, other, ctx.saved_tensors, options, needs)
+    return (made[0], None, None, None, *made[1:], None, None, None, None, None)
+
+
+def needed_gradients(
+    gradients: Callable[..., Any],
+    grad: Optional[Tensor],
+    other: Optional[Tensor],
+    saved: Sequence[Any],
+    options: tuple[bool, float, str],
+    needs: Sequence[bool],
+) -> tuple[Optional[Tensor], ...]:
+    """Of x, weight, bias and residual, as needed; y or its twin may have no gradient."""
+    if grad is None:
+        grad, other = other, None
+    if grad is None:
+        return None, None, None, None
+    need_x, need_weight, need_bias, need_residual = needs
+    # Without a ReLU the residual's gradient is dy itself.
+    write = need_residual and (options[0] or other is not None)
+    made = gradients(grad, other, *saved, *options, need_x, write)
+    grad_x, grad_weight, grad_bias, grad_residual = made
+    return (
+        grad_x,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+        (grad_residual if write else grad) if need_residual else None,
+    )
+
+
+normalise.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def gradients_of(
+    grad: Tensor,
+    other: Optional[Tensor],
+    x: Tensor,
+    kept: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    relu: bool,
+    eps: float,
+    group_name: str,
+    need_x: bool,
+    write_residual: bool,
+) -> tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor]]:
+    """Of x, weight, bias and residual; x, grads and kept (if it is y) are B x C x N.
+
+    `other` is None where the statistics are frozen.
+    """
+    call = (x, kept, mean, var, weight, bias)
+    if count is None:
+        grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
+            grad, *call, relu, eps, write_residual
+        )
+        return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
+    sums, grad_weight, grad_bias, masked = _backward_sums(grad, other, *call, relu, eps)
+    if not need_x and not write_residual:
+        return None, grad_weight, grad_bias, None
+    if group_name:
+        sums = all_reduce(sums, group_name)
+    # The PyTorch code has made g where it has y.
+    if other is not None or (kept is not None and not plan_of(__package__, x)):
+        given = masked, x, None, *call[2:], sums, count, False, eps, False
+        grad_x, grad_residual = _backward_input(*given)[0], masked
+    else:
+        grad_x, grad_residual = _backward_input(grad, *call, sums, count, relu, eps, write_residual)
+    return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
