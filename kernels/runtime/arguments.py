@@ -71,7 +71,12 @@ def _nothing_derives() -> bool:
     """Whether, as far as torch can tell, this is plain code: no dual numbers, no torch.func."""
     if _transforms is None or torch.compiler.is_compiling():
         return False
-    return getattr(forward_ad, "_current_level", 0) < 0 and not _transforms()
+    return not (may_be_dual() or _transforms())
+
+
+def may_be_dual() -> bool:
+    """Whether tensors may carry a tangent: code runs inside `forward_ad.dual_level`."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def check_no_vmap(name: str, *tensors: Optional[Tensor]) -> None:

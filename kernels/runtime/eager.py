@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .arguments import may_be_dual
 from .replay import Repeated, watching
 
 _PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float, str, torch.dtype})
@@ -42,7 +43,7 @@ def quiet() -> bool:
     if torch.compiler.is_compiling() or _questions is None or _below_autograd is None:
         return False
     modes, functions, transforms, tracing = _questions
-    return not (modes() or functions() or transforms() or tracing() is not None)
+    return not (modes() or functions() or transforms() or tracing() is not None or may_be_dual())
 
 
 def undisturbed(*arguments: Any) -> bool:

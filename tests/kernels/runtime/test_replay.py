@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 pytest.importorskip("triton")
 
@@ -298,6 +299,18 @@ def test_what_is_refused_stays_refused(launched: list[Launched]) -> None:
             _runs(_norm(training=training), launched)
     with pytest.raises(TypeError, match="must be a dense tensor"):
         _runs(_with(_norm(), "x", lambda x: x.detach().to_sparse()), launched)
+
+
+@cases
+def test_dual_numbers_stay_refused(name: str, launched: list[Launched]) -> None:
+    call, tensors = CASES[name]()
+    for _ in range(3):
+        call(**tensors)
+    given = next(n for n in ("x", "logits") if n in tensors)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tensors[given], torch.ones_like(tensors[given]))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            call(**{**tensors, given: dual})
 
 
 def _pass(x: Tensor, *of_channels: Tensor) -> tuple[Tensor, ...]:
