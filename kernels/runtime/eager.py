@@ -63,8 +63,8 @@ def plain(*arguments: Any) -> bool:
 
 
 def _is_odd(tensor: Tensor) -> bool:
-    """Whether its memory cannot be read, or not directly; functorch leaves such tensors."""
-    return tensor.is_meta or tensor.is_neg() or _is_wrapped(tensor)
+    """Whether its memory cannot be read, or not directly; autograd and functorch leave some."""
+    return tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor() or _is_wrapped(tensor)
 
 
 class Direct:

@@ -62,9 +62,9 @@ def kinds_of(
                 pointer = value.data_ptr()
                 # An index in place of the device, which is slow to compare: CUDA's have one.
                 found += value.shape, value.stride(), value.dtype, value.get_device()
-            except (RuntimeError, NotImplementedError):  # one that is not dense
+            except RuntimeError:  # one that is not dense
                 return None
-            if value.is_neg():
+            if value.is_neg() or (not pointer and value._is_zerotensor()):
                 return None
             pointers.append(pointer)
             bits |= pointer

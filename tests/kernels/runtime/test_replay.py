@@ -27,6 +27,7 @@ from encnet_triton.kernels import (
 from encnet_triton.kernels.batch_norm import library as norm_library
 from encnet_triton.kernels.batch_norm import operator as norm_operators
 from encnet_triton.kernels.batch_norm import plan as norms
+from encnet_triton.kernels.encoding import fused
 from encnet_triton.kernels.runtime import launch, replay
 from encnet_triton.kernels.runtime.launch import Launch
 from encnet_triton.kernels.runtime.replay import Repeated
@@ -311,6 +312,16 @@ def test_dual_numbers_stay_refused(name: str, launched: list[Launched]) -> None:
         dual = forward_ad.make_dual(tensors[given], torch.ones_like(tensors[given]))
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             call(**{**tensors, given: dual})
+
+
+def test_zeros_that_have_no_memory_get_some(launched: list[Launched]) -> None:
+    zeros = torch._efficientzerotensor((2, 9, 16), dtype=HALF)
+    assert zeros.data_ptr() == 0
+    for x in (zeros, *[torch.randn(2, 9, 16).to(HALF)] * 3, zeros):
+        launched.clear()
+        encode(x, torch.rand(3, 16), torch.rand(3))
+        given = launched[-1][-len(fused.forward_kernel.arg_names) :]
+        assert (given[0].data_ptr() if isinstance(given[0], Tensor) else given[0]) != 0
 
 
 def _pass(x: Tensor, *of_channels: Tensor) -> tuple[Tensor, ...]:
