@@ -318,8 +318,7 @@ class _Places:
         kind = type(value)
         if kind is _Number:
             return self._first_number + value.place
-        # A number that is not an argument of the call may have been computed from one.
-        if kind is int or kind is bool or value is None or (kind is float and not self._numbers):
+        if kind is int or kind is bool or kind is float or value is None:
             return self.constant(value)
         if not isinstance(value, Tensor):
             raise NotReplayable(f"an argument is of type {kind.__name__}")
@@ -339,7 +338,12 @@ class _Places:
         raise NotReplayable("an argument is none of the call's")
 
     def constant(self, value: Any) -> int:
-        """Places of constants are below zero: they are counted from the end."""
+        """Places of constants are below zero: they are counted from the end.
+
+        Raises NotReplayable for a number that may have been computed from one of the call's.
+        """
+        if self._numbers and isinstance(value, float):
+            raise NotReplayable("a number is none of the call's")
         self.constants.append(value)
         return -len(self.constants)
 

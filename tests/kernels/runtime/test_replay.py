@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -352,6 +353,31 @@ def test_a_body_that_is_not_understood_runs(name: str, launched: list[Launched])
         launched.clear()
         repeated(_planes(), torch.rand(16))
         assert _by_triton(launched)
+
+
+def _scaled(x: Tensor, y: Tensor, number: float) -> Tensor:
+    affine = norms.Affine(y, y, y, y, eps=2 * number)
+    return launch.run(norms.Normalise(x, affine, None, True, False, False))[0]
+
+
+def _compiled_for(x: Tensor, y: Tensor, number: float) -> Tensor:
+    call = norms.Normalise(x, norms.Affine(y, y, y, y, eps=number), None, True, False, False)
+    here = launch.machine(x.device)
+    (one,), outputs = call.launches(here, call.configs(here)[0])
+    launch.run_all([replace(one, constants={**one.constants, "BP": number})])
+    return outputs[0]
+
+
+@pytest.mark.parametrize("body", [_scaled, _compiled_for])
+def test_a_number_made_of_one_or_compiled_in_is_that_of_the_call(
+    body: Callable[..., Tensor], launched: list[Launched]
+) -> None:
+    repeated, names = Repeated(body), norms.kernels.normalise_kernel.arg_names
+    for number in (0.5, 0.5, 0.5, 0.25):
+        launched.clear()
+        repeated(_planes(), torch.rand(16), number)
+        given = dict(zip(names, launched[-1][-len(names) :], strict=True))
+        assert given["eps"] == 2 * number if body is _scaled else given["BP"] == number
 
 
 def test_parts_of_arguments_and_buffers_are_found_again(launched: list[Launched]) -> None:
