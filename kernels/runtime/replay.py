@@ -289,9 +289,10 @@ class _Places:
         self.constants: list[Any] = []
         self.behind: list[tuple[int, int]] = []
         self.bytes = 0
-        # Ranges of addresses, and the place of the first or the bytes in front in the buffer.
+        # Ranges of addresses of arguments and outputs, and the place of the first of each.
         self._known: list[tuple[int, int, int]] = []
         self._buffers = [_range(tensor.untyped_storage()) for tensor in allocated]
+        # Bytes in front of an allocation in the buffer, by its address.
         self._in_buffer: dict[int, int] = {}
         for place, tensor in enumerate(tensors):
             self._know(tensor, place)
@@ -373,7 +374,6 @@ class _Program(NamedTuple):
     function: Any
     metadata: Any
     arguments: Callable[[Sequence[Any]], Sequence[Any]]
-    hooks: Sequence[Any]
 
 
 class Replay:
@@ -388,7 +388,9 @@ class Replay:
             (vars(group), dict(vars(group))) for group in (knobs.runtime, knobs.compilation)
         ]
         hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        # Lists that are empty while nobody listens.
         self._listeners: list[Any] = [_calls_of(hook) for hook in hooks if hook is not None]
+        self._listeners += [one.kernel.pre_run_hooks for one, _ in launches]
         self._driver = driver.active
         index = places.device.index
         self._index = self._driver.get_current_device() if index is None else index
@@ -399,11 +401,9 @@ class Replay:
                 program.function,
                 program.packed_metadata,
                 itemgetter(*_arguments(one, places)),
-                one.kernel.pre_run_hooks,
             )
             for one, program in launches
         ]
-        self._listeners += [program.hooks for program in self._programs]
         self._device, self._single = places.device, places.single
         self._outputs = [
             None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in places.outputs
@@ -416,9 +416,8 @@ class Replay:
         for settings, before in self._settings:
             if settings != before:
                 return False
-        for listeners in self._listeners:
-            if listeners:
-                return False
+        if any(self._listeners):
+            return False
         return bool(self._driver.get_current_device() == self._index)
 
     def run(self, pointers: list[int], numbers: list[float]) -> Any:
@@ -446,7 +445,7 @@ class Replay:
             values.append(values[place] + offset)
         values += self._constants
         stream = self._driver.get_current_stream(self._index)
-        for run, grid, function, metadata, arguments, _ in self._programs:
+        for run, grid, function, metadata, arguments in self._programs:
             run(*grid, stream, function, metadata, None, None, None, *arguments(values))
         return outputs[0] if self._single else tuple(outputs)
 
