@@ -30,7 +30,7 @@ from ..runtime.eager import Direct, applied, quiet, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
 from ..runtime.replay import Repeated
-from ..runtime.tiling import accumulation_dtype
+from ..runtime.tiling import accumulation_dtype, laid_out_as
 from . import pytorch
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -82,14 +82,6 @@ def _counters(x: Tensor) -> Tensor:
     another.
     """
     return x.new_zeros(x.shape[0] + 1, dtype=torch.int32)
-
-
-def _laid_out_as(x: Tensor, grad_x: Tensor) -> Tensor:
-    """The gradient, or a copy of it, in the memory layout of a new tensor like x."""
-    # The meta device gives that layout and allocates nothing.
-    if grad_x.stride() == torch.empty_like(x, device="meta").stride():
-        return grad_x
-    return torch.empty_like(x).copy_(grad_x)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("encode_forward"), mutates_args=())
@@ -152,7 +144,7 @@ def _encode_backward(
         parameters = codewords.contiguous(), scale.contiguous(), factor
         grad = grad.float().contiguous()
         made = run(plan.Backward(grad, plan.channels_last(x), *parameters, need_x, counters))
-        return _laid_out_as(x, made[0]) if need_x else made[0], made[1], made[2]
+        return laid_out_as(x, made[0]) if need_x else made[0], made[1], made[2]
     with torch.autocast(x.device.type, enabled=False):
         grad = grad.to(accumulation_dtype(x))
         return pytorch.backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)

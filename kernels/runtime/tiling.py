@@ -44,6 +44,14 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def laid_out_as(x: Tensor, made: Tensor) -> Tensor:
+    """What was made, or a copy of it, in the memory layout of a new tensor like x."""
+    # The meta device gives that layout and allocates nothing.
+    if made.stride() == torch.empty_like(x, device="meta").stride():
+        return made
+    return torch.empty_like(x).copy_(made)
+
+
 class Scratch:
     """Work space reused from tile to tile, so that its pages stay mapped and in the cache.
 

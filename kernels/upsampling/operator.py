@@ -51,6 +51,7 @@ from ..runtime.dispatch import plan_of, takes_triton
 from ..runtime.eager import Direct, applied, quiet, undisturbed
 from ..runtime.inductor import register_fake
 from ..runtime.launch import run
+from ..runtime.tiling import laid_out_as
 from . import pytorch
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -185,8 +186,7 @@ def _backward_op(
     if plan := _plan_of(logits, target, align_corners):
         given = plan.channels_last(logits.detach()), target.contiguous(), lse
         made = run(plan.Backward(grad_loss.contiguous(), *given, plan.options(*options), rates))
-        layout = torch.empty_like(logits)
-        return made if made.stride() == layout.stride() else layout.copy_(made)
+        return laid_out_as(logits, made)
     grad_loss = _of_sum(grad_loss, rates).expand(target.shape)
     with torch.autocast(logits.device.type, enabled=False):
         return pytorch.backward(grad_loss, logits, target, lse, *options)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from encnet_triton.kernels import encode, reference
 from encnet_triton.kernels.encoding import pytorch
-from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward, _laid_out_as
+from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
 from encnet_triton.kernels.runtime import tiling
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -253,10 +253,10 @@ def test_the_gradient_of_x_is_allocated_once(monkeypatch: pytest.MonkeyPatch) ->
     x = torch.empty(2, 5, 5, 8).permute(0, 3, 1, 2).flatten(2)
     grad = torch.empty(2, 25, 8).transpose(1, 2)
     with _Largest() as made:
-        assert _laid_out_as(x, grad) is grad
+        assert tiling.laid_out_as(x, grad) is grad
     assert made.allocated == 0
     contiguous = torch.empty(2, 8, 25)
-    assert _laid_out_as(contiguous, grad).stride() == contiguous.stride()
+    assert tiling.laid_out_as(contiguous, grad).stride() == contiguous.stride()
 
 
 def test_layout_of_the_input_gradient_follows_the_input() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -378,6 +379,29 @@ def test_mean_and_sum_keep_one_number_a_pixel() -> None:
     assert not made
     of_pixels = {t.dtype for t in saved if t.shape == target.shape}
     assert of_pixels == {torch.float32, torch.uint8}
+
+
+class _New(TorchDispatchMode):
+    """Shapes of what is allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if "empty" in func.__name__ and out.device.type != "meta":
+            self.shapes.append(out.shape)
+        return out
+
+
+def test_the_gradient_of_logits_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.Launch, "run", lambda _: None)
+    logits, target = example((1, 2, 3, 4, 5, 6))
+    grad, lse = torch.ones((), device=DEVICE), torch.zeros(1, 5, 6, device=DEVICE)
+    with _New() as made:
+        module._backward_op._init_fn(grad, logits, target, lse, None, None, 255, True, 0.0)
+    assert made.shapes == [logits.shape]
 
 
 def test_without_gradients_nothing_is_kept() -> None:
