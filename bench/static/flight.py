@@ -16,7 +16,7 @@ _LINE = re.compile(
     r"^\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<op>[A-Z][A-Z0-9_.]*)\s*(?P<rest>.*?);",
     re.M,
 )
-_WIDTHS = {"64": 8, "128": 16, "256": 32}
+_WIDTHS = {"8": 1, "16": 2, "64": 8, "128": 16, "256": 32}
 _FEWEST = 4  # bytes; narrower loads are masks and sizes
 
 
@@ -37,10 +37,19 @@ class _State:
     groups: int = 0
 
 
+def program(disassembly: str) -> list[tuple[int, str, str]]:
+    """Address, name with modifiers, and operands of each instruction."""
+    return [(int(m["at"], 16), m["op"], m["rest"]) for m in _LINE.finditer(disassembly)]
+
+
+def width(modifiers: list[str]) -> int:
+    """Bytes per thread of an access with these modifiers, such as 2 for U16."""
+    return next((_WIDTHS[m.lstrip("US")] for m in modifiers if m.lstrip("US") in _WIDTHS), 4)
+
+
 def in_flight(disassembly: str) -> tuple[int, float]:
     """Bytes a thread at the most and on average, in the largest loop; zeros without a loop."""
-    program = [(int(m["at"], 16), m["op"], m["rest"]) for m in _LINE.finditer(disassembly)]
-    body = _largest_loop(program)
+    body = _largest_loop(program(disassembly))
     state = _State()
     counted: list[int] = []
     for _ in range(2):
@@ -51,14 +60,14 @@ def in_flight(disassembly: str) -> tuple[int, float]:
     return (max(counted), sum(counted) / len(counted)) if body else (0, 0.0)
 
 
-def _largest_loop(program: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+def _largest_loop(whole: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     loops = [(0, 0)]
-    for at, op, rest in program:
+    for at, op, rest in whole:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if target and int(target[1], 16) < at:
             loops.append((int(target[1], 16), at))
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])
-    return [one for one in program if first <= one[0] <= last] if last else []
+    return [one for one in whole if first <= one[0] <= last] if last else []
 
 
 def _step(state: _State, op: str, rest: str) -> None:
@@ -69,9 +78,7 @@ def _step(state: _State, op: str, rest: str) -> None:
         done = state.groups - int(left[1], 16)
         state.loads = [one for one in state.loads if one.group is None or one.group >= done]
     state.loads = [one for one in state.loads if not one.registers & named]
-    bytes_ = next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4)
-    if any(m.lstrip("US") in ("8", "16") for m in modifiers):
-        bytes_ = 2
+    bytes_ = width(modifiers)
     if name == "LDG" and bytes_ >= _FEWEST and (to := re.match(r"(?:\w+, )?R(\d+)\b", rest)):
         first = int(to[1])
         written = frozenset(f"R{first + i}" for i in range(bytes_ // 4))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from bench.static.flight import in_flight
+from bench.static import flight
 
 if TYPE_CHECKING:
     from encnet_triton.kernels.runtime.launch import Launch
@@ -53,7 +53,6 @@ _MATRIX = re.compile(r"[HDIQOB]MMA$|[HIQB]GMMA$|UTC\w*MMA$")
 _LOADS = ("LDG", "LD", "LDGSTS", "UTMALDG")
 _STORES = ("STG", "ST", "UTMASTG")
 _ATOMICS = ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG")
-_WIDTHS = {"8": 1, "16": 2, "64": 8, "128": 16, "256": 32}
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
     stack, spills = local_memory(log)
     listing = disassembly(compiled.asm["cubin"])
     program = instructions(listing)
-    most, mean = in_flight(listing)
+    most, mean = flight.in_flight(listing)
     columns = int(getattr(metadata, "tmem_size", 0) or 0)
     blocks = blocks_per_sm(arch, warps, registers, metadata.shared, columns)
     loads, stores = widths(program, _LOADS), widths(program, _STORES)
@@ -263,9 +262,6 @@ def blocks_per_sm(arch: int, warps: int, registers: int, shared: int, columns: i
     return min(limits.blocks, limits.warps // warps, by_registers, by_shared, by_columns)
 
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
-
-
 def disassembly(cubin: bytes) -> str:
     """The program's machine code as text."""
     import triton
@@ -280,7 +276,7 @@ def disassembly(cubin: bytes) -> str:
 
 def instructions(listing: str) -> list[str]:
     """Names of the instructions of a disassembled program, modifiers included, no padding."""
-    return [op for op in _INSTRUCTION.findall(listing) if op.partition(".")[0] != "NOP"]
+    return [op for _, op, _ in flight.program(listing) if op.partition(".")[0] != "NOP"]
 
 
 def _is_matrix(op: str) -> bool:
@@ -294,11 +290,7 @@ def widths(program: list[str], names: tuple[str, ...]) -> dict[str, int]:
         name, *modifiers = op.split(".")
         if name not in names:
             continue
-        if name.startswith("U"):
-            found[name] += 1
-            continue
-        sizes = [_WIDTHS[m.lstrip("US")] for m in modifiers if m.lstrip("US") in _WIDTHS]
-        found[f"{name}.{sizes[0] if sizes else 4}"] += 1
+        found[name if name.startswith("U") else f"{name}.{flight.width(modifiers)}"] += 1
     return dict(found)
 
 
