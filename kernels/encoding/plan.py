@@ -10,6 +10,7 @@ so K is padded to a power of two from 16 on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -158,18 +159,23 @@ class _Gradient:
 
 
 def _splits(problem: _Problem, programs: int, block: int) -> int:
-    """Programs along an image's pixels: the number with which the last one finishes earliest.
-
-    `programs` run at once, more of them if small. Each works through its tiles in turn and spends
-    the time of one more tile on its prologue and partial sums. Ties go to the smallest number.
-    """
+    """Programs along an image's pixels; `programs` run at once, more of them if small."""
     programs *= 4 if problem.channels <= 64 else 1
-    most = cdiv(problem.pixels, block)
+    return _done_earliest(problem.images, cdiv(problem.pixels, block), programs)
+
+
+@cache
+def _done_earliest(images: int, tiles: int, programs: int) -> int:
+    """Programs along an image's tiles: the number with which the last one finishes earliest.
+
+    Each works through its tiles in turn and spends the time of one more tile on its prologue and
+    partial sums. Ties go to the smallest number.
+    """
 
     def last_done(splits: int) -> int:
-        return cdiv(problem.images * splits, programs) * (cdiv(most, splits) + 1)
+        return cdiv(images * splits, programs) * (cdiv(tiles, splits) + 1)
 
-    return min(range(1, min(programs, most) + 1), key=last_done, default=1)
+    return min(range(1, min(programs, tiles) + 1), key=last_done, default=1)
 
 
 def _asked(name: str, x: Tensor, codewords: Tensor, **options: Any) -> Problem:
