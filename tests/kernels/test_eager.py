@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -180,7 +181,9 @@ def test_what_watches_or_traces_is_told_of_every_call() -> None:
     assert not eager.undisturbed(x.as_subclass(Wrapped))
     assert not eager.undisturbed(x.to("meta"))
     assert not eager.undisturbed(torch._neg_view(x))
-    for mode in (Recorded(), Function(), torch._subclasses.FakeTensorMode()):
+    assert not eager.undisturbed(torch._efficientzerotensor(3))
+    modes: list[contextlib.AbstractContextManager[Any]] = [Recorded(), Function()]
+    for mode in (*modes, torch._subclasses.FakeTensorMode(), forward_ad.dual_level()):
         with mode:
             assert not eager.undisturbed(x)
     seen = []
