@@ -322,8 +322,9 @@ def quicken() -> None:
 
 
 def _splat(builder: Any, block: Any, scalar: Any) -> Any:
-    """As shipped a comparison of two numbers, repeated, is a block of their own type, which
-    Triton 3.9 does not take for a mask."""
+    """A block of the scalar's own type. As shipped, that of a comparison has the type of the two
+    numbers compared, and Triton 3.9 refuses it as a mask.
+    """
     data = np.full(block.shape, scalar.data.item(), scalar.data.dtype)
     return interpreter.TensorHandle(data, scalar.dtype.scalar)
 

@@ -116,6 +116,7 @@ class Launch:
         return {**self.arguments, **self.constants, **self.options()}
 
     def with_arguments(self, arguments: dict[str, Any]) -> Launch:
+        """The same launch of other arguments."""
         return replace(self, arguments=arguments)
 
     def run(self) -> Any:
@@ -256,7 +257,7 @@ def _kinds(arguments: Any) -> tuple[Any, ...]:
 
 
 def forget() -> None:
-    """The choice, and how to make the launches again."""
+    """Forget which configurations were chosen, and how to make launches again."""
     _chosen.clear()
     forget_replays()
 

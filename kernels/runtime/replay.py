@@ -51,7 +51,8 @@ def kinds_of(
 ) -> Optional[tuple[Any, ...]]:
     """Everything in the arguments that decides what is launched and how it is compiled.
 
-    The rest is added to the lists. None if one of them is not a plain tensor or value.
+    Addresses and numbers are added to the lists. None if an argument is not a plain tensor or
+    value.
     """
     found: list[Any] = []
     bits = 0
@@ -166,7 +167,7 @@ class _Number(float):
 
 
 class _Watching(threading.local):
-    """The launches of the body that is watched on this thread, with what ran, or None."""
+    """The launches and programs of the body that is watched on this thread, or None."""
 
     launches: Optional[list[tuple[Any, Any]]] = None
 
@@ -193,7 +194,7 @@ def _unmarked(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Allocations(TorchDispatchMode):
-    """Keeps what is allocated, so that no memory is handed out twice; sees other operations."""
+    """Keeps what is allocated, so that no address is given twice; `only` if nothing else ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,16 +207,15 @@ class _Allocations(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ in _ALLOCATE:
             self.tensors.append(made)
-        elif func._schema.is_mutable or not (args and _looks(args[0], made)):
+        elif func._schema.is_mutable or not (args and _is_view(made, args[0])):
             self.only = False
         return made
 
 
-def _looks(tensor: Any, made: Any) -> bool:
-    """Whether what was made of a tensor is a view of it."""
+def _is_view(made: Any, tensor: Any) -> bool:
     if not isinstance(tensor, Tensor) or not isinstance(made, Tensor):
         return False
-    return tensor.untyped_storage().data_ptr() == made.untyped_storage().data_ptr()
+    return made.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 @contextlib.contextmanager
