@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -270,12 +271,10 @@ def _compiled(device: torch.device) -> Iterator[tuple[str, Call, Call, str]]:
 
 def rows(device: torch.device, rounds: int, backbone: str, compiled: bool) -> list[Row]:
     """All lines; the compiled ones where asked for."""
-    found = []
-    for name, ours, peer, against in _pairs(device, backbone):
-        found.append(Row(name, *best(ours, peer, rounds, device), against))
-    for name, ours, peer, against in _compiled(device) if compiled else ():
-        found.append(Row(name, *best(ours, peer, rounds, device), against))
-    return found
+    pairs = chain(_pairs(device, backbone), _compiled(device) if compiled else ())
+    return [
+        Row(name, *best(ours, peer, rounds, device), against) for name, ours, peer, against in pairs
+    ]
 
 
 def table(found: list[Row], title: str) -> Table:

@@ -115,10 +115,6 @@ class Launch:
     def _call(self) -> dict[str, Any]:
         return {**self.arguments, **self.constants, **self.options()}
 
-    def with_arguments(self, arguments: dict[str, Any]) -> Launch:
-        """The same launch of other arguments."""
-        return replace(self, arguments=arguments)
-
     def run(self) -> Any:
         """The program that ran, where Triton says so."""
         return self.kernel[self.grid](**self._call())

@@ -16,6 +16,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any, Callable, NamedTuple, Optional
@@ -185,12 +186,9 @@ def run_noted(launch: Any) -> None:
     if _watching.launches is None:
         launch.run()
         return
-    _watching.launches.append((launch, launch.with_arguments(_unmarked(launch.arguments)).run()))
-
-
-def _unmarked(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with plain numbers, because Triton looks at their type."""
-    return {n: float(v) if type(v) is _Number else v for n, v in arguments.items()}
+    # With plain numbers, because Triton looks at their type.
+    plain = {n: float(v) if type(v) is _Number else v for n, v in launch.arguments.items()}
+    _watching.launches.append((launch, replace(launch, arguments=plain).run()))
 
 
 class _Allocations(TorchDispatchMode):
