@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.apart import Failed
-from bench.options import add_json
+from bench.options import add_json, place
 from encnet_triton.data import create_dataset
 from encnet_triton.files import write_json
 from encnet_triton.inference import compare_checkpoints
@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--runs", type=Path, default=Path("runs/context"), help="their folder (%(default)s)"
     )
     parser.add_argument(
-        "--picture", type=Path, help="also draw what FCN and EncNet+SE of seed 0 predict (PNG)"
+        "--picture", type=place, help="also draw what FCN and EncNet+SE of seed 0 predict (PNG)"
     )
     add_json(parser)
 

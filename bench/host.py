@@ -305,13 +305,13 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     obstacle = None if options.eager else compile_obstacle(device)
-    whole = device.type == "cuda"
-    driver: AbstractContextManager[None] = nullcontext() if whole else no_gpu()
+    on_gpu = device.type == "cuda"
+    driver: AbstractContextManager[None] = nullcontext() if on_gpu else no_gpu()
     with driver:
         found = rows(device, options.rounds, options.backbone, not (options.eager or obstacle))
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(report.machine(device), highlight=False)
-    how = "whole calls" if whole else "without the driver's launch call"
+    how = "whole calls" if on_gpu else "without the driver's launch call"
     console.print(table(found, f"host time of a call, {how}"))
     if obstacle:
         console.print(f"no compiled step: {obstacle}")

@@ -10,10 +10,11 @@ from encnet_triton.options import refuse_place
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json FILE`."""
-    parser.add_argument("--json", type=_place, help="also write the figures to this file")
+    parser.add_argument("--json", type=place, help="also write the figures to this file")
 
 
-def _place(text: str) -> Path:
+def place(text: str) -> Path:
+    """The type of an option that names a file to be written after all the work."""
     try:
         refuse_place(Path(text), "file")
     except ValueError as error:

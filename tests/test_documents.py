@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from bench import __main__ as bench_main
 from bench import commands as bench_commands
@@ -127,4 +128,7 @@ def test_a_command_parses(
 
 @each(snippets)
 def test_a_snippet_runs(path: Path, text: str) -> None:
-    exec(compile(text, str(path), "exec"), {"__name__": "snippet"})
+    names: dict[str, Any] = {"__name__": "snippet"}
+    exec(compile(text, str(path), "exec"), names)
+    made = [value for value in names.values() if isinstance(value, Tensor)]
+    assert all(value.isfinite().all() for value in made)

@@ -53,8 +53,7 @@ def streamed(command: list[str], **variables: str) -> tuple[int, str]:
 
 
 def torchrun(processes: int, command: list[str]) -> list[str]:
-    """The command that runs a module as several ranks on this host, whatever its name resolves
-    to."""
+    """The command that runs a module as ranks on this host, whatever its name resolves to."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes), *command]
 
@@ -81,7 +80,7 @@ def kill_tree(pid: int) -> None:
     """Kill a process and all its descendants.
 
     By descent: torchrun gives each of its processes its own session, so killing its group would
-        miss them.
+    miss them.
     """
     for one in (pid, *descendants(pid)):
         with contextlib.suppress(ProcessLookupError):

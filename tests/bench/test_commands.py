@@ -100,6 +100,7 @@ def test_static_alone_lists_what_needs_no_gpu(capsys) -> None:
         ),
         (["encode", "--json", "no/x.json"], "argument --json: file no/x.json: the folder no does"),
         (["static", "cost", "--json", "/"], "argument --json: file / is a folder, but must be a"),
+        (["context", "--picture", "no/x.png"], "argument --picture: file no/x.png: the folder no"),
         (["static", "compile", "--shape", "512"], "argument --shape: '512' is not channels x code"),
         (["static", "memory", "--precision", "float32"], "unrecognized arguments: --precision"),
     ],
