@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import runner, worker
+from bench.gpu import runner
 from bench.gpu.job import Job, Outcome, Status
 from bench.gpu.processes import Worker
 from bench.gpu.runner import Results, Runner, _groups
 from bench.gpu.session import plan
+from tests.bench.gpu.in_process import InProcess
 from tests.support.processes import runs
 
 
@@ -79,14 +80,6 @@ class Scripted:
         return Outcome(job.stage, job.name, status, result=found), ""
 
     def close(self) -> None: ...
-
-
-class InProcess(Scripted):
-    """A worker that is this process."""
-
-    def run(self, job: Job, limit: float) -> tuple[Outcome, str]:
-        found = worker.run(job.function, job.arguments, rehearse=True)
-        return Outcome(job.stage, job.name, **found), ""
 
 
 @pytest.mark.parametrize(
