@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TRAIN_ARGS ?=
 VERSIONS_ARGS ?=
-# One process a core, each with one thread; a process takes about 1.5 GiB.
+# One process per core, each with one thread; a process takes about 1.5 GiB.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # Idle CPU threads sleep rather than spin: on a machine that does other work too, spinning costs
 # several times the throughput; on an idle one sleeping costs about a tenth.

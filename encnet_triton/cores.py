@@ -12,14 +12,14 @@ __all__ = ["usable_cores"]
 def usable_cores(
     membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Processors by the affinity of this process and the limits of its control groups, at least 1.
+    """Processors that the affinity and the control groups of this process allow, at least 1.
 
-    A container's limit (``docker --cpus``, a Kubernetes limit) is no affinity: the host's cores are
-    all there, and a process that takes them is stopped for most of each tenth of a second.
+    A container's limit (``docker --cpus``, a Kubernetes limit) does not change the affinity: all of
+    the host's cores seem usable, but a process that uses them is paused for most of the time.
 
     Args:
         membership: file that names the control groups of this process.
-        mounted: where their limits are, in version 2 or 1.
+        mounted: where control groups are mounted, version 2 or 1.
     """
     return max(1, int(min([_allowed(), *_limits(membership, mounted)])))
 
@@ -33,7 +33,7 @@ def _allowed() -> int:
 
 
 def _limits(membership: Path, mounted: Path) -> Iterator[float]:
-    """What each control group above this process, and its own, leaves to it."""
+    """The limits of this process's control group and of those above it."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -51,7 +51,7 @@ def _limits(membership: Path, mounted: Path) -> Iterator[float]:
 
 
 def _limit(folder: Path) -> Iterator[float]:
-    """Processors' worth of time that one control group has, if it is limited."""
+    """How many processors one control group may use, if it has a limit."""
     try:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()

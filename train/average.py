@@ -9,10 +9,10 @@ from torch import nn
 
 
 class Average:
-    """A copy of a network that follows it; nothing is read back from the device.
+    """A copy of a network whose values are moving averages; nothing is read back from the device.
 
-    After step t (counted from 0) it is d times itself plus 1 - d times the network, where d is the
-    smaller of ``decay`` and (1 + t) / (10 + t), which forgets the random start of a short run.
+    After step t (counted from 0) the copy is d times itself plus 1 - d times the network; d is the
+    smaller of ``decay`` and (1 + t) / (10 + t), so that even a short run forgets its random start.
 
     Args:
         model: the network, not compiled yet.
@@ -36,7 +36,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the network, which has taken step ``step``."""
+        """Update the averages after step ``step``."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self._averaged, 1 - decay)
         if self._copied[0]:

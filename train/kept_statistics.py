@@ -1,4 +1,4 @@
-"""Copies of the running statistics of a network, to go back to after a step that does not count."""
+"""Copies of a network's running statistics, to restore after a step that is skipped."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class KeptStatistics:
-    """The buffers of all batch norms of a model, and room for a copy of them.
+    """The buffers of all batch norms of a model, and memory for a copy of them.
 
-    Lists of one dtype, since torch copies a list with two of them a tensor at a time.
+    Lists of one dtype each: torch copies a list of mixed dtypes tensor by tensor.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,11 +24,11 @@ class KeptStatistics:
         self._lists = [(own, [torch.empty_like(b) for b in own]) for own in by_dtype.values()]
 
     def keep(self) -> None:
-        """Copy them as they are."""
+        """Copy the present values."""
         for own, kept in self._lists:
             torch._foreach_copy_(kept, own)
 
     def restore(self) -> None:
-        """Put back what was kept."""
+        """Restore the values copied last."""
         for own, kept in self._lists:
             torch._foreach_copy_(own, kept)

@@ -1,4 +1,4 @@
-"""When and how the state of a run reaches its folder."""
+"""When and how a run's state is saved to its folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Saver(Writer):
         lock: of the folder, on the main rank.
 
     Attributes:
-        step: that of the state which is on disk or on its way there; -1 at first.
+        step: of the newest state that is saved or being saved; -1 before the first.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Saver(Writer):
         super().__init__()
         self._config, self._world, self._task = config, world, task
         self._folder, self._lock = folder, lock
-        self._saved: Progress | None = None  # what the state on disk says
+        self._saved: Progress | None = None  # of the state on disk
         self.step = -1
 
     def resumed(self, progress: Progress) -> None:
-        """The state on disk is this."""
+        """Take this state as the one on disk."""
         self._saved, self.step = replace(progress), progress.step
 
     def due(self, step: int) -> bool:
@@ -64,11 +64,11 @@ class Saver(Writer):
     ) -> None:
         """Save the state to go on from, if ``last``, and the best weights with their figure.
 
-        The former not if the last losses were not finite: then the state on disk stays a good one.
-        At the end of the process it is saved in any case.
+        If the latest losses were not finite, the state is not saved: the one on disk stays good.
+        ``ending`` saves it anyway, as the process is about to end.
 
         Raises:
-            TrainingError, CheckpointError: of the save before this one.
+            TrainingError, CheckpointError: the previous save failed.
         """
         last = ending or (last and not progress.skipped_in_a_row)
         if not last and best is None:
@@ -96,7 +96,7 @@ class Saver(Writer):
     def _write(
         self, state: State, best: dict[str, float] | None, progress: Progress | None
     ) -> None:
-        """Write what was copied; in the thread."""
+        """Write the copy; runs in the thread."""
         if self._lock is not None and not self._lock.held():
             raise TrainingError(self._lock.taken())
         if best is not None:
@@ -107,7 +107,7 @@ class Saver(Writer):
             self._saved = progress
 
     def kept(self) -> str:
-        """What a person can go on from."""
+        """What the run can be resumed from, as part of a sentence."""
         self.wait()
         path = self._folder / run_state.LAST
         if self._saved is None:

@@ -1,4 +1,4 @@
-"""Files that a thread writes while the training goes on."""
+"""Writing files in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Writer", "copied"]
 
 
 class Writer:
-    """Does one job at a time in a thread; what a job raises is raised in the caller's thread.
+    """Runs one job at a time in a thread; a job's error is raised in the caller's thread.
 
-    Leaving it as a context waits for the last job. Its error is raised there too, unless another is
-    on its way.
+    As a context manager it waits for the last job on exit and raises that job's error, unless
+    another error is being raised.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Writer:
         self._error: BaseException | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Wait for the job before this one, then begin."""
+        """Wait for the previous job, then start this one."""
         self.finish()
 
         def work() -> None:
@@ -33,24 +33,24 @@ class Writer:
             except BaseException as error:
                 self._error = error
 
-        # No daemon: a process that ends by itself has its files whole.
+        # Not a daemon: the process does not exit before the file is complete.
         self._thread = threading.Thread(target=work, name="writer", daemon=False)
         self._thread.start()
 
     def look(self) -> None:
-        """Raise what a job has raised that is over; waits for none."""
+        """Raise the error of a job that has ended; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the job, and raise what it has raised."""
+        """Wait for the job, and raise its error."""
         self.wait()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def wait(self) -> None:
-        """Wait for the job; what it has raised is kept."""
+        """Wait for the job; its error is kept for `finish`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -68,10 +68,10 @@ class Writer:
 
 
 def copied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Copies in memory of this machine, contiguous, and what waits until they are there.
+    """Contiguous copies in host memory, and a function that waits until they are complete.
 
-    Of tensors on a GPU they are page-locked, so that nothing is waited for here; what the GPU does
-    to the tensors from now on comes after the copy.
+    Copies of GPU tensors are in page-locked memory, so this call does not wait for the GPU; what
+    the GPU is asked to do to the tensors later happens after the copy.
     """
     found = {}
     for name, tensor in tensors.items():

@@ -90,7 +90,7 @@ def operators(rehearse: bool) -> list[Job]:
 
 
 def _prepare(shape: str, variant: str, rehearse: bool) -> Job:
-    # As many jobs compile as share the machine; Inductor would start a process a core in each.
+    # As many jobs compile as share the machine; Inductor would start one process per core in each.
     compiles = is_compiled(variant) and not rehearse
     few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"} if compiles else {}
     arguments = {"shape": shape, "variant": variant}

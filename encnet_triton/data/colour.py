@@ -1,4 +1,4 @@
-"""Random changes of colour, on the device that trains."""
+"""Colour jitter, on the device that trains."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _I, _Q = (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)
 
 
 class ColourJitter:
-    """Brightness, contrast, saturation and hue, each drawn for itself, in one pass over the pixels.
+    """Random brightness, contrast, saturation and hue, in one pass over the pixels.
 
-    A factor f is uniform in 1 +- its amount. In this order: the image times f; its distance from
-    its mean grey times f; each pixel's distance from its own grey times f; and a turn of the
-    colours about the grey axis (of YIQ). All four are linear, so they are one 3 x 3 matrix and a
-    shift for each image, and values are cut to 0..255 once, at the end.
+    Each is drawn independently; a factor f is uniform in 1 +- its amount. In this order: the image
+    times f; its distance from its mean grey times f; each pixel's distance from its own grey times
+    f; and a rotation of the colours about the grey axis of YIQ. All four are linear, so together
+    they are one 3 x 3 matrix and a shift per image. Values are clamped to 0..255 once, at the end.
 
     Args:
         amounts: of brightness, contrast and saturation, each in [0, 1].
-        hue: largest turn either way, in turns, in [0, 0.5].
+        hue: largest rotation either way, in full turns, in [0, 0.5].
         device: where the images are.
     """
 
@@ -41,7 +41,7 @@ class ColourJitter:
         return any(self.amounts) or self.hue > 0
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """The images with other colours.
+        """Change the colours of a batch of images.
 
         Args:
             images: uint8, B x 3 x H x W.

@@ -2,8 +2,8 @@
 image:
 
 - Images and labels are turned upright by their EXIF orientation, as a viewer shows them.
-- An image is RGB of 8 bits a channel. Of 16 bits the high byte is taken, since the range of a file
-  of 16 bits is 0 to 65535; one that uses only the lowest 12 would be almost black and is refused.
+- An image is RGB of 8 bits per channel. Of 16 bits the high byte is taken: the range of such a file
+  is 0 to 65535. One that uses only the lowest 12 would be almost black and is refused.
   32-bit integers and floats have no known range and are refused.
 - A label has the numbers that are in the file, whatever its depth, 1 to 32 bits.
 - Only image formats are opened, and no image of more than 178,956,970 pixels.
@@ -77,7 +77,7 @@ def decode(image: Image.Image) -> Image.Image:
     """Decode an opened image to RGB, upright.
 
     Raises:
-        DataError: it is cut short, damaged, or not of 8 or 16 bits a channel; names the file.
+        DataError: it is cut short, damaged, or not of 8 or 16 bits per channel; names the file.
     """
     return _decoded(image, str(getattr(image, "filename", "")) or "image")
 
@@ -108,7 +108,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         raise DataError(f"{name}: the image is truncated or damaged ({_why(error)})") from error
     if sixteen and 0 < most < 4096:
         raise DataError(
-            f"{name} has 16 bits a channel, but its values are below "
+            f"{name} has 16 bits per channel, but its values are below "
             f"{256 * (most // 256 + 1):,} of 65,536: scale it to 8 bits by the range that you mean"
         )
     return image

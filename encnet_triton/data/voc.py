@@ -50,7 +50,7 @@ def voc_root(root: str | os.PathLike[str]) -> Path:
 
 
 def read_ids(listing: Path, source: str) -> list[str]:
-    """Image names of a list file, one a line."""
+    """Image names of a list file, one per line."""
     try:
         lines = read_lines(listing, "list file")
     except DataError as error:

@@ -65,7 +65,7 @@ class SegmentationLoss(nn.Module):
 
     Args:
         num_classes: n.
-        ignore_index: label of pixels that count nowhere.
+        ignore_index: label of pixels to ignore.
         se_weight: alpha of the paper's figure 5, for every SE branch.
         aux_weight: weight of the auxiliary head; the released recipes have 0.2.
         align_corners: of the upsampling; take the model's.
@@ -214,7 +214,7 @@ def dice_loss(
         logits: B x n x h x w.
         target: B x H x W labels, uint8 or int64; values outside [0, n) other than ``ignore_index``
             are no class.
-        ignore_index: label of pixels that count nowhere.
+        ignore_index: label of pixels to ignore.
         align_corners: of the upsampling.
 
     Returns:

@@ -45,7 +45,7 @@ class _BatchNormAct(_BatchNorm):
         self.group: ProcessGroup | None = None
 
     def takes_statistics(self, x: Tensor) -> bool:
-        """Whether `forward` can use statistics of an input on x's device that are there already."""
+        """Whether `forward` would use statistics of x that were computed before."""
         return self.training and self._fused(x)
 
     def _fused(self, x: Tensor) -> bool:
@@ -85,8 +85,8 @@ class _BatchNormAct(_BatchNorm):
             x: B x num_features x ... .
             residual: added after the normalisation and before the activation; shape of ``x``.
             statistics: sum and M2 of ``x`` per image and channel, where `takes_statistics`.
-            fork: return the result twice, in one memory, for the two things that use it: their
-                gradients are then added where they are read (`batch_norm_act_forked`).
+            fork: return the result twice, sharing its memory, one for each of the two places that
+                use it; backward adds their gradients as it reads them (`batch_norm_act_forked`).
 
         Raises:
             TypeError: ``x`` holds integers.

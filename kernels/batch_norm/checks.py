@@ -22,7 +22,7 @@ _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_devices(x: Tensor, others: dict[str, Optional[Tensor]]) -> None:
-    """What fake tensors do not notice by themselves: every operand is on x's device."""
+    """Every operand is on x's device, which fake tensors do not check by themselves."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
@@ -63,7 +63,7 @@ def check_arguments(
 
 
 def checked_momentum(training: bool, momentum: Any, *running: Optional[Tensor]) -> float:
-    """As a float; it counts only where there are statistics to move."""
+    """As a float; not looked at where there are no statistics to move."""
     if not training or running == (None, None):
         return 0.0
     check_number("batch_norm_act", "momentum", momentum)

@@ -6,12 +6,12 @@ values, and a program owns one channel in a run of images and pixels. Either way
 tiles of BP x BQ values, the inner dimension contiguous in memory, and holds what belongs to its
 channels as a vector of BQ (LAST) or 1.
 
-Of each run of tiles a kernel stores partial sums, P; a last small kernel adds them in a fixed order
-in float64. g is dy where the activation let it pass, u = x - mean, s = 1 / sqrt(var + eps).
+A kernel stores partial sums for each run of tiles, P; a last small kernel adds them in a fixed
+order in float64. g is dy where the activation let it pass, u = x - mean, s = 1 / sqrt(var + eps).
 
-Mask of a ReLU behind a residual: one bit a value, packed along the inner dimension, each plane or,
-of BQ channels, each row beginning at a byte of its own. Without a residual the backward pass makes
-it again from x.
+The mask of a ReLU that follows a residual: one bit per value, packed along the inner dimension.
+Each plane or, channels last, each row of BQ channels starts at a byte of its own. Without a
+residual the backward pass recomputes the mask from x.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import triton.language as tl
 
 @triton.jit
 def _split(program, C, BQ: tl.constexpr, LAST: tl.constexpr):
-    """A program's run of tiles, its block of channels or (not LAST) its channel, and its channels.
-
-    These are a vector of BQ or 1.
+    """A program's run of tiles, its block of channels (or, not LAST, its channel), and the indices
+    of its channels: a vector of BQ or 1.
     """
     blocks = tl.cdiv(C, BQ) if LAST else C
     split, block = program // blocks, program % blocks
@@ -34,9 +33,9 @@ def _split(program, C, BQ: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _from_the_end():
-    """The number of this program, counted from the last one.
+    """This program's index, counted from the last program.
 
-    For a pass over what the pass before it has read: its last programs' part is still in the L2.
+    For a pass that reads what the pass before it has read: the last programs' data is still in L2.
     """
     return tl.num_programs(0) - 1 - tl.program_id(0)
 
@@ -46,10 +45,10 @@ def _tile(
     t, block, B, C, N, packed,
     BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr, DENSITY: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of a block's tile t, BP x BQ, in x, and which are inside; DENSITY 8: of the mask.
+    """Offsets of a block's tile t, BP x BQ, in x (DENSITY 1) or in the mask (8), and which exist.
 
-    `packed` is BQ / 8, bytes of a row of the mask; as a constant it would have the compiler spread
-    a tile's bytes over the threads anew, by way of shared memory.
+    `packed` is BQ / 8, the bytes of a row of the mask. It is no constant: then the compiler would
+    redistribute a tile's bytes over the threads through shared memory.
     """
     p, q = tl.arange(0, BP)[:, None], tl.arange(0, BQ // DENSITY)[None, :]
     if LAST:
@@ -72,7 +71,7 @@ def _tile(
 
 @triton.jit
 def _count(t, B, N, BP: tl.constexpr, BQ: tl.constexpr, LAST: tl.constexpr):
-    """How many values a channel has in tile t."""
+    """How many values of each channel are in tile t."""
     if LAST:
         rows = tl.cast(N, tl.int64) * B - tl.cast(t, tl.int64) * BP
         count = tl.minimum(rows, BP).to(tl.int32)
@@ -112,7 +111,7 @@ def _coefficients(
 
 @triton.jit
 def _affine(x, mean, factor, bias, FOLD: tl.constexpr):
-    """The normalised value; folded it is one multiply-add, as precise as mean is small."""
+    """The normalised value. FOLD: one multiply-add, accurate only where the mean is small."""
     y = x * factor + (bias - mean * factor) if FOLD else (x - mean) * factor + bias
     return y
 
@@ -134,7 +133,7 @@ def _unpack(packed, BP: tl.constexpr, BQ: tl.constexpr):
 def statistics_kernel(
     X,  # B x C x N, dense
     P,  # runs x 2 x C, float32: mean and M2
-    PN,  # runs, int32: values a channel has in the run
+    PN,  # runs, int32: values per channel in the run
     B,  # images
     C,  # channels
     N,  # pixels
@@ -145,7 +144,7 @@ def statistics_kernel(
     BQ: tl.constexpr,  # values of a row: channels (LAST), else pixels
     LAST: tl.constexpr,  # channels last
 ):
-    """P[split] = mean and M2, 2 x C; PN[split] = number of values a channel has in the run.
+    """P[split] = mean and M2, 2 x C; PN[split] = number of values per channel in the run.
 
     Sums are taken about the mean of the run's first tile. It is at least 1/32 of the run, so its
     distance from the run's mean is at most sqrt(31) standard deviations whatever the data.
@@ -201,7 +200,7 @@ def normalise_kernel(
     RESIDUAL: tl.constexpr,  # add R
     RELU: tl.constexpr,  # the activation is a ReLU
     PACK: tl.constexpr,  # write the mask of what it let pass
-    FOLD: tl.constexpr,  # one multiply-add a value: for frozen statistics
+    FOLD: tl.constexpr,  # one multiply-add per value: for frozen statistics
 ):
     """Y = act(normalised X + R), and the packed mask of the activation."""
     split, block, channels = _split(_from_the_end(), C, BQ, LAST)
@@ -210,7 +209,7 @@ def normalise_kernel(
     )
     begin = split * per
     end = tl.minimum(begin + per, tiles)
-    # Backwards: what the pass before this one read last is still in the L2.
+    # Backwards: what the previous pass read last is still in L2.
     for i in range(begin, end):
         t = begin + end - 1 - i
         offsets, inside = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 1)
@@ -268,14 +267,14 @@ def backward_sums_kernel(
     WEIGHT: tl.constexpr,  # there is a weight
     BIAS: tl.constexpr,  # there is a bias
     RELU: tl.constexpr,  # the activation is a ReLU
-    PACKED: tl.constexpr,  # its mask is read, not made again from X
+    PACKED: tl.constexpr,  # its mask is read, not recomputed from X
     FROZEN: tl.constexpr,  # statistics are constants: dX needs no sums
     RESIDUAL: tl.constexpr,  # write dR
     TWO: tl.constexpr,  # the gradient of y is the sum of dY and Other
 ):
     """P[split] = sum g and sum g u, 2 x C; frozen statistics: dX, and dR, in the same pass.
 
-    Of TWO gradients it writes g as dR, so that nothing has to write their sum.
+    With TWO gradients it writes g to dR: their sum is never written before it is masked.
     """
     split, block, channels = _split(tl.program_id(0), C, BQ, LAST)
     in_c = channels < C
@@ -319,7 +318,7 @@ def backward_input_kernel(
     Bias,  # C; read with BIAS
     eps,  # added to Var
     Sums,  # 2 x C, float64: sums of g and of g u s over all processes
-    Count,  # 1, float64: values a channel over all processes
+    Count,  # 1, float64: values per channel over all processes
     dX,  # as X
     dR,  # as X: g, the gradient of the residual; written with RESIDUAL
     B,  # images
@@ -334,7 +333,7 @@ def backward_input_kernel(
     WEIGHT: tl.constexpr,  # there is a weight
     BIAS: tl.constexpr,  # there is a bias
     RELU: tl.constexpr,  # the activation is a ReLU
-    PACKED: tl.constexpr,  # its mask is read, not made again from X
+    PACKED: tl.constexpr,  # its mask is read, not recomputed from X
     RESIDUAL: tl.constexpr,  # write dR
 ):
     """dX from the sums over all processes, and dR."""
@@ -343,7 +342,7 @@ def backward_input_kernel(
     mean, inv_std, factor, bias = _coefficients(
         Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT, BIAS
     )
-    share = 1 / tl.load(Count)  # one division in float64, not one a channel
+    share = 1 / tl.load(Count)  # one division in float64, not one per channel
     constant = (tl.load(Sums + channels, mask=in_c, other=0.0) * share).to(tl.float32)[None, :]
     slope = (tl.load(Sums + C + channels, mask=in_c, other=0.0) * share).to(tl.float32)[None, :]
     slope = slope * inv_std
@@ -391,11 +390,11 @@ def _write_moments(
 @triton.jit
 def finish_statistics_kernel(
     P,  # splits x 2 x C, float32: mean and M2 of each run
-    PN,  # splits, int32: values a channel has in each run
+    PN,  # splits, int32: values per channel in each run
     Packed,  # 2 C + 1, float64; written unless ALONE
     Mean,  # C, float32
     Var,  # C, float32
-    Count,  # 1, float64: values a channel
+    Count,  # 1, float64: values per channel
     RunningMean,  # C; moved with MEAN
     RunningVar,  # C; moved with VAR
     momentum,  # weight of the new value in the running statistics
@@ -409,7 +408,7 @@ def finish_statistics_kernel(
 ):
     """Packed = sum x, sum x^2, count: 2 C + 1 values in float64 (paper, appendix A, eq. 2).
 
-    For a process ALONE what moments_kernel makes of them.
+    A process that is ALONE writes what moments_kernel would make of them instead.
     """
     channels, s = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BS)
     in_c = channels < C
@@ -446,7 +445,7 @@ def moments_kernel(
     Packed,  # 2 C + 1, float64: sums of x and of x^2, and the count
     Mean,  # C, float32
     Var,  # C, float32
-    Count,  # 1, float64: values a channel
+    Count,  # 1, float64: values per channel
     RunningMean,  # C; moved with MEAN
     RunningVar,  # C; moved with VAR
     momentum,  # weight of the new value in the running statistics

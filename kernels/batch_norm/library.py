@@ -36,7 +36,7 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows(*per_channel: Optional[Tensor]) -> list[Optional[Tensor]]:
-    """As the kernels read them: one value behind the other."""
+    """Contiguous, as the kernels read them."""
     return [None if tensor is None else tensor.contiguous() for tensor in per_channel]
 
 
@@ -52,7 +52,7 @@ def _affine(
 
 
 def _write_back(moved: Any, mean: Optional[Tensor], var: Optional[Tensor]) -> None:
-    """Running statistics that were copied to be moved."""
+    """Copy running statistics back where the kernel moved a contiguous copy of them."""
     for tensor, row in ((mean, moved.mean), (var, moved.var)):
         if tensor is not None and tensor is not row:
             tensor.copy_(row)
@@ -114,7 +114,7 @@ def unpack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count from [sum x, sum x^2, count]; moves the running statistics.
 
-    x gives the dtype alone: it may be empty on this rank.
+    Only x's dtype is used: it may be empty on this rank.
     """
     if plan := plan_of(__package__, x, read=False):
         running = plan.Running(*_rows(running_mean, running_var), momentum)
@@ -157,11 +157,11 @@ def normalise(
     group_name: str,
     forked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y of x [B, C, N]; which values the ReLU let pass, a bit each, or empty; y's twin, or empty.
+    """y of x [B, C, N]; the ReLU's mask, one bit per value, or empty; y's twin, or empty.
 
-    `pack` asks for the bits; the PyTorch code makes none, for it keeps y. `count` (None: frozen
-    statistics) and `group_name` serve the backward pass. `forked` asks for the twin: it has y's
-    shape and no values, for an operator must not return y twice, and takes a gradient like y.
+    `pack` asks for the mask; the PyTorch code makes none because it keeps y. `count` (None: frozen
+    statistics) and `group_name` are for the backward pass. `forked` asks for the twin: an operator
+    must not return y twice, so the twin has y's shape, no values, and takes a gradient as y does.
     """
     check_devices(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
     if plan := plan_of(__package__, x):
@@ -214,8 +214,8 @@ def backward_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[sum g, sum g u s] of this process, 2 x C in float64; dweight, dbias; g (or empty).
 
-    `kept` is the mask as `normalise` packed it, or y, or None where g is made again from x. `other`
-    is a gradient of y's twin, which is added to `grad`: g is then always made.
+    `kept` is the mask as `normalise` packed it, or y, or None where x alone gives the mask. `other`
+    is the gradient of y's twin, to be added to `grad`: g is then always returned.
     """
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
@@ -358,7 +358,7 @@ def all_reduce(packed: Tensor, group_name: str) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(reduced)
 
 
-# As eager code calls the operators.
+# The operators as eager code calls them.
 direct_moments, direct_unpack = Direct(moments, changes=(1, 2)), Direct(unpack, changes=(2, 3))
 direct_statistics_of, direct_normalise = Direct(statistics_of), Direct(normalise)
 _backward_sums, _backward_input = Direct(backward_sums), Direct(backward_input)
@@ -375,7 +375,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def kept_of(x: Tensor, y: Tensor, mask: Tensor, relu: bool, pack: bool) -> Optional[Tensor]:
-    """What tells the backward pass which values the ReLU let pass, where x alone does not."""
+    """What the backward pass needs beside x to know which values the ReLU let pass."""
     if relu and not plan_of(__package__, x):
         return y
     return mask if pack else None

@@ -18,9 +18,9 @@ backward the one vector [sum g, sum g u s]; ranks may hold unequal shares or non
 stand between operators, where a compiler sees them.
 
 Least bytes, in tensors of x's size. Forward: x twice, residual, y. Backward without a residual: dy
-and x twice, dx (the ReLU's mask is made again from x). With one: the same and dresidual, and a mask
-of one bit a value, which forward writes and either pass reads. Frozen statistics: one pass. Saved:
-x, the mask if any, and two values a channel; the PyTorch code keeps y in place of the mask.
+and x twice, dx (the ReLU's mask is recomputed from x). With one: the same and dresidual, and a mask
+of one bit per value, which forward writes and both passes read. Frozen statistics: one pass. Saved:
+x, the mask if any, and two values per channel; the PyTorch code keeps y in place of the mask.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def _moments_of(
     group: Optional[ProcessGroup],
     statistics: Optional[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """Mean, variance and count over the group, moving the running statistics, or the running ones.
+    """Mean, variance and count over the group, moving the running statistics.
 
-    They have no count.
+    Not training: the running statistics, and None for the count.
     """
     if not training:
         assert running_mean is not None and running_var is not None
@@ -98,9 +98,9 @@ def _normalised(
     group: Optional[ProcessGroup],
     statistics: Optional[tuple[Tensor, Tensor]],
 ) -> tuple[Optional[Tensor], ...]:
-    """y in x's own shape, and what `_derived` is given: kept, mean, var and count.
+    """y in x's own shape, and what `_derived` needs: kept, mean, var and count.
 
-    No mean and var where they are the running ones.
+    The three are None where mean and var are the running ones.
     """
     planes, relu = _as_planes(x), activation == "relu"
     added = None if residual is None else _as_planes(residual)
@@ -108,7 +108,7 @@ def _normalised(
     moments = _moments_of(planes, training, *running, momentum, group, statistics)
     pack = relu and added is not None and derived
     y, mask, _ = direct_normalise(planes, *moments, weight, bias, added, relu, eps, pack, "", False)
-    # A view that autograd takes for none: else nobody could change it in place.
+    # Autograd does not take this for a view: else y could not be changed in place.
     y = torch.ops.aten._unsafe_view(y, x.shape)
     kept = kept_of(planes, y, mask, relu, pack)
     if moments[0] is running_mean and moments[1] is running_var:
@@ -128,7 +128,7 @@ def _derived(
     bias: Optional[Tensor],
     *options: Any,
 ) -> tuple[Optional[Tensor], ...]:
-    """`gradients_of` in x's own shape, None where there is nothing."""
+    """`gradients_of` in x's own shape, None where there is no gradient."""
     if kept is not None and kept.dim() > 1:  # y, and not a mask
         kept = _as_planes(kept)
     twin = None if other is None else _as_planes(other)
@@ -146,9 +146,9 @@ _forward, _backward = Repeated(_normalised), Repeated(_derived)
 
 
 class _Normalise(torch.autograd.Function):
-    """The layer round the dispatcher, all of a direction at once.
+    """The whole layer as one autograd node, bypassing the dispatcher.
 
-    What is kept is what the operators keep, and no view stands between these and the network.
+    It keeps what the operators keep.
     """
 
     @staticmethod
@@ -171,11 +171,11 @@ class _Normalise(torch.autograd.Function):
         if not forked:
             return y
         ctx.set_materialize_grads(False)
-        return y, y.detach()  # one count of changes in place
+        return y, y.detach()  # shares y's version counter
 
     @staticmethod
     def backward(ctx: Any, grad: Optional[Tensor], other: Optional[Tensor] = None) -> Any:
-        # Second derivatives are the operators' to refuse.
+        # The operators refuse second derivatives.
         direct = not torch.is_grad_enabled() and not ctx.options[2] and quiet()
         gradients = _backward if direct else _derived
         needs = ctx.needs_input_grad[4:]
@@ -199,7 +199,7 @@ class _Twin(torch.autograd.Function):
 
 
 def _normalise_by(call: Callable[[], Any], forked: bool, given: tuple[Any, ...]) -> Any:
-    """What the call, `_normalised` of these arguments, makes; with its twin where `forked`."""
+    """y from the call, which is `_normalised` of the given arguments; with its twin if `forked`."""
     x, weight, bias, running_mean, running_var, residual, training, _, eps, *rest = given
     activation, derived, group, _ = rest
     if training:
@@ -280,14 +280,13 @@ def batch_norm_act_forked(
 ) -> tuple[Tensor, Tensor]:
     """`batch_norm_act` for a result that two things use, such as both paths of a residual block.
 
-    Arguments, errors and gradients are those of `batch_norm_act`. Where either use takes an output
-    of its own, backward in training moves 7 tensors of x's size where the sum of the gradients and
-    `batch_norm_act` move 9: its first pass reads both gradients and writes g, their sum where the
-    activation let it pass, which is the residual's gradient, too, and all that the second pass
-    reads beside x.
+    Arguments, errors and gradients are those of `batch_norm_act`. Where each use takes an output of
+    its own, backward in training moves 7 tensors of x's size; adding the gradients and then
+    `batch_norm_act` move 9. Its first pass reads both gradients and writes g, their sum where the
+    activation let it pass; g is also the residual's gradient, and the second pass reads g and x.
 
     Returns:
-        y, and y again: the same memory, so that neither may be changed in place.
+        y, and y again in the same memory: neither may be changed in place.
     """
     made = _normalise_all(
         True, x, weight, bias, running_mean, running_var, residual, training, momentum, eps,
@@ -347,5 +346,5 @@ def _as_planes(x: Tensor) -> Tensor:
 
 
 def _needs_gradient(*tensors: Optional[Tensor]) -> bool:
-    """Also asked of arguments that are to be refused."""
+    """Whether any needs one; takes arguments that were not checked yet."""
     return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)

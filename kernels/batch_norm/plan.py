@@ -16,25 +16,25 @@ from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from ..runtime.tuned import Problem, problem
 from . import kernels
 
-# Bytes of a tile, and warps: one load of 16 bytes a thread. With more, or with 4 warps, the
-# compiler aims at register counts that spill a few bytes here and there.
+# Bytes of a tile, and warps: one load of 16 bytes per thread. With more bytes, or with 4 warps, the
+# compiler aims for register counts that spill a few bytes in some kernels.
 _TILE_BYTES, _WARPS = 4096, 8
-# Tiles, as quarters of that, with their warps: those to choose from, and more to be measured.
+# Tiles, as quarters of that, with their warps: the ones to choose from, and more for `bench tune`.
 _CHOICES = ((4, _WARPS), (1, _WARPS // 2))
 _MORE = ((8, _WARPS), (2, _WARPS), (4, _WARPS // 2), (4, 2 * _WARPS), (8, 2 * _WARPS))
 # Channels of a tile: 128 bytes of a row in half precision, four sectors.
 _CHANNELS = 64
 # Tiles of one run of the statistics, which are taken about the mean of its first tile.
 _MOST_TILES = 32
-# Programs a multiprocessor: about three times as many as are resident, so that the last wave is
+# Programs per multiprocessor: about three times as many as are resident, so that the last wave is
 # short. Runs of fewer than 4 tiles would write many partial sums, and only pay where there is
 # little work.
 _PROGRAMS, _FEW_TILES = 16, 4
-# Said to the compiler of a program with a single tile: left alone it saves registers for more
-# resident programs than there are, and spills some bytes.
+# For programs with a single tile. Without a limit the compiler saves registers to fit more resident
+# programs than there are, and spills a few bytes.
 _MOST_REGISTERS = 255
-# Channels of a program of a finishing kernel, runs it reads at once, and warps; where there are few
-# runs and where there are many: each round of loads waits for memory.
+# A finishing kernel: channels per program, runs read at once, warps; for few runs and for many:
+# each round of loads waits for memory.
 _FINISH, _FINISH_MANY = (16, 64, 4), (4, 1024, 16)
 
 
@@ -55,7 +55,7 @@ def _layout(x: Tensor) -> tuple[int, int, int, bool]:
 
 
 def supports(x: Tensor, *, read: bool = True) -> bool:
-    """Whether there are kernels: an x that is to be read needs values."""
+    """Whether there are kernels for x; to read it they need at least one value."""
     return not read or x.numel() > 0
 
 
@@ -177,7 +177,7 @@ class Running:
 def _finish(
     kernel: Any, channels: int, splits: int, arguments: dict[str, Any], **constants: Any
 ) -> Launch:
-    """The launch that adds up `splits` partial sums a channel, in four rounds of loads or fewer."""
+    """The launch that adds `splits` partial sums per channel, in four rounds of loads or fewer."""
     few = splits <= 4 * _FINISH[1]
     block, runs, warps = _FINISH if few else _FINISH_MANY
     sizes = {"C": channels, "splits": splits}
@@ -217,7 +217,7 @@ class _Pass:
         return self.x.device
 
     def asked(self, name: str, **options: bool) -> Problem:
-        """A problem of these tensors; what else is compiled in takes no registers to speak of."""
+        """The problem to tune, without the constants that hardly change the number of registers."""
         images, channels, pixels, last = _layout(self.x)
         options.update(channels_last=last)
         return problem(f"batch_norm {name}", self.x.dtype, options, B=images, C=channels, N=pixels)

@@ -35,7 +35,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             torch.sub(tile, about[:, None], out=deviation)
         else:  # an operation between two dtypes takes three times as long as a copy that converts
             deviation.copy_(tile).sub_(about[:, None])
-        # The sum of these is not as precise where the sample lies far off.
+        # Its sum of deviations would be less precise where the sample lies far off.
         squares += _sums(deviation, deviation, nought, one)[1]
         total += deviation.sum((0, 2))
     count = total.new_full((1,), float(images * pixels))

@@ -48,7 +48,7 @@ def _arrive(Count, of):
 
 @triton.jit
 def add_images(
-    P,  # (B + groups) x K (C + 1), float32: a row an image (dD, then dS), then one a group
+    P,  # (B + groups) x K (C + 1), float32: a row per image (dD, then dS), then one per group
     dD,  # K x C
     dS,  # K
     Count,  # B + 1, int32, at zero before and after
@@ -59,7 +59,7 @@ def add_images(
     K: tl.constexpr,  # codewords
     BE: tl.constexpr,  # entries of a row taken at once
 ):
-    """dD and dS from the rows of P, one an image; the rows after them hold sums of groups."""
+    """dD and dS from the rows of P, one per image; the rows after them hold sums of groups."""
     WIDTH: tl.constexpr = K * (C + 1)
     number = b // group
     members = tl.minimum(group, images - number * group)
@@ -87,8 +87,8 @@ def finish_forward_kernel(
     ESUM,  # B x K, float32: sum of E over its channels; only with STATS
     EM2,  # B x K, float32: sum of its squares about their mean; only with STATS
     Count,  # B + 1, int32: cleared for the backward pass
-    splits,  # partial sums an image in P
-    mass_splits,  # and in PM, where a split form has one a tile
+    splits,  # partial sums per image in P
+    mass_splits,  # and in PM, where a split form has one per tile
     C: tl.constexpr,  # channels
     K: tl.constexpr,  # codewords
     CP: tl.constexpr,  # C padded to a power of two
@@ -131,7 +131,7 @@ def finish_backward_kernel(
     dD,  # K x C
     dS,  # K
     images,  # B
-    splits,  # partial sums an image in P
+    splits,  # partial sums per image in P
     mass_splits,  # and in PM
     C: tl.constexpr,  # channels
     K: tl.constexpr,  # codewords

@@ -412,7 +412,7 @@ def backward_kernel(
             xg = tl.dot(grads[j], xt, xg, input_precision=PRECISION)
             center = centers[j] if HELD else load_center(own, cols, j * BC, C, EVEN)
             x2 += squares(x[j], center)
-        # Registers are scarce: values of one number a codeword are read where they are used.
+        # Registers are scarce: values of one number per codeword are read where they are used.
         if not HELD:
             m, q = tl.load(own + C + k), tl.load(own + C + KP + k)
             dg = tl.load(own + C + 2 * KP + k)

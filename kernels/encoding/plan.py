@@ -95,7 +95,7 @@ class _Problem:
         return self.config.whole or chunks <= _HELD_CHUNKS
 
     def notes(self, programs: int, chunks: int, numbers: int) -> Tensor:
-        """Room for `numbers` numbers a program, if it does not hold them; not initialised."""
+        """Room for `numbers` numbers per program, if it does not hold them; not initialised."""
         size = (0,) if self.held(chunks) else (programs, numbers)
         return self.x.new_empty(size, dtype=torch.float32)
 
@@ -403,7 +403,7 @@ class Backward:
 
 
 def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Tensor, Tensor]:
-    """The walk over the pixels; the whole form has one row of sums an image and one a group."""
+    """The walk over the pixels; the whole form has one row of sums per image and one per group."""
     config, images = problem.config, problem.images
     chunks = _chunks(problem.channels, config)
     if config.whole:

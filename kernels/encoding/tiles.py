@@ -12,7 +12,7 @@ import torch
 
 from ..runtime.launch import Config, cdiv, next_power_of_2, varied
 
-# Entries of the K x C sum that one program can hold: 64 registers a thread in 8 warps.
+# Entries of the K x C sum that one program can hold: 64 registers per thread in 8 warps.
 _FUSED_ENTRIES = 16384
 # Given to the compiler where it would otherwise spill some bytes to keep more programs resident.
 _MOST_REGISTERS = 255

@@ -1,4 +1,4 @@
-"""Configurations that were the fastest when measured: one file a device, tuned/<device>.json.
+"""Configurations that were the fastest when measured: one file per device, tuned/<device>.json.
 
 `python -m bench tune` makes it. The file of a device is read when a pass first runs there. It only
 names configurations: a plan says which of them exist, and the launcher checks their programs as it

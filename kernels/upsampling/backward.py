@@ -1,10 +1,10 @@
 """Triton kernel of `upsample_cross_entropy`, backward; plan.py launches it.
 
 A program owns low rows and columns of a chunk of classes, and visits all output pixels that touch
-them, including those that its neighbours also visit. It walks down the rows with two sums a column
-and class: of the gradient for the low row above the pixels and for the one below. When it passes a
-low row, the sums of the row above are complete, and one matrix product sums them over columns into
-the gradient of the low pixels. Each is written once, by one program.
+them, including those that its neighbours also visit. It walks down the rows with two sums per
+column and class: of the gradient for the low row above the pixels and for the one below. When it
+passes a low row, the sums of the row above are complete, and one matrix product sums them over
+columns into the gradient of the low pixels. Each is written once, by one program.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def backward_kernel(
     own_columns,  # and low columns
     segments,  # programs that share the low rows
     strips,  # programs that share the low columns
-    ignore,  # the label that counts nowhere
+    ignore,  # the label of ignored pixels
     smoothing,  # e, the share of a label that is spread over all classes
     C: tl.constexpr,  # classes
     ALIGN: tl.constexpr,  # corners of both maps coincide
@@ -118,7 +118,7 @@ def backward_kernel(
 
     x = first_after(first_column - 1, w, W, ALIGN) + tl.arange(0, BX)
     end_x = first_after(end_column, w, W, ALIGN)
-    # Columns beyond the last repeat it and count nowhere. When downsampling, a
+    # Columns beyond the last repeat it and are masked. When downsampling, a
     # program may have none, and low rows below the last output row: then it reads what is nearest.
     in_x, x = x < end_x, tl.maximum(tl.minimum(x, end_x - 1), 0)
     left, share = between(x, w, W, ALIGN)

@@ -141,7 +141,7 @@ def forward_kernel(
     W,  # output columns
     parts,  # programs that share the output rows behind one low row
     strips,  # programs that share a row of output
-    ignore,  # the label that counts nowhere
+    ignore,  # the label of ignored pixels
     smoothing,  # e, the share of a label that is spread over all classes
     C: tl.constexpr,  # classes
     ALIGN: tl.constexpr,  # corners of both maps coincide

@@ -7,7 +7,7 @@ whatever the dtype of the logits.
 Interpolation goes first along the columns and then along the rows. A thread has a column of output
 pixels to itself, and some classes. Upsampling by 8, eight rows of output lie between two low rows;
 so the columns are interpolated once for many output rows, and a further row costs a multiplication
-or two a value. Everything the loss needs of a value is in registers.
+or two per value. Everything the loss needs of a value is in registers.
 
 Values are kept times log2 e, because the hardware computes exp2.
 """
@@ -82,7 +82,7 @@ def _load_classes(
 ):  # fmt: skip
     """Logits of G groups of VEC classes, `step` words apart, in float32: columns x lanes x VEC G.
 
-    One load a group: as many neighbouring classes as C allows to be read at once. Groups run
+    One load per group: as many neighbouring classes as C allows to be read at once. Groups run
     fastest, so that joining them moves nothing between registers. A word is PACK logits, and a
     pixel has LIMIT of them; EVEN: no load reaches beyond.
     """

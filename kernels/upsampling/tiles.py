@@ -264,7 +264,7 @@ def in_threads(
     """`map`, on a CPU in threads, each of which computes with its share of PyTorch's threads.
 
     The operations of a tile are short. Split over all cores one by one, threads would synchronise
-    two thousand times a call, and wait each time if another process (a data loader) has a core.
+    two thousand times per call, and wait each time if another process (a data loader) has a core.
     """
     workers = _workers(device, len(items))
     if workers == 1:

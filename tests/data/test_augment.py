@@ -287,7 +287,7 @@ def test_shrinking_keeps_positions(scale, encoded, flip):
     position = (warped[0] - warped[1] + 255) / 2
     for channel, expected in enumerate((source_x / 320 * 255, source_y / 240 * 255)):
         error = (position[..., channel] - expected)[inside]
-        # The ramps rise by 0.8 and 1.06 a pixel of the source.
+        # The ramps rise by 0.8 and 1.06 per pixel of the source.
         assert abs(error.mean()) < 0.2
         assert error.std() < 1
 

@@ -93,7 +93,7 @@ def test_a_damaged_exif_is_left_out(tmp_path: Path) -> None:
 
 
 def png(values: np.ndarray, bits: int, colour: int = 0) -> bytes:
-    """A PNG of so many bits a sample, from its standard."""
+    """A PNG of so many bits per sample, from its standard."""
     height, width = values.shape[:2]
     samples = values.reshape(height, -1).astype(">u2")
     unpacked = np.unpackbits(samples.view(np.uint8).reshape(height, -1, 2), axis=2)

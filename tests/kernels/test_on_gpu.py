@@ -14,7 +14,7 @@ from tests.support.apart import assert_passes_apart
 from tests.support.scenarios import OPERATORS, StandIn
 
 operators = pytest.mark.parametrize("name", OPERATORS)
-# A training needs two values a channel.
+# A training needs two values per channel.
 of_nothing = pytest.mark.parametrize("name", [n for n in OPERATORS if n != "batch_norm_act"])
 SCENARIOS = [
     scenarios.plain,

@@ -213,7 +213,7 @@ def test_dice_is_its_formula(align_corners: bool) -> None:
             t = (target == c).double()
             p_c = p[:, c] * (target != 255)
             terms.append(1 - 2 * (p_c * t).sum() / (p_c.sum() + t.sum()))
-    assert 1 < len(terms) < N  # one class is absent, and counts nowhere
+    assert 1 < len(terms) < N  # one class is absent, and has no term
     expected = torch.stack(terms).mean()
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(x, logits)[0] for x in (found, expected)]

@@ -1,4 +1,4 @@
-"""Run by test_ddp.py, alone and under torchrun: gradients of one step, one file a case.
+"""Run by test_ddp.py, alone and under torchrun: gradients of one step, one file per case.
 
 A case has every gradient of an EncNet with its SE losses, batch 8 over all processes, dropout 0,
 synchronised batch normalisation, ignored areas of another size in every image. With accumulation

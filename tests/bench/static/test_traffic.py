@@ -56,7 +56,7 @@ def test_the_least_reads_inputs_and_writes_outputs_once(printed_and_rows) -> Non
 
 
 def test_the_least_of_batch_norm_is_that_of_the_design() -> None:
-    """In tensors of the layer's size; a mask of one bit a value is 1/16 of one in bfloat16."""
+    """In tensors of the layer's size; a mask of one bit per value is 1/16 of one in bfloat16."""
     whole = 2 * 16 * 256 * 14400
     shape = BatchNormShape(16, 256, 14400)
     least = {

@@ -22,7 +22,8 @@ from encnet_triton.kernels import (
     upsample_argmax,
     upsample_cross_entropy,
 )
-from encnet_triton.kernels.batch_norm import library
+from encnet_triton.kernels.batch_norm import library as batch_norm_library
+from encnet_triton.kernels.upsampling import library as upsampling_library
 from encnet_triton.nn import (
     BatchNormAct2d,
     ContextEncoding,
@@ -31,7 +32,7 @@ from encnet_triton.nn import (
     set_sync_group,
 )
 
-MODULES = [library, *(sys.modules[f.__module__] for f in (encode, upsample_cross_entropy))]
+MODULES = [batch_norm_library, upsampling_library, sys.modules[encode.__module__]]
 OPERATORS = {
     value._opoverload
     for module in MODULES

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encnet_triton.kernels import reference, upsample_argmax, upsample_cross_entropy
-from encnet_triton.kernels.upsampling import operator as module
-from encnet_triton.kernels.upsampling import tiles
+from encnet_triton.kernels.upsampling import library, tiles
 
 # (B, C, h, w, H, W) with the reason for the case
 SHAPES = {
@@ -290,17 +289,19 @@ def test_operators_pass_opcheck(dtype: torch.dtype) -> None:
     logits, target = example((2, 3, 3, 4, 12, 10))
     logits = logits.to(dtype).to(memory_format=torch.channels_last)
     options = (torch.rand(3), 255, True, 0.1)
-    torch.library.opcheck(module._map_op, (logits.clone().requires_grad_(), target, *options))
-    leaf = logits.clone().requires_grad_()
-    torch.library.opcheck(module._reduced_op, (leaf, target, *options, True, True))
-    torch.library.opcheck(module._reduced_op, (logits, target, *options, False, False))
-    loss, lse = module._map_op(logits, target, *options)
     torch.library.opcheck(
-        module._backward_op, (torch.rand_like(loss), logits, target, lse, None, *options)
+        library.losses_of_pixels, (logits.clone().requires_grad_(), target, *options)
     )
-    loss, rates, gradient = module._reduced_op(logits, target, *options, True, True)
-    torch.library.opcheck(module._scale_op, (loss, rates, gradient, dtype))
-    torch.library.opcheck(module._argmax_op, (logits, 12, 10, False, True))
+    leaf = logits.clone().requires_grad_()
+    torch.library.opcheck(library.reduced, (leaf, target, *options, True, True))
+    torch.library.opcheck(library.reduced, (logits, target, *options, False, False))
+    loss, lse = library.losses_of_pixels(logits, target, *options)
+    torch.library.opcheck(
+        library.backward, (torch.rand_like(loss), logits, target, lse, None, *options)
+    )
+    loss, rates, gradient = library.reduced(logits, target, *options, True, True)
+    torch.library.opcheck(library.scale_gradient, (loss, rates, gradient, dtype))
+    torch.library.opcheck(library.most_likely, (logits, 12, 10, False, True))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

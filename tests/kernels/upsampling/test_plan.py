@@ -19,8 +19,7 @@ pytest.importorskip("triton")
 from bench.static.interpreter import Watch
 from encnet_triton.kernels import upsample_argmax, upsample_cross_entropy
 from encnet_triton.kernels.runtime import launch
-from encnet_triton.kernels.upsampling import operator as module
-from encnet_triton.kernels.upsampling import plan
+from encnet_triton.kernels.upsampling import library, plan
 from encnet_triton.kernels.upsampling.plan import Axis
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
@@ -400,13 +399,13 @@ def test_the_gradient_of_logits_is_allocated_once(monkeypatch: pytest.MonkeyPatc
     logits, target = example((1, 2, 3, 4, 5, 6))
     grad, lse = torch.ones((), device=DEVICE), torch.zeros(1, 5, 6, device=DEVICE)
     with _New() as made:
-        module._backward_op._init_fn(grad, logits, target, lse, None, None, 255, True, 0.0)
+        library.backward._init_fn(grad, logits, target, lse, None, None, 255, True, 0.0)
     assert made.shapes == [logits.shape]
 
 
 def test_without_gradients_nothing_is_kept() -> None:
     logits, target = example((1, 4, 3, 3, 9, 9))
-    total, rates, saved = module._reduced_op(logits, target, None, 255, True, 0.0, False, False)
+    total, rates, saved = library.reduced(logits, target, None, 255, True, 0.0, False, False)
     assert saved.numel() == 0 and rates == 72
     torch.testing.assert_close(
         total.double(), formula(logits.double(), target, reduction="sum"), rtol=1e-6, atol=0.0
@@ -437,15 +436,15 @@ def test_opcheck() -> None:
     logits, target = example((1, 3, 2, 2, 4, 3))
     options = (torch.rand(3, device=DEVICE), 255, True, 0.1)
     leaf = logits.clone().requires_grad_()
-    torch.library.opcheck(module._map_op, (leaf, target, *options))
-    torch.library.opcheck(module._reduced_op, (leaf, target, *options, True, True))
-    torch.library.opcheck(module._reduced_op, (logits, target, *options, False, False))
-    loss, lse = module._map_op(logits, target, *options)
+    torch.library.opcheck(library.losses_of_pixels, (leaf, target, *options))
+    torch.library.opcheck(library.reduced, (leaf, target, *options, True, True))
+    torch.library.opcheck(library.reduced, (logits, target, *options, False, False))
+    loss, lse = library.losses_of_pixels(logits, target, *options)
     one, rates = (torch.ones((), dtype=dtype, device=DEVICE) for dtype in (None, torch.float64))
     for grad in ((torch.rand_like(loss), None), (one, None), (one, rates)):
         given = grad[0], logits, target, lse, grad[1], *options
-        torch.library.opcheck(module._backward_op, given)
-    torch.library.opcheck(module._argmax_op, (logits, 4, 3, False, True))
+        torch.library.opcheck(library.backward, given)
+    torch.library.opcheck(library.most_likely, (logits, 4, 3, False, True))
 
 
 @CORNERS
