@@ -89,7 +89,7 @@ docs: $(VENV)-docs/.installed
 
 $(VENV)-docs/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 $(VENV)/.python:
@@ -97,13 +97,16 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# Python compiles a module when it is first imported: all of torch's would take a minute.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools -e '.[plots]'
+	$(PIP) -c constraints.txt setuptools -e '.[plots]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plots,test]'
-	@touch $@
+$(VENV)/.installed-test: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt setuptools -e '.[plots,test]'
+	@touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-docs .venv-versions build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -137,7 +137,7 @@ def test_training_step_of_the_paper_is_one_graph_without_full_resolution_logits(
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 @pytest.mark.float32
 @pytest.mark.skipif(
     "ATEN_CPU_CAPABILITY" in os.environ, reason="torch 2.13's Inductor breaks with it"
@@ -146,7 +146,7 @@ def test_training_step_of_the_paper_is_one_graph_without_full_resolution_logits(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     reason="Inductor needs a C++ compiler on a CPU",
 )
-@pytest.mark.parametrize("backbone", ["demo", pytest.param("small", marks=pytest.mark.verify)])
+@pytest.mark.parametrize("backbone", ["demo", "small"])
 def test_a_small_network_through_inductor(backbone: str) -> None:
     """In float32, as people train: Inductor has other convolutions in that than in float64."""
     torch._dynamo.reset()
