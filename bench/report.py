@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bench.cases import Case
 from bench.timing import Measurement
-from encnet_triton.report import cpu_name, versions
+from encnet_triton.machine import cpu_name, versions
 
 Results = dict[str, "Measurement | str"]
 

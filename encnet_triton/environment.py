@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from encnet_triton.report import report
+from encnet_triton.machine import report
 
 
 def main() -> None:

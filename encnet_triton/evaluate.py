@@ -12,11 +12,15 @@ from pathlib import Path
 from rich.console import Console
 
 from encnet_triton import options
-from encnet_triton.files import write_json
-from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier
+from encnet_triton.data import Dataset
+from encnet_triton.files import write_json, write_text
+from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier, Predictor
+from encnet_triton.machine import report as machine
 from encnet_triton.models import CifarNet
+from encnet_triton.report import Html, facts, page, section
+from encnet_triton.report.scored import class_sections, image_sections
 from encnet_triton.scoring.classifier import Errors, measure_errors
-from encnet_triton.scoring.segmentation import Evaluation, measure_scores
+from encnet_triton.scoring.segmentation import Evaluation, measure_scores, open_dataset
 from encnet_triton.weights import load_model
 
 
@@ -40,13 +44,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", type=Path, help="also write the scores to this file (default: none)"
     )
+    parser.add_argument(
+        "--report", type=Path, help="also write an HTML page with pictures (default: none)"
+    )
     return parser
 
 
 def run(given: argparse.Namespace, console: Console) -> None:
     """Load, score and print; under torchrun the processes share the images."""
-    if given.json:
-        options.refuse_place(given.json, "--json")
+    for name in ("json", "report"):
+        if place := getattr(given, name):
+            options.refuse_place(place, f"--{name}")
     device = options.pick_device(given.device)
     model, info = load_model(given.checkpoint, device)
     where = (given.checkpoint, given.dataset, given.split, given.data)
@@ -69,6 +77,24 @@ def run(given: argparse.Namespace, console: Console) -> None:
         found.show(console)
         if given.json:
             write_json(found.as_dict(), given.json)
+        if given.report and isinstance(found, Evaluation):
+            sections = _sections(found, predictor, open_dataset(info, *where))
+            write_text(page(f"{given.checkpoint} on {found.split}", sections), given.report)
+
+
+def _sections(found: Evaluation, predictor: Predictor, dataset: Dataset) -> list[Html]:
+    """The report of an evaluation."""
+    rows: list[tuple[str, object]] = [
+        ("data set", f"{found.dataset} {found.split}, {found.images:,} images"),
+        ("views", found.views),
+        *((one.name, one.sentence()) for one in found.protocols),
+    ]
+    return [
+        facts(rows),
+        *class_sections(found.scores, found.classes),
+        *image_sections(predictor, dataset, found.scores),
+        section("Machine", facts(machine()), folded=True),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

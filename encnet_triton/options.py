@@ -28,7 +28,7 @@ _NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate m
 _LOST = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe")
 _FOR_SEGMENTATION = (
     "multi_scale", "scales", "flip", "whole_image", "batch", "precision", "protocol", "workers",
-    "output",
+    "output", "report",
 )  # fmt: skip
 
 

@@ -323,7 +323,7 @@ class RunConfig:
     log_every: int = free(20)
     """Steps between two records in metrics.jsonl."""
     pictures: int = free(6)
-    """Validation images drawn into predictions/."""
+    """Validation images drawn into predictions/; 0 also leaves images out of report.html."""
     timeout: float = free(180.0)
     """Seconds without progress after which several processes give up. It applies after the first
     step; that step, a validation and a save may take 30 minutes each."""

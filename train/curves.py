@@ -30,10 +30,18 @@ def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4.5), layout="constrained")
+    plot_errors(runs, figure)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def plot_errors(runs: Mapping[str, Sequence[Path]], figure: Any) -> None:
+    """The curves of `draw_errors`, on a matplotlib figure."""
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
     axes = figure.subplots()
     for number, (label, folders) in enumerate(runs.items()):
         for kind, key, style in _KINDS:
@@ -49,8 +57,6 @@ def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)  # a run's name may have dollars
-    figure.savefig(path, dpi=110)
-    return True
 
 
 def _label_values(axis: Any) -> None:
@@ -74,13 +80,20 @@ def draw_curves(folder: Path) -> bool:
     """Plot ``metrics.jsonl`` into ``curves.png``; False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError:
         return False
-    records = read_records(folder)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    plot_scores(read_records(folder), figure)
+    figure.savefig(folder / "curves.png", dpi=110)
+    return True
+
+
+def plot_scores(records: Sequence[Mapping[str, Any]], figure: Any) -> None:
+    """Losses, and mIoU and pixel accuracy, on a matplotlib figure."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "val"]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in ("segmentation", "se", "aux"):
         points = [(r["step"], r[name]) for r in training if is_number(r.get(name)) and r[name] > 0]
@@ -98,5 +111,3 @@ def draw_curves(folder: Path) -> bool:
         axis.set_major_locator(MaxNLocator(5, integer=True))
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     right.legend()
-    figure.savefig(folder / "curves.png", dpi=110)
-    return True

@@ -27,6 +27,8 @@ from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.models import create_model
 from encnet_triton.nn import LossTerms, SegmentationLoss
 from encnet_triton.pictures import panel, save_png
+from encnet_triton.report import Html
+from encnet_triton.report.scored import class_sections, image_sections
 from encnet_triton.scoring import evaluate, score_table
 from encnet_triton.scoring.metrics import Scores
 from encnet_triton.scoring.segmentation import Watch
@@ -38,6 +40,7 @@ from encnet_triton.train.distributed import World, all_reduce_sum
 from encnet_triton.train.forecast import peak_memory
 from encnet_triton.train.log import Log
 from encnet_triton.train.optim import make_optimizer
+from encnet_triton.train.run_report import REPORT
 from encnet_triton.train.run_state import Progress
 from encnet_triton.train.task import Task, initial
 from encnet_triton.train.transfer import Transfer
@@ -221,6 +224,13 @@ class Segmentation(Task[Scores]):
         draw_predictions(self.predictor(), self.val_set, self.config.run.pictures, folder)
         draw_curves(folder)
 
+    def report(self, score: Scores) -> list[Html]:
+        """Classes, what is taken for what, and images unless ``pictures`` is 0."""
+        sections = class_sections(score, self.info.classes)
+        if self.config.run.pictures:
+            sections += image_sections(self.predictor(), self.val_set, score)
+        return sections
+
     def result(self, score: Scores, progress: Progress) -> dict[str, Any]:
         """The scores after the last step."""
         return {"step": progress.step, **score.as_dict(self.info.classes)}
@@ -231,7 +241,7 @@ class Segmentation(Task[Scores]):
         log.console.print(score_table(score, self.info.classes, title))
         where = folder / run_state.BEST
         log.say(f"best mIoU {progress.best_miou:.2%} at step {progress.best_step}: {where}")
-        log.say(f"pictures: {folder / 'predictions'}")
+        log.say(f"pictures: {folder / 'predictions'}; report: {folder / REPORT}")
 
     def warning(self) -> str | None:
         """Warnings about windows unlike those of training, and labels that look wrong."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from encnet_triton.inference.precision import fast_dtype
 from encnet_triton.nn import set_sync_group
+from encnet_triton.report import Html
 from encnet_triton.scoring.segmentation import Watch
 from encnet_triton.train.average import Average
 from encnet_triton.train.config import Config, ConfigError, require
@@ -155,6 +156,10 @@ class Task(ABC, Generic[Score]):
 
     def draw(self, folder: Path) -> None:  # noqa: B027
         """Pictures after a validation; on the main rank only."""
+
+    def report(self, score: Score) -> list[Html]:
+        """Sections of the run's report about a validation; on the main rank only."""
+        return []
 
     @abstractmethod
     def result(self, score: Score, progress: Progress) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from encnet_triton.data.check import UnlabelledError
 from encnet_triton.files import write_json
 from encnet_triton.inference.precision import measured_convolutions
-from encnet_triton.report import report
+from encnet_triton.machine import report
 from encnet_triton.train import optim, run_state
 from encnet_triton.train.average import Average
 from encnet_triton.train.compiling import compile_obstacle, fix_gradients, records_graphs
@@ -34,6 +34,7 @@ from encnet_triton.train.run_folder import (
     write_config,
 )
 from encnet_triton.train.run_lock import RunLock
+from encnet_triton.train.run_report import write_report
 from encnet_triton.train.run_state import Progress
 from encnet_triton.train.saver import Saver, TrainingError
 from encnet_triton.train.signals import StopRequest, agree
@@ -330,6 +331,7 @@ class Trainer:
         if self.world.main:
             with self.world.watch.patiently("drawing"):
                 self.task.draw(self.folder)
+                write_report(self.folder, self.config, self.task.report(score))
         return score
 
 

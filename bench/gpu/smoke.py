@@ -15,7 +15,7 @@ from bench.gpu.job import Wrong
 from bench.gpu.processes import LOOPBACK, streamed, torchrun
 from bench.report import machine
 from encnet_triton.kernels import upsample_argmax
-from encnet_triton.report import report
+from encnet_triton.machine import report
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 

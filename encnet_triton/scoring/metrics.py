@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,11 @@ class Scores:
 
     ``iou[c]`` is None for a class that is in no label and in no prediction; such classes are listed
     in ``absent`` and take no part in ``miou``, unless `ConfusionMatrix.scores` was told otherwise.
+
+    Attributes:
+        counts: the matrix, n x n int64 on the CPU; rows are labels.
+        accuracy_of_images: the share of each image's labelled pixels that are right, NaN where it
+            has none; empty if the images were not told apart.
     """
 
     pixel_accuracy: float
@@ -23,6 +28,8 @@ class Scores:
     iou: tuple[float | None, ...]
     absent: tuple[int, ...]
     labelled_pixels: int
+    counts: Tensor = field(repr=False, compare=False)
+    accuracy_of_images: Tensor = field(repr=False, compare=False)
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, object]:
         """With class names instead of numbers, for `files.write_json`."""
@@ -42,20 +49,28 @@ class ConfusionMatrix:
         num_classes: n; the matrix is n x n int64, rows are labels.
         ignore_index: label value whose pixels are left out, in the label and in the prediction.
         device: where the counts live; predictions and labels must be there too.
+        images: how many there are, if they are to be told apart.
     """
 
     def __init__(
-        self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu"
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        device: torch.device | str = "cpu",
+        images: int = 0,
     ) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self._of_images = torch.zeros(images, 2, dtype=torch.int64, device=device)
         self._wrong = torch.zeros((), dtype=torch.int64, device=device)
         # Reading a value back would stall an accelerator until the next image.
         self._asks = self.counts.device.type == "cpu"
 
-    def update(self, prediction: Tensor, label: Tensor) -> None:
+    def update(self, prediction: Tensor, label: Tensor, image: int | None = None) -> None:
         """Add one or more label maps: integer tensors of one shape, on this matrix's device.
+
+        ``image`` is the number of the image that they are of.
 
         Raises:
             ValueError: shapes differ, or a value is neither a class nor ``ignore_index``. (The
@@ -68,6 +83,9 @@ class ConfusionMatrix:
             )
         n = self.num_classes
         keep = label != self.ignore_index
+        if image is not None:
+            right = (prediction == label) & keep
+            self._of_images[image] += torch.stack([right.sum(), keep.sum()])
         if not self._asks:
             self._count(prediction.long(), label.long(), keep)
             return
@@ -92,7 +110,7 @@ class ConfusionMatrix:
         self._wrong += (keep & ~allowed).sum()
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Sum the counts over all processes (one all-reduce); without a group they are complete.
+        """Sum the counts over all processes; without a group they are complete.
 
         Raises:
             ValueError: values of pixels counted by this process were not allowed.
@@ -104,6 +122,8 @@ class ConfusionMatrix:
             )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts, group=group)
+            if len(self._of_images):
+                dist.all_reduce(self._of_images, group=group)
 
     def scores(self, absent_is_zero: bool = False) -> Scores:
         """Accuracy over all labelled pixels and the mean IoU over the classes that occur.
@@ -124,6 +144,8 @@ class ConfusionMatrix:
             iou=iou,
             absent=tuple(c for c in range(self.num_classes) if not present[c]),
             labelled_pixels=int(total),
+            counts=self.counts.cpu(),
+            accuracy_of_images=self._of_images[:, 0].cpu() / self._of_images[:, 1].cpu(),
         )
 
     def _mean(self, iou: Tensor, absent_is_zero: bool) -> float:

@@ -19,7 +19,15 @@ from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores
 from encnet_triton.scoring.tables import class_table
 from encnet_triton.weights import ModelInfo
 
-__all__ = ["Evaluation", "Watch", "confusion", "evaluate", "measure_scores", "score_table"]
+__all__ = [
+    "Evaluation",
+    "Watch",
+    "confusion",
+    "evaluate",
+    "measure_scores",
+    "open_dataset",
+    "score_table",
+]
 
 Watch = Callable[[Iterable[Any], int], Iterator[Any]]
 """Passes items on, given their number; can show progress or end early."""
@@ -86,7 +94,7 @@ def measure_scores(
         ValueError: the data set has other classes than the network; names the checkpoint.
     """
     info, released = predictor.info, predictor.views.released
-    dataset = _open_dataset(info, checkpoint, name, split, root)
+    dataset = open_dataset(info, checkpoint, name, split, root)
     refuse_unlabelled(dataset, f"split {split or info.data['split']!r} cannot be scored")
     matrix = confusion(predictor, dataset, rank=rank, world_size=world_size, workers=workers)
     name = name or info.data["name"]
@@ -131,13 +139,15 @@ def confusion(
 
     ``watch`` sees this process's images and may end early.
     """
-    matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index, predictor.device)
+    matrix = ConfusionMatrix(
+        len(dataset.classes), dataset.ignore_index, predictor.device, images=len(dataset)
+    )
     samples = eval_samples(dataset, rank=rank, world_size=world_size, workers=workers)
     if watch is not None:
         samples = watch(samples, len(range(rank, len(dataset), world_size)))
-    for _, sample in samples:
+    for index, sample in samples:
         prediction = predictor(np.asarray(sample.image))
-        matrix.update(prediction, moved(sample.label, predictor.device))
+        matrix.update(prediction, moved(sample.label, predictor.device), index)
     matrix.all_reduce()
     return matrix
 
@@ -156,9 +166,14 @@ def score_table(scores: Scores, classes: list[str], title: str) -> Group:
     return class_table(title, "IoU %", rows, means, note)
 
 
-def _open_dataset(
+def open_dataset(
     info: ModelInfo, checkpoint: object, name: str | None, split: str | None, root: str | None
 ) -> Dataset:
+    """The data set to score on; what is None is as it was in the training.
+
+    Raises:
+        ValueError: it has other classes than the network; names the checkpoint.
+    """
     dataset = create_dataset(
         name or info.data["name"],
         split or info.data["split"],

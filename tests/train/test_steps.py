@@ -17,6 +17,7 @@ from encnet_triton.train import distributed
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.kept_statistics import KeptStatistics
 from encnet_triton.train.segmentation import Segmentation
+from tests.support.scores import scores_of
 from tests.train.launch import start_alone
 
 
@@ -64,7 +65,7 @@ def test_steps_measure_convolutions_and_synchronise_in_a_group_of_their_own(
 
     def validate(*_: object) -> Scores:
         measured.append(torch.backends.cudnn.benchmark)
-        return Scores(0.5, 0.5, (None, None, None), (), 1)
+        return scores_of(0.5)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distributed, "start", start_alone)

@@ -22,6 +22,7 @@ from encnet_triton.train.segmentation import Segmentation
 from encnet_triton.train.trainer import Trainer
 from encnet_triton.weights.checkpoint import read, save_model, write
 from tests.support.checkpoints import INFO, OPTIONS
+from tests.support.scores import scores_of
 from tests.support.tolerance import assert_equal_in_float64
 from tests.train import launch
 from tests.train.launch import floating
@@ -163,7 +164,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(recipe: Path, monkeypa
     scores = iter([0.2, 0.4, 0.3, 0.4])
 
     def validate(*_: object) -> Scores:
-        return Scores(0.5, next(scores), (None, None, None), (), 1)
+        return scores_of(next(scores))
 
     monkeypatch.setattr(Segmentation, "validate", validate)
     assert train(recipe, "--epochs", "4", "--pictures", "0") == 0

@@ -7,32 +7,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from encnet_triton import kernels, report
+from encnet_triton import kernels, machine
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_the_kernels_that_run_are_named(
     capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "versions", lambda: {"triton": "3.6.0"})
+    monkeypatch.setattr(machine, "versions", lambda: {"triton": "3.6.0"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    said = report.triton_status()
+    said = machine.triton_status()
     assert said.startswith("Triton kernels run" if runs else "PyTorch code runs: the GPU is sm_75")
     assert all((name in said) == runs for name in kernels.__all__)
 
 
 def test_without_a_gpu_pytorch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "versions", lambda: {"triton": "3.6.0"})
+    monkeypatch.setattr(machine, "versions", lambda: {"triton": "3.6.0"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert report.triton_status() == "PyTorch code runs: there is no NVIDIA GPU."
-    monkeypatch.setattr(report, "versions", lambda: {"triton": "not installed"})
-    assert "Triton has no package here" in report.triton_status()
+    assert machine.triton_status() == "PyTorch code runs: there is no NVIDIA GPU."
+    monkeypatch.setattr(machine, "versions", lambda: {"triton": "not installed"})
+    assert "Triton has no package here" in machine.triton_status()
 
 
 def test_every_gpu_has_its_own_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     capabilities = [(7, 5), (9, 0)]
-    monkeypatch.setattr(report, "versions", lambda: {"triton": "3.6.0"})
+    monkeypatch.setattr(machine, "versions", lambda: {"triton": "3.6.0"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(
@@ -50,11 +50,11 @@ def test_every_gpu_has_its_own_sentence(monkeypatch: pytest.MonkeyPatch) -> None
             total_memory=2**30,
         ),
     )
-    said = dict(report.report())
+    said = dict(machine.report())
     assert "the GPU is sm_75" in said["kernels 0"]
     assert said["kernels 1"].startswith("Triton kernels run")
 
 
 def test_without_a_gpu_the_report_ends_with_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert report.report()[-1] == ("kernels", report.triton_status())
+    assert machine.report()[-1] == ("kernels", machine.triton_status())
