@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a network",
     "evaluate": "score a checkpoint on a data set",
     "predict": "label photos",
+    "compare": "put runs side by side",
     "convert": "convert weights trained elsewhere, or export a backbone",
     "submit": "write the archive of predictions that a test server takes",
     "data": "check a data set, or prepare its labels",

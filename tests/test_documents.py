@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import __main__ as bench_main
 from bench import commands as bench_commands
 from encnet_triton import __main__ as console
-from encnet_triton import convert, evaluate, predict, submit
+from encnet_triton import compare, convert, evaluate, predict, submit
 from encnet_triton.data import __main__ as data
 from encnet_triton.train import cli
 
@@ -96,6 +96,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "train": parse_train,
     "evaluate": lambda given: evaluate.make_parser().parse_args(given),
     "predict": lambda given: predict.make_parser().parse_args(given),
+    "compare": lambda given: compare.make_parser().parse_args(given),
     "submit": lambda given: submit.make_parser().parse_args(given),
     "convert": convert.parse,
     "data": data.parse,

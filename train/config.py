@@ -322,6 +322,8 @@ class RunConfig:
     weights are saved in any case."""
     log_every: int = free(20)
     """Steps between two records in metrics.jsonl."""
+    logger: str = free("none")
+    """Also send the records of metrics.jsonl to tensorboard or wandb (an extra of that name)."""
     pictures: int = free(6)
     """Validation images drawn into predictions/; 0 also leaves images out of report.html."""
     timeout: float = free(180.0)
@@ -335,6 +337,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("amp", self.amp, ("auto", "on", "off"))
+        one_of("logger", self.logger, ("none", "tensorboard", "wandb"))
         allowed = self.compile in (True, False, REDUCE_OVERHEAD)
         require(allowed, "compile", self.compile, f"true, false or {REDUCE_OVERHEAD}")
         for key in ("val_every", "save_every", "pictures"):

@@ -111,3 +111,28 @@ def plot_scores(records: Sequence[Mapping[str, Any]], figure: Any) -> None:
         axis.set_major_locator(MaxNLocator(5, integer=True))
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     right.legend()
+
+
+def plot_measure(
+    axes: Any,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    kind: str,
+    key: str,
+    factor: float,
+    label: str,
+) -> None:
+    """One figure of several runs over the steps.
+
+    Args:
+        axes: of matplotlib.
+        runs: name -> records.
+        kind, key: of the records, and of the figure in them.
+        factor: that it is multiplied with.
+        label: of the axis.
+    """
+    for name, records in runs.items():
+        found = [r for r in records if r["kind"] == kind and is_number(r.get(key))]
+        steps, values = [r["step"] for r in found], [factor * r[key] for r in found]
+        axes.plot(steps, values, label=name, marker="o" if kind == "val" else None)
+    axes.set(xlabel="step", ylabel=label)
+    axes.legend()

@@ -7,13 +7,16 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from encnet_triton.files import without_nan, write_text
+
+if TYPE_CHECKING:
+    from encnet_triton.train.loggers import Logger
 
 METRICS = "metrics.jsonl"
 
@@ -28,12 +31,16 @@ class Log:
         folder: of the run.
         enabled: whether this process is the one that writes.
         console: where to show; a terminal gets a live line, anything else plain lines.
+
+    Attributes:
+        logger: takes the records as well, if there is one.
     """
 
     def __init__(self, folder: Path, enabled: bool, console: Console | None = None) -> None:
         self.folder = folder
         self.enabled = enabled
         self.console = console or Console(quiet=not enabled, soft_wrap=True, emoji=False)
+        self.logger: Logger | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -94,10 +101,13 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one JSON object to ``metrics.jsonl``; figures that are not finite are null."""
-        if self.enabled:
-            line = json.dumps(without_nan({**record, "time": round(time.time(), 3)}))
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        if not self.enabled:
+            return
+        record = without_nan({**record, "time": round(time.time(), 3)})
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.logger is not None:
+            self.logger.write(record)
 
     def rewind(self, step: int, validated: int) -> None:
         """Drop what a resumed run writes again: records after ``step``, validations after
@@ -113,7 +123,10 @@ class Log:
         write_text("".join(kept), path)
 
     def end(self) -> None:
-        """Remove the live line; safe to call twice."""
+        """Remove the live line, and close the logger; safe to call twice."""
+        if self.logger is not None:
+            self.logger.close()
+            self.logger = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

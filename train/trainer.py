@@ -16,7 +16,7 @@ from encnet_triton.data.check import UnlabelledError
 from encnet_triton.files import write_json
 from encnet_triton.inference.precision import measured_convolutions
 from encnet_triton.machine import report
-from encnet_triton.train import optim, run_state
+from encnet_triton.train import loggers, optim, run_state
 from encnet_triton.train.average import Average
 from encnet_triton.train.compiling import compile_obstacle, fix_gradients, records_graphs
 from encnet_triton.train.config import REDUCE_OVERHEAD, Config
@@ -337,6 +337,7 @@ class Trainer:
 
 def train(config: Config, world: World) -> bool:
     """Build, restore and run, then report the result; returns whether the run is complete."""
+    loggers.require(config.run.logger)
     try:
         task = task_of(config)(config, world)
     except UnlabelledError as error:
@@ -362,6 +363,7 @@ def _train(
             log.say(f"resumed {folder / run_state.LAST} at step {trainer.progress.step}")
         if world.main:
             write_config(config, folder)
+            log.logger = loggers.open_logger(config, folder, trainer.progress.step)
         log.write({"kind": "start", "step": trainer.progress.step, "environment": dict(report())})
         if warning := task.warning():
             log.say(warning)
