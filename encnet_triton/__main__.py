@@ -19,7 +19,12 @@ COMMANDS = {
     "data": "check a data set, or prepare its labels",
     "environment": "print what a bug report needs",
 }
-"""Modules of this package that have a command line, and what each does."""
+"""Commands, and what each does."""
+
+
+def module_of(command: str) -> str:
+    """The module that runs a command."""
+    return f"encnet_triton.{'train.compare' if command == 'compare' else command}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"encnet {name}", *given[1:]]
-    runpy.run_module(f"encnet_triton.{name}", run_name="__main__", alter_sys=True)
+    runpy.run_module(module_of(name), run_name="__main__", alter_sys=True)
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from encnet_triton.__main__ import COMMANDS, main
+from encnet_triton.__main__ import COMMANDS, main, module_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,13 +27,14 @@ def test_pyproject_names_the_command() -> None:
 
 def test_every_module_with_a_command_line_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     folder = ROOT / "encnet_triton"
-    files = [p.stem for p in folder.glob("*.py") if '__name__ == "__main__"' in p.read_text()]
+    sources = [*folder.glob("*.py"), *(ROOT / "train").glob("*.py")]
+    files = [p.stem for p in sources if '__name__ == "__main__"' in p.read_text()]
     packages = [p.parent.name for p in folder.glob("*/__main__.py")]
     assert {*files, *packages, "train"} - {"__main__"} == set(COMMANDS)
     assert main([]) == main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in COMMANDS:
-        assert find_spec(f"encnet_triton.{name}") is not None
+        assert find_spec(module_of(name)) is not None
         assert len([line for line in lines if line.split()[:1] == [name]]) == 2
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from bench import __main__ as bench_main
 from bench import commands as bench_commands
 from encnet_triton import __main__ as console
-from encnet_triton import compare, convert, evaluate, predict, submit
+from encnet_triton import convert, evaluate, predict, submit
 from encnet_triton.data import __main__ as data
-from encnet_triton.train import cli
+from encnet_triton.train import cli, compare
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

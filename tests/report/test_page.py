@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from encnet_triton import compare, evaluate
+from encnet_triton import evaluate
 from encnet_triton.report import facts, page, section, table
 from encnet_triton.report.drawings import NO_MATPLOTLIB, confusion_matrix
+from encnet_triton.train import compare
 from encnet_triton.train.__main__ import main
 
 

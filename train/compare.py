@@ -1,4 +1,4 @@
-"""Put runs side by side: ``python -m encnet_triton.compare RUN RUN ...``."""
+"""Put runs side by side: ``encnet compare RUN RUN ...``."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = options.Parser(
-        prog="python -m encnet_triton.compare",
+        prog="encnet compare",
         description="Put runs side by side: scores, speed, and the fields in which they differ.",
         formatter_class=options.Help,
     )
