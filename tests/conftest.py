@@ -125,6 +125,7 @@ amp = "off"
 log_every = 1
 val_every = 1
 pictures = 2
+report = false
 """
 
 

@@ -324,6 +324,8 @@ class RunConfig:
     """Steps between two records in metrics.jsonl."""
     logger: str = free("none")
     """Also send the records of metrics.jsonl to tensorboard or wandb (an extra of that name)."""
+    report: bool = free(True)
+    """Write report.html after each validation."""
     pictures: int = free(6)
     """Validation images drawn into predictions/; 0 also leaves images out of report.html."""
     timeout: float = free(180.0)

@@ -241,7 +241,8 @@ class Segmentation(Task[Scores]):
         log.console.print(score_table(score, self.info.classes, title))
         where = folder / run_state.BEST
         log.say(f"best mIoU {progress.best_miou:.2%} at step {progress.best_step}: {where}")
-        log.say(f"pictures: {folder / 'predictions'}; report: {folder / REPORT}")
+        report = f"; report: {folder / REPORT}" if self.config.run.report else ""
+        log.say(f"pictures: {folder / 'predictions'}{report}")
 
     def warning(self) -> str | None:
         """Warnings about windows unlike those of training, and labels that look wrong."""

@@ -331,7 +331,8 @@ class Trainer:
         if self.world.main:
             with self.world.watch.patiently("drawing"):
                 self.task.draw(self.folder)
-                write_report(self.folder, self.config, self.task.report(score))
+                if self.config.run.report:
+                    write_report(self.folder, self.config, self.task.report(score))
         return score
 
 

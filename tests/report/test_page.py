@@ -82,7 +82,7 @@ def test_a_run_and_an_evaluation_have_a_report(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["--recipe", str(recipe), "--epochs", "1"]) == 0
+    assert main(["--recipe", str(recipe), "--epochs", "1", "--report", "true"]) == 0
     found = read_page(Path("runs/tiny/report.html"))
     for text in ("sky", "ground", "thing", "mIoU", "Worst images", "optim.lr", "torch"):
         assert text in found.text
