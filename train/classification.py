@@ -31,7 +31,7 @@ _READ = {
     "optimizer", "lr", "momentum", "betas", "weight_decay", "decay_norm_bias", "clip_norm", "ema",
     "schedule", "power", "eta_min", "warmup_steps", "epochs", "batch_size", "label_smoothing",
     "name", "runs", "seed", "device", "amp", "compile", "sync_bn", "resume", "stop_at",
-    "save_every", "save_epochs", "timeout", "take_over",
+    "save_every", "save_epochs", "timeout", "take_over", "logger", "report",
 }  # fmt: skip
 
 
