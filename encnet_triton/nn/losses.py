@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,9 +72,10 @@ class SegmentationLoss(nn.Module):
         align_corners: of the upsampling; take the model's.
         class_weight: n weights of the segmentation and auxiliary cross-entropy.
         label_smoothing: of the same, in [0, 1).
-        ohem: online hard example mining: of both cross-entropies, keep pixels whose loss is above
-            that of a class with this probability, -ln(ohem); 0 keeps all.
-        ohem_least: share of all pixels, those with the highest loss, that is kept in any case.
+        ohem: online hard example mining: average both cross-entropies only over pixels whose class
+            has a probability below this, whatever the class weights and the label smoothing;
+            0 uses every pixel.
+        ohem_least: share of all pixels that is kept at least: those whose class is least probable.
         dice_weight: weight of the Dice loss, see `dice_loss`. Its probabilities take B x n x H x W
             float32 values, and as many again for the gradient: 2.2 GB each for 16 images of
             480 x 480 and 150 classes, which the cross-entropy alone never stores.
@@ -161,37 +163,44 @@ class SegmentationLoss(nn.Module):
 
     def pixels_in(self, target: Tensor) -> Tensor:
         """Labelled pixels of a target, each counted with its class's weight: 0-d float64."""
+        return self._each(target).sum(dtype=torch.float64)
+
+    def _each(self, target: Tensor) -> Tensor:
+        """What each pixel counts: its class's weight, or 1; 0 if it is ignored."""
         labelled = target != self.ignore_index
         if self.class_weight is None:
-            return labelled.sum(dtype=torch.float64)
-        weight = self.class_weight.double()[target.long().where(labelled, 0)]
-        return (weight * labelled).sum()
+            return labelled
+        # `upsample_cross_entropy` names a label that is out of range; indexing would not.
+        classes = target.long().where(labelled, 0).clamp(0, self.num_classes - 1)
+        return self.class_weight.double()[classes] * labelled
 
     def _cross_entropy(self, logits: Tensor, target: Tensor, pixels: Tensor | float) -> Tensor:
         weight = self.class_weight
         if weight is not None:
             weight = weight.to(torch.promote_types(logits.dtype, torch.float32))
-        loss: Tensor = upsample_cross_entropy(
-            logits,
-            target,
+        of_pixels = partial(
+            upsample_cross_entropy,
+            target=target,
             ignore_index=self.ignore_index,
             align_corners=self.align_corners,
-            weight=weight,
-            label_smoothing=self.label_smoothing,
             reduction="none" if self.ohem else "sum",
         )
+        loss: Tensor = of_pixels(logits, weight=weight, label_smoothing=self.label_smoothing)
         if self.ohem:
-            loss = self._hard(loss, target) * self.pixels_in(target).to(loss.dtype)
+            surprise = loss.detach()  # -ln of the probability of a pixel's class
+            if weight is not None or self.label_smoothing:
+                surprise = of_pixels(logits.detach())
+            loss = self._hard(loss, surprise, target) * self.pixels_in(target).to(loss.dtype)
         return _divide(loss, pixels)
 
-    def _hard(self, losses: Tensor, target: Tensor) -> Tensor:
+    def _hard(self, losses: Tensor, surprise: Tensor, target: Tensor) -> Tensor:
         """Weighted mean of the losses that are kept; nothing is read back from the device."""
-        flat = losses.detach().flatten()
-        least = math.ceil(self.ohem_least * flat.numel())
-        bound = flat.topk(least, sorted=False).values.min().clamp(max=-math.log(self.ohem))
-        kept = (losses >= bound) & (target != self.ignore_index)
-        count = self.pixels_in(target.where(kept, self.ignore_index))
-        return _divide((losses * kept).sum(), count)
+        least = math.ceil(self.ohem_least * losses.numel())
+        if not least:
+            return losses.sum()
+        hardest = surprise.flatten().topk(least, sorted=False).values
+        kept = surprise >= hardest.min().clamp(max=-math.log(self.ohem))
+        return _divide((losses * kept).sum(), (self._each(target) * kept).sum(dtype=torch.float64))
 
     def _se(self, branches: Sequence[Tensor], target: Tensor, images: Tensor | float) -> Tensor:
         present = presence_target(target, self.num_classes, self.ignore_index)
@@ -230,10 +239,12 @@ def dice_loss(
     labels = target.long()
     counted = labelled & (labels >= 0) & (labels < n)
     picked = probability.gather(1, labels.where(counted, 0)[:, None])[:, 0] * counted
-    where = labels.where(counted, n).flatten()
-    zeros = picked.new_zeros(n + 1)
-    both = zeros.index_add(0, where, picked.flatten())[:n]
-    count = zeros.index_add(0, where, torch.ones_like(picked).flatten())[:n]
+    # A sum for each row first: adding millions of probabilities to one float32 would round most of
+    # them away.
+    where, rows = labels.where(counted, n).flatten(0, 1), picked.flatten(0, 1)
+    zeros = rows.new_zeros(len(rows), n + 1)
+    both = zeros.scatter_add(1, where, rows).sum(0)[:n]
+    count = zeros.scatter_add(1, where, torch.ones_like(rows)).sum(0)[:n]
     score = 2 * both / (probability.sum((0, 2, 3)) + count).clamp(min=1e-7)
     present = count > 0
     return ((1 - score) * present).sum() / present.sum().clamp(min=1)

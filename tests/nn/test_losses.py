@@ -176,22 +176,31 @@ def test_option_of_another_type_is_named(argument: str) -> None:
         SegmentationLoss(N, **options)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 @pytest.mark.parametrize(
     ("ohem", "least"), [(0.05, 0.01), (0.99, 0.01), (1e-9, 0.25), (1e-9, 1.0)],
     ids=["the unsure", "all but a few", "a quarter", "all"],
 )  # fmt: skip
-def test_hard_pixels_alone(weighted: bool, ohem: float, least: float) -> None:
+def test_hard_pixels_alone(weighted: bool, smoothing: float, ohem: float, least: float) -> None:
+    """Which are hard, the probability of their class alone says."""
     output, target = batch(aux=False)
     weight = torch.linspace(0.5, 2, N) if weighted else None
-    loss = SegmentationLoss(N, se_weight=0, ohem=ohem, ohem_least=least, class_weight=weight)
+    loss = SegmentationLoss(
+        N, se_weight=0, ohem=ohem, ohem_least=least, class_weight=weight, label_smoothing=smoothing
+    )
     found = loss(output, target).segmentation
     losses = pixel_loss(
-        output.logits, target, reduction="none", weight=None if weight is None else weight.double()
+        output.logits,
+        target,
+        reduction="none",
+        weight=None if weight is None else weight.double(),
+        label_smoothing=smoothing,
     )
-    ranked = losses.flatten().sort(descending=True).values
+    hard = pixel_loss(output.logits, target, reduction="none")
+    ranked = hard.detach().flatten().sort(descending=True).values
     bound = min(float(ranked[math.ceil(least * target.numel()) - 1]), -math.log(ohem))
-    kept = (losses >= bound) & (target != 255)
+    kept = (hard >= bound) & (target != 255)
     assert 0 < kept.sum() <= (target != 255).sum()
     each = torch.ones(N).double() if weight is None else weight.double()
     of = each[target.long().where(kept, torch.tensor(0))] * kept
@@ -230,6 +239,29 @@ def test_nothing_labelled_has_no_hard_pixel_and_no_dice() -> None:
     total = loss(output, torch.full_like(target, 255)).total
     total.backward()
     assert total.item() == 0 and not output.logits.grad.any()
+    assert loss(part(output, slice(0)), target[:0]).total == 0  # not even an image
+
+
+@pytest.mark.float32
+def test_dice_of_a_million_pixels_is_not_rounded_away() -> None:
+    logits, size = torch.tensor([0.4, 0.0]).view(1, 2, 1, 1), 1024
+    found = dice_loss(logits, torch.zeros(1, size, size, dtype=torch.uint8))
+    p = 1 / (1 + math.exp(-0.4))
+    # A row is one sum, in which each addition rounds by half a unit at most.
+    assert found.item() == pytest.approx(1 - 2 * p / (p + 1), rel=size * 2**-24)
+
+
+def test_what_pixels_count_depends_on_ignored_labels_of_any_value() -> None:
+    """255 in uint8 is -1 in a byte, and 300 is not there; a label out of range is named."""
+    output, target = batch(aux=False)
+    inside = target.where(target != 255, 0)
+    for ignored in (-1, 300):
+        for options in ({}, {"class_weight": [1.0, 2, 3, 4, 5]}):
+            loss = SegmentationLoss(N, se_weight=0, ignore_index=ignored, ohem=0.5, **options)
+            same = SegmentationLoss(N, se_weight=0, ohem=0.5, **options)
+            assert loss(output, inside).total == same(output, inside).total
+    with pytest.raises(ValueError, match="target holds the value 77"):
+        SegmentationLoss(N, class_weight=[1.0] * N)(output, inside.where(inside != 1, 77))
 
 
 @pytest.mark.parametrize(
