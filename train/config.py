@@ -208,8 +208,8 @@ class OptimConfig:
     decay_norm_bias: bool = True
     """Apply the penalty to batch-norm parameters and biases too, as the paper's code does."""
     layer_decay: float = 1.0
-    """Learning-rate factor between one backbone stage and the next, lowest at the input (the last
-    stage is scaled relative to the head); 1 trains all stages at the same rate."""
+    """Learning rate of each backbone stage relative to the next one's, and of the last stage
+    relative to lr; 1 trains all stages at the same rate."""
     clip_norm: float | None = None
     """Maximum gradient norm; larger gradients are scaled down to it."""
     ema: float = 0.0
@@ -243,7 +243,7 @@ class OptimConfig:
     """Online hard example mining: average the cross-entropy, per micro-batch, only over pixels
     whose class has a probability below this (0.7 is usual); 0 uses every pixel."""
     ohem_least: float = 0.0625
-    """Share of a micro-batch's pixels, the hardest, that stay with ohem in any case."""
+    """Share of a micro-batch's pixels, the hardest, that ohem always keeps."""
     dice_weight: float = 0.0
     """Weight of the Dice loss, for which all probabilities are computed at full resolution."""
 
