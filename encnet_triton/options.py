@@ -24,7 +24,9 @@ from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.inference.precision import PRECISIONS, compute_dtype
 from encnet_triton.weights import CheckpointError, ModelInfo
 
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate memory")
+_NO_MEMORY = re.compile(
+    "DefaultCPUAllocator|not enough memory|can't allocate memory|Storage size .* overflowed"
+)
 _LOST = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe")
 _FOR_SEGMENTATION = (
     "multi_scale", "scales", "flip", "whole_image", "batch", "precision", "protocol", "workers",

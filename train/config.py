@@ -169,7 +169,8 @@ class DataConfig:
         require(min(self.crop) >= 1, "crop", self.crop, "positive")
         one_of("outside", self.outside, ("mean", "black"))
         low, high = self.scale
-        require(0 < low <= high, "scale", self.scale, "two positive numbers, the smaller first")
+        fine = 0 < low <= high < math.inf
+        require(fine, "scale", self.scale, "two positive numbers, the smaller first")
         require(0 <= self.rotation <= 180, "rotation", self.rotation, "in [0, 180] degrees")
         require(0 <= self.flip <= 1, "flip", self.flip, "in [0, 1]")
         fine = all(0 <= amount <= 1 for amount in self.jitter)
@@ -252,7 +253,8 @@ class OptimConfig:
             value = getattr(self, key)
             require(math.isfinite(value) and value > 0, key, value, "positive")
         for key in ("weight_decay", "se_weight", "aux_weight", "warmup_steps", "dice_weight"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+            value = getattr(self, key)
+            require(0 <= value < math.inf, key, value, "at least 0, and finite")
         require(0 <= self.eta_min <= self.lr, "eta_min", self.eta_min, "in [0, lr]")
         for key in ("momentum", "label_smoothing", "ema", "ohem"):
             require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
@@ -486,6 +488,9 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     try:
         if wrong or (hint is str and not isinstance(value, str)):
             raise ValueError
-        return hint(value)
+        found = hint(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{key} = {value!r} is not allowed; it must be {_KINDS[hint]}") from None
+    if hint is int:  # more than torch can hold
+        require(abs(found) < 10**18, key, value, "a whole number of at most 18 digits")
+    return found

@@ -76,14 +76,14 @@ class Task(ABC, Generic[Score]):
         Raises:
             ConfigError: names the fields.
         """
-        given = set(given)
+        given, reads = set(given), cls.reads(config)
         for name, where in config.optim.unread().items():
-            if name in given:
+            if name in given and where.split()[0] in reads:
                 raise ConfigError(
-                    f"the training of {config.model.model} reads {name} with {where} alone; "
+                    f"the training of {config.model.model} reads {name} only with {where}; "
                     "leave it out"
                 )
-        unread = sorted(given - cls.reads(config))
+        unread = sorted(given - reads)
         free = [name for name in unread if name not in cls.fixed]
         if free:
             raise ConfigError(

@@ -108,8 +108,8 @@ class SegmentationLoss(nn.Module):
         weights = {"se_weight": se_weight, "aux_weight": aux_weight, "dice_weight": dice_weight}
         for argument, value in weights.items():
             check_number(argument, value)
-            if not value >= 0:
-                raise ValueError(f"{argument} is {value}, but must not be negative")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{argument} is {value}, but must be finite and not negative")
         if class_weight is not None:
             class_weight = _class_weights(class_weight, num_classes)
         self.num_classes = num_classes

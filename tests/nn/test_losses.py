@@ -160,6 +160,7 @@ def test_half_precision_outputs_give_an_fp32_loss() -> None:
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"se_weight": -0.1}, "se_weight is -0.1"),
         ({"aux_weight": -1.0}, "aux_weight is -1.0"),
+        ({"dice_weight": math.inf}, "dice_weight is inf, but must be finite"),
         ({"num_classes": 0}, "num_classes is 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -27,6 +27,13 @@ def test_out_of_memory_names_what_helps(error: Exception) -> None:
     assert ("(4,096 MiB more" in sentence or "(4.00 GiB more" in sentence) == bool(str(error))
 
 
+def test_a_tensor_beyond_any_memory_is_one_that_does_not_fit() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(8, 3, 10**10, 10**10)
+    sentence, _ = explained(caught.value)
+    assert sentence is not None and sentence.startswith("out of memory; a smaller --batch-size")
+
+
 @pytest.mark.parametrize(
     ("text", "words", "lost"),
     [
