@@ -242,6 +242,13 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
+def send_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0: running statistics that each rank keeps for itself."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def digests(model: nn.Module) -> dict[str, bytes]:
     """A hash of every parameter and buffer, by name: of its values, whatever their layout."""
     return {

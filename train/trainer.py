@@ -20,7 +20,13 @@ from encnet_triton.train import loggers, optim, run_state
 from encnet_triton.train.average import Average
 from encnet_triton.train.compiling import compile_obstacle, fix_gradients, records_graphs
 from encnet_triton.train.config import REDUCE_OVERHEAD, Config
-from encnet_triton.train.distributed import World, check_same_weights, data_parallel, gather
+from encnet_triton.train.distributed import (
+    World,
+    check_same_weights,
+    data_parallel,
+    gather,
+    send_buffers,
+)
 from encnet_triton.train.kept_statistics import KeptStatistics
 from encnet_triton.train.log import Log
 from encnet_triton.train.meter import Meter
@@ -291,6 +297,8 @@ class Trainer:
         """The score now; None, and `_stopping`, if any rank was asked to stop on the way."""
         self._left_out = False
         with self.world.watch.patiently("validation"):
+            if not self.config.run.sync_bn:
+                send_buffers(self.task.evaluated)  # the score is that of the saved weights
             score = self.task.validate(self._watched)
             self._stopping = any(gather(self._left_out))
         return None if self._stopping else score

@@ -5,6 +5,8 @@ synchronised batch normalisation, ignored areas of another size in every image. 
 the batch is cut into micro-batches; the statistics are then frozen, which would differ by
 micro-batch, and the third of three equal steps is written.
 
+Then the buffers of a batch norm whose values were those of its rank, after `send_buffers`.
+
 Fails if a thread of gloo outlives the process group.
 """
 
@@ -74,6 +76,11 @@ def main(folder: Path) -> None:
         found = gradients(world, dtype, accumulation, frozen)
         if world.main:
             save_file(found, folder / f"{name}, {world.size}.safetensors")
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(world.rank + 1)
+    norm.num_batches_tracked += world.rank + 3
+    distributed.send_buffers(norm)
+    save_file(norm.state_dict(), folder / f"buffers, {world.rank} of {world.size}.safetensors")
 
 
 if __name__ == "__main__":

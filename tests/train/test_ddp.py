@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from encnet_triton.train import distributed
+from encnet_triton.scoring.metrics import Scores
+from encnet_triton.train import distributed, trainer
 from encnet_triton.train.__main__ import main
+from encnet_triton.train.segmentation import Segmentation
 from tests.support.tolerance import assert_alike_in_float32, assert_equal_in_float64
 from tests.train import launch
 
@@ -44,6 +47,32 @@ def test_two_processes_equal_one(folder: Path) -> None:
 def test_accumulation_over_two_processes_equals_one_batch(case: str, folder: Path) -> None:
     """In the third step too: a reducer that lost count would average in the first alone."""
     assert_equal_in_float64(gradients(folder, case, 2), gradients(folder, "frozen", 1))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_buffers_are_those_of_rank_0(rank: int, folder: Path) -> None:
+    found = load_file(folder / f"buffers, {rank} of 2.safetensors")
+    assert found["running_mean"].tolist() == [1, 1] and int(found["num_batches_tracked"]) == 3
+
+
+def test_a_validation_without_synchronised_statistics_is_of_those_that_are_saved(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank scores its share of the images, and rank 0 saves."""
+    seen: list[object] = []
+
+    def validate(task: Segmentation, *_: Any) -> Scores:
+        seen.append(task.evaluated)
+        return Scores(0.5, 0.5, (None, None, None), (), 1)
+
+    monkeypatch.setattr(Segmentation, "validate", validate)
+    monkeypatch.setattr(trainer, "send_buffers", seen.append)
+    monkeypatch.setattr(distributed, "start", launch.start_alone)
+    monkeypatch.chdir(tmp_path)
+    options = ["--sync-bn", "false", "--ema", "0.9", "--pictures", "0", "--epochs", "1"]
+    assert main(["--recipe", str(recipe), *options]) == 0
+    sent, validated = seen
+    assert sent is validated and isinstance(sent, nn.Module)
 
 
 def test_gradients_are_exchanged_with_the_last_micro_batch_of_a_step_alone(
