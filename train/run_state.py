@@ -49,21 +49,33 @@ class State:
         """Write ``last.safetensors``.
 
         Raises:
-            CheckpointError: the file could not be written, or the weights are not finite (the file
-                on disk then stays the last good one).
+            CheckpointError: see `check`, or the file could not be written. The one on disk then
+                stays the last good one.
         """
-        path = folder / LAST
+        self.check(folder)
+        checkpoint.write(folder / LAST, self.tensors, self.metadata)
+
+    def check(self, folder: Path) -> None:
+        """Wait for the tensors, and refuse to write any that are not finite.
+
+        Raises:
+            CheckpointError: names one of them, and what stays in the folder.
+        """
         self.wait()
         if broken := not_finite(self.tensors):
+            path, step = folder / LAST, self.metadata["progress"]["step"]
             kept = f"{path} stays the last good state" if path.exists() else "nothing was saved yet"
-            step = self.metadata["progress"]["step"]
             raise CheckpointError(
                 f"the weights are not finite at step {step} ({broken} for one); {kept}"
             )
-        checkpoint.write(path, self.tensors, self.metadata)
 
     def write_best(self, folder: Path, figure: Mapping[str, float]) -> None:
-        """Write ``best.safetensors``: what was validated, its step and the figure it reached."""
+        """Write ``best.safetensors``: what was validated, its step and the figure it reached.
+
+        Raises:
+            CheckpointError: as `write`.
+        """
+        self.check(folder)
         self._write_validated(folder / BEST, figure)
 
     def write_average(self, folder: Path) -> None:
@@ -76,7 +88,6 @@ class State:
         return any(name.startswith(AVERAGED) for name in self.tensors)
 
     def _write_validated(self, path: Path, figure: Mapping[str, float]) -> None:
-        self.wait()
         start = AVERAGED if self._averaged else checkpoint.MODEL_PREFIX
         model = {
             checkpoint.MODEL_PREFIX + name.removeprefix(start): tensor
