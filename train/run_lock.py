@@ -30,7 +30,7 @@ class RunLock:
     Args:
         folder: of the run; exists.
         job: names the torchrun that started this process, or "".
-        take_over: take it in any case.
+        take_over: take it even from a process that runs.
         lost: called with a sentence, in a thread, when another process has taken it.
 
     Raises:
@@ -134,10 +134,10 @@ class RunLock:
     def taken(self, found: dict[str, Any] | None = None) -> str:
         """The sentence for a run whose folder is no longer this process's."""
         found = read(self.path) if found is None else found
-        by = "nobody's"
-        if found:
-            by = f"process {found.get('process')}'s on host {found.get('host')}"
-        return f"run {self.path.parent} was taken over: its lock is {by} now; this process ends"
+        if not found:
+            return f"{self.path} is gone (was the folder moved or deleted?); this process ends"
+        by = f"process {found.get('process')} on host {found.get('host')}"
+        return f"run {self.path.parent} was taken over by {by}; this process ends"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import threading
 from pathlib import Path
@@ -107,10 +106,24 @@ def test_who_is_taken_over_learns_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = RunLock(tmp_path, "", False, lambda sentence: (told.append(sentence), heard.set()))
     second = take(tmp_path, take_over=True)
     assert heard.wait(30) and not first.held() and second.held()
-    assert re.search(rf"was taken over: its lock is process {os.getpid()}'s", told[0])
+    assert told[0].startswith(f"run {tmp_path} was taken over by process {os.getpid()} on host ")
     first.release()
     assert second.held()
     second.release()
+
+
+def test_a_folder_that_is_gone_is_not_said_to_be_anybodys(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = take(folder)
+    (folder / LOCK).unlink()
+    folder.rmdir()
+    assert not lock.held()
+    assert lock.taken() == (
+        f"{folder / LOCK} is gone (was the folder moved or deleted?); this process ends"
+    )
+    lock.release()
+    assert not folder.exists()
 
 
 def test_a_run_is_locked_while_it_is_trained(
