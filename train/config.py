@@ -251,7 +251,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for key in ("lr", "head_lr_scale", "power"):
             value = getattr(self, key)
-            require(math.isfinite(value) and value > 0, key, value, "positive")
+            require(0 < value <= 1e9, key, value, "positive, and at most 1e9")
         for key in ("weight_decay", "se_weight", "aux_weight", "warmup_steps", "dice_weight"):
             value = getattr(self, key)
             require(0 <= value < math.inf, key, value, "at least 0, and finite")

@@ -341,6 +341,10 @@ def _load_optimizer_state(
                 own, made = parameter, torch.empty_like(parameter)
             if (misfit := tensor_misfit(f"{_KEPT[kind]}.{name}", tensor, own)) is not None:
                 raise CheckpointError(f"{path} {misfit}")
+            if kind in ("step", "exp_avg_sq") and (tensor < 0).any():
+                raise CheckpointError(
+                    f"{path} is damaged: {_KEPT[kind]}.{name} has a negative value"
+                )
             optimizer.state[parameter][kind] = made.copy_(tensor)
         if isinstance(optimizer, torch.optim.AdamW) and len(kinds) not in (0, 3):
             raise CheckpointError(f"{path} is damaged: the optimizer's state of {name} has gaps")

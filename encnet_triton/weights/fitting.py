@@ -46,10 +46,9 @@ def _misfits(
         if name not in given and not (uncounted and name.endswith("num_batches_tracked"))
     ]
     if extra or missing:
-        yield (
-            f"does not fit {what}: {listed(extra)} in the file match nothing, {listed(missing)} "
-            "are not in the file"
-        )
+        parts = [f"{listed(extra)} in the file match nothing"] if extra else []
+        parts += [f"{listed(missing)} are not in the file"] if missing else []
+        yield f"does not fit {what}: {', '.join(parts)}"
         return
     for name, tensor in given.items():
         if (found := tensor_misfit(origin.get(name, name), tensor, own[name], what)) is not None:

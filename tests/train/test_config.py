@@ -48,6 +48,7 @@ def test_command_line_overrides_the_recipe() -> None:
     [
         ({"lr": "fast"}, r"lr = 'fast' is not allowed; it must be a number"),
         ({"lr": "-1"}, r"lr = -1.0 is not allowed; it must be positive"),
+        ({"lr": "1e39"}, r"lr = 1e\+39 is not allowed; it must be positive, and at most 1e9"),
         ({"epochs": "2.5"}, r"epochs = '2.5' is not allowed; it must be a whole number"),
         (
             {"model": "unet"},

@@ -128,9 +128,14 @@ def test_a_state_with_gaps_is_refused(recipe: Path, capsys) -> None:
     path = Path("runs/run/last.safetensors")
     tensors, metadata = read(path)
     gone = next(name for name in tensors if name.startswith("exp_avg_sq."))
-    write(path, {name: t for name, t in tensors.items() if name != gone}, metadata)
-    assert train(recipe, "--optimizer", "adamw", "--name", "run", "--resume") == 2
-    assert "the optimizer's state of" in capsys.readouterr().err
+    count = gone.replace("exp_avg_sq", "step")
+    for damaged, words in (
+        ({name: t for name, t in tensors.items() if name != gone}, "the optimizer's state of"),
+        ({**tensors, count: torch.tensor(-1.0)}, f"{count} has a negative value"),
+    ):
+        write(path, damaged, metadata)
+        assert train(recipe, "--optimizer", "adamw", "--name", "run", "--resume") == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("float64")
