@@ -35,7 +35,7 @@ def _allowed() -> int:
 def _limits(membership: Path, mounted: Path) -> Iterator[float]:
     """The limits of this process's control group and of those above it."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = [os.fsdecode(line) for line in membership.read_bytes().splitlines()]
     except OSError:
         return
     for line in lines:

@@ -57,6 +57,14 @@ def test_control_groups(
     assert cores(tmp_path, membership, files) == expected
 
 
+def test_a_group_may_have_a_name_in_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_bytes(b"0::/caf\xe9\n")
+    group = tmp_path / "mounted" / os.fsdecode(b"caf\xe9")
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text("300000 100000")
+    assert usable_cores(tmp_path / "cgroup", tmp_path / "mounted") == 3
+
+
 def test_without_control_groups_the_affinity_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
