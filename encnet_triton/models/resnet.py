@@ -253,6 +253,9 @@ class ResNet(nn.Module):
     Shapes:
         x: B x 3 x H x W with H and W of at least ``output_stride``; returns c2, c3, c4, each
         B x channels x H / stride x W / stride, rounded up.
+
+    In training, blocks and stages pass pairs of equal tensors (see `batch_norm_act_forked`), which
+    is what forward hooks on them get.
     """
 
     def __init__(self, config: ResNetConfig, dilate: bool = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,33 +53,14 @@ class _BatchNormAct(_BatchNorm):
             return True
         return self.impl == "auto" and x.is_cuda and takes_triton(x)
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        statistics: tuple[Tensor, Tensor] | None = None,
-        fork: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        statistics: tuple[Tensor, Tensor] | None = None,
-        *,
-        fork: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
     def forward(
         self,
         x: Tensor,
         residual: Tensor | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
         fork: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalise over dimension 1 and return a tensor of x's shape and dtype.
+    ) -> Any:
+        """Normalise over dimension 1 and return a tensor of x's shape and dtype, or two.
 
         Args:
             x: B x num_features x ... .
