@@ -44,7 +44,7 @@ class Samples(NamedTuple):
 
 
 class Classification(Task[float]):
-    """A network that names the class of a small image; its score is the test error.
+    """A network that classifies small images; its score is the test error.
 
     Raises:
         ConfigError: the batch cannot be divided among the processes.

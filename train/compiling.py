@@ -1,4 +1,4 @@
-"""Whether torch.compile can work on this machine, and what training with CUDA graphs asks for."""
+"""Whether torch.compile can work on this machine, and what training with CUDA graphs needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compile_obstacle(device: torch.device) -> str | None:
         name = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
         if not _program("CXX", name):
             what = f"there is no C++ compiler ({name} on PATH, or CXX)"
-    return what and f"--compile is left out: {what}; the network runs eagerly"
+    return what and f"--compile is ignored: {what}; the network runs eagerly"
 
 
 def _program(variable: str, *names: str) -> bool:
@@ -50,8 +50,8 @@ def records_graphs(mode: bool | str, device: torch.device) -> bool:
 def fix_gradients(model: nn.Module) -> None:
     """Give every parameter a gradient of zeros, for backward passes that add to it in place.
 
-    A first gradient becomes the parameter's as it is. That of a CUDA graph lies in the graph's
-    memory, and the next micro-batch would write over what it should add to.
+    Otherwise autograd keeps the first gradient itself as the parameter's. From a CUDA graph, that
+    lies in the graph's memory, and the next micro-batch would overwrite what it should add to.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,7 +1,7 @@
 """The configuration of a training run: dataclasses, and their values from text.
 
-Every field has one name over all sections, so ``--lr 0.01`` needs no section. A wrong key or value
-is a `ConfigError` that names it.
+Field names are unique over all sections, so ``--lr 0.01`` needs no section. A wrong key or value
+raises a `ConfigError` that names it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def free(default: Any) -> Any:
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Raise a `ConfigError` that says what was given and what is allowed."""
+    """Raise a `ConfigError` that says what was given and what is allowed, unless ``condition``."""
     if not condition:
         raise ConfigError(f"{key} = {value!r} is not allowed; it must be {allowed}")
 
@@ -301,8 +301,8 @@ class RunConfig:
     amp: str = "auto"
     """bf16 autocast: on, off, or auto (on for GPUs that compute in bf16)."""
     compile: bool | str = free(False)
-    """torch.compile the network; reduce-overhead: and replay it as CUDA graphs, so that the host
-    launches few (on a GPU)."""
+    """torch.compile the network; with reduce-overhead, also replay it as CUDA graphs on a GPU,
+    which saves the host most launches."""
     activation_checkpointing: bool = free(False)
     """Compute stages 3 and 4 of the backbone again in the backward pass: less memory, more time."""
     sync_bn: bool = True
@@ -320,8 +320,8 @@ class RunConfig:
     save_every: int = free(0)
     """Also save a checkpoint every this many steps; 0: at the end of epochs only."""
     save_epochs: int = free(1)
-    """Save a checkpoint at the end of every so many epochs; the last step, a stop and the best
-    weights are saved in any case."""
+    """Save a checkpoint every this many epochs; the last step, a stop and the best weights are
+    always saved."""
     log_every: int = free(20)
     """Steps between two records in metrics.jsonl."""
     logger: str = free("none")
@@ -334,7 +334,8 @@ class RunConfig:
     """Seconds without progress after which several processes give up. It applies after the first
     step; that step, a validation and a save may take 30 minutes each."""
     take_over: bool = free(False)
-    """Write to the run's folder although its lock names another process, known to be gone."""
+    """Take over the run's folder although its lock names another process; use it when that is
+    gone."""
     whole_image: bool = free(False)
     """Validate on whole images instead of windows of the crop."""
 
@@ -402,8 +403,8 @@ class Config:
 def changed_fields(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the fields of two fingerprints that differ.
 
-    A field that did not exist when one was made had its default then, and one that takes several
-    values may have taken a single one.
+    A field that is newer than one of them counts as having had its default, and a field that now
+    takes several values may have held a single one.
     """
     known = all_fields()
     defaults = {name: _plain(f.default) for name, (_, f) in known.items()}

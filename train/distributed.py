@@ -260,7 +260,7 @@ def digests(model: nn.Module) -> dict[str, bytes]:
 
 
 def check_same_weights(model: nn.Module) -> None:
-    """Make sure that all ranks start from the same parameters and buffers, bit for bit.
+    """Check that all ranks start from the same parameters and buffers, bit for bit.
 
     DDP silently sends rank 0's weights to the others, which would hide that they were built from
     another seed or read from another file.

@@ -19,8 +19,8 @@ from encnet_triton.train.average import Average
 from encnet_triton.train.config import Config
 from encnet_triton.train.optim import make_optimizer
 
-WINDOWS = 8  # that `Predictor` computes at once
-_ROUNDED = 512  # bytes; torch's allocator gives out no less
+WINDOWS = 8  # `Predictor` computes this many at once
+_ROUNDED = 512  # bytes: the smallest block of torch's allocator
 
 
 class Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -55,11 +55,11 @@ class Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peak_memory(config: Config, num_classes: int, processes: int) -> int:
-    """Bytes that one process needs on a GPU at most, weights and momentum included; predicted.
+    """Predicted peak memory of one process on a GPU, in bytes, optimizer state included.
 
     Two steps run on fake tensors, which have shapes and lifetimes but no values; the second one has
     momentum and is counted. So is a validation of a batch of windows. Workspaces of cuDNN and
-    cuBLAS, what is fragmented, and the scores of a whole image are not.
+    cuBLAS, fragmentation, and the scores of a whole image are not.
     """
     micro = max(1, config.optim.batch_size // (processes * config.optim.accumulation))
     mixed = config.run.amp != "off"

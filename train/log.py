@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 class Log:
-    """Writes records to ``metrics.jsonl`` and shows them to a person; silent on ranks other than 0.
+    """Writes records to ``metrics.jsonl`` and shows them; silent on ranks other than 0.
 
     Args:
         folder: of the run.
@@ -50,7 +50,7 @@ class Log:
             self.console.print(text, markup=False, highlight=False)
 
     def begin(self, steps: int, done: int) -> None:
-        """Start the live line of a run of ``steps`` steps, ``done`` of them already made."""
+        """Start the live line of a run of ``steps`` steps, ``done`` of them already done."""
         if not self.enabled or not self.console.is_terminal:
             return
         self._progress = Progress(

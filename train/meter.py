@@ -20,7 +20,7 @@ class Meter:
 
     Args:
         device: where the losses are.
-        names: of what is averaged.
+        names: of the averaged values.
     """
 
     def __init__(self, device: torch.device, names: Sequence[str]) -> None:
@@ -68,8 +68,8 @@ class Meter:
     def summary(self, ranks: int) -> dict[str, float | None]:
         """Averages of this interval over its steps and all ranks; waits for the device.
 
-        The losses are None for an interval that holds no step whose loss is finite, and
-        ``images_per_second`` for one that holds nothing but the first step.
+        The losses are None if no step of the interval had a finite loss, and ``images_per_second``
+        is None if the process's first step was the only one.
         """
         sums = all_reduce_sum(self._losses / (max(1, self._finite) * ranks)).tolist()
         losses = sums if self._finite else [None] * len(sums)

@@ -14,7 +14,7 @@ from encnet_triton.train.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> Iterator[dict[str, Any]]:
-    """Parameters of one rate, each split into parameters with and without weight decay.
+    """Groups of parameters with one learning rate, split by whether they have weight decay.
 
     Every group carries ``scale``, its learning rate relative to the schedule's.
     """

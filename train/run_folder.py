@@ -30,7 +30,7 @@ def open_folder(config: Config, world: World) -> Path:
 
 
 def free_folder(config: Config) -> Path:
-    """As `open_folder`, but does not make it."""
+    """Like `open_folder`, but does not create it."""
     folder = folder_of(config)
     try:
         taken = (folder / "config.json").exists() and not config.run.resume

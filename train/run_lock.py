@@ -171,7 +171,7 @@ def _machine() -> str:
 
 def start_of(process: Any) -> str | None:
     """When a process of this host started, because numbers are reused; "?" if the system does not
-    tell, None if there is no such process."""
+    say, None if there is no such process."""
     if not isinstance(process, int) or process <= 0:
         return None
     try:

@@ -24,7 +24,7 @@ from encnet_triton.weights.fitting import tensor_misfit
 LAST, BEST, AVERAGE = "last.safetensors", "best.safetensors", "average.safetensors"
 
 AVERAGED = "average."
-"""What the names of the average's tensors begin with."""
+"""Prefix of the names of the average's tensors."""
 
 # What an optimizer keeps for a parameter, and what a file calls it.
 _KEPT = {
@@ -38,7 +38,7 @@ class State:
 
     Attributes:
         tensors, metadata: of ``last.safetensors``.
-        wait: until the tensors are there.
+        wait: returns once the tensors are complete.
     """
 
     tensors: Mapping[str, Tensor]
@@ -70,7 +70,7 @@ class State:
             )
 
     def write_best(self, folder: Path, figure: Mapping[str, float]) -> None:
-        """Write ``best.safetensors``: what was validated, its step and the figure it reached.
+        """Write ``best.safetensors``: the validated weights, their step and their score.
 
         Raises:
             CheckpointError: as `write`.
@@ -104,8 +104,8 @@ class Progress:
 
     Attributes:
         step: optimiser steps done (skipped ones included).
-        skipped, skipped_in_a_row: steps left out because their loss was not finite; of them, those
-            since the last that was not.
+        skipped, skipped_in_a_row: steps skipped because their loss was not finite; how many of
+            them since the last good step.
         best_miou, best_step: best validation so far.
         validated: step of the last validation.
         best_error: lowest test error of a classifier so far.
@@ -215,12 +215,13 @@ def load(
     _load_optimizer_state(path, model, optimizer, tensors)
     _restore_random_state(path, world, tensors)
     if progress.validated < 0 < progress.best_step:
-        progress.validated = progress.step  # of a classifier that did not write this down
+        progress.validated = progress.step  # older classifiers did not save this
     return progress
 
 
 def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -> list[str]:
-    """Start from another run's weights; returns the names that were left as they were.
+    """Start from another run's weights; returns the names of tensors that kept their initial
+    values.
 
     With ``new_head`` the tensors that depend on the number of classes (last convolutions and SE
     layers) may differ in shape and are then left at their initial values.
@@ -257,7 +258,7 @@ def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -
 
 
 def _progress(path: Path, found: Any) -> Progress:
-    """The progress that a file says, made of finite numbers of the right kind."""
+    """The progress in a file, checked to be finite numbers of the right kind."""
     kinds = {field.name: type(field.default) for field in fields(Progress)}
     if not isinstance(found, dict) or not found.keys() <= kinds.keys():
         raise CheckpointError(f"{path} is damaged: its progress is {found!r}"[:300])
@@ -273,7 +274,7 @@ def _progress(path: Path, found: Any) -> Progress:
 def _check_data(
     path: Path, metadata: Mapping[str, Any], info: ModelInfo, training_set: Mapping[str, Any]
 ) -> None:
-    """Refuse a data set that is not the one of the run's start.
+    """Refuse a data set other than the one the run started with.
 
     Raises:
         ConfigError: says what has changed.

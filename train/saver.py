@@ -17,16 +17,16 @@ from encnet_triton.train.writer import Writer
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; the message says why and what is safe."""
+    """The run cannot continue; the message says why, and what was saved."""
 
 
 class Saver(Writer):
-    """Copies the state of a run, and writes the copy in a thread; as a context, see `Writer`.
+    """Copies the state of a run and writes the copy in a thread; a context manager like `Writer`.
 
     Args:
-        config, world, task: of the run; every rank has a saver, and rank 0's writes.
+        config, world, task: of the run; every rank has a saver, but only rank 0's writes files.
         folder: of the run.
-        lock: of the folder, on the main rank.
+        lock: the folder's, on the main rank.
 
     Attributes:
         step: of the newest state that is saved or being saved; -1 before the first.
@@ -62,7 +62,8 @@ class Saver(Writer):
         best: dict[str, float] | None = None,
         last: bool = True,
     ) -> None:
-        """Save the state to go on from, if ``last``, and the best weights with their figure.
+        """Save the state to resume from, if ``last``, and the best weights with their score, if
+        any.
 
         If the latest losses were not finite, the state is not saved: the one on disk stays good.
         ``ending`` saves it anyway, as the process is about to end.

@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 class Segmentation(Task[Scores]):
-    """A network that names the class of every pixel; its score is the mean IoU.
+    """A network that classifies every pixel; its score is the mean IoU.
 
     Raises:
         ConfigError: fields that do not go together.
@@ -125,7 +125,7 @@ class Segmentation(Task[Scores]):
         optim, data = config.optim, config.data
         model = create_model(num_classes=classes, **config.model.options())
         count = sum(p.numel() for p in model.parameters())
-        amount = "a number of images that is known once it is prepared"
+        amount = "an unknown number of images, until it is prepared"
         if images is not None:
             steps = images // optim.batch_size * optim.epochs
             amount = f"{images:,} images ({where}), {steps:,} steps"
@@ -142,8 +142,8 @@ class Segmentation(Task[Scores]):
             place = "the GPU" if world.size == 1 else f"each of {world.size} GPUs"
             yield (
                 f"  predicted, not measured: at most {size:.1f} GiB on {place}, in training steps "
-                "and in validation on windows; without the workspaces of cuDNN, what is fragmented "
-                "and the scores of a whole image"
+                "and in validation on windows; workspaces of cuDNN, fragmentation and the scores "
+                "of a whole image come on top"
             )
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
@@ -211,7 +211,7 @@ class Segmentation(Task[Scores]):
         return {"miou": score.miou}
 
     def tell(self, score: Scores, record: dict[str, Any], log: Log) -> None:
-        """Everything goes into the file, two figures to the screen."""
+        """Everything goes into the file, two of the figures also to the screen."""
         log.write({"kind": "val", **record, **score.as_dict(self.info.classes)})
         log.say(
             f"validation at step {record['step']} (epoch {record['epoch']}): "
@@ -245,7 +245,7 @@ class Segmentation(Task[Scores]):
         log.say(f"pictures: {folder / 'predictions'}{report}")
 
     def warning(self) -> str | None:
-        """Warnings about windows unlike those of training, and labels that look wrong."""
+        """Warnings about validation on whole images, and about labels that look wrong."""
         said = []
         if self.config.run.whole_image:
             said.append(f"Warning: {WHOLE_IMAGE_WARNING}")
@@ -271,8 +271,7 @@ def names_digest(dataset: Dataset, root: str | None) -> str:
 
 
 def make_model(config: Config, num_classes: int) -> nn.Module:
-    """The network, with the weights of a backbone or of another run where the configuration names
-    some."""
+    """The network, with pretrained weights if the configuration names any."""
     model = create_model(num_classes=num_classes, **config.model.options())
     model.backbone.activation_checkpointing = config.run.activation_checkpointing
     if config.model.pretrained:
@@ -335,7 +334,7 @@ def worker_count(config: Config, world: World) -> int:
 
 
 def image_count(config: Config) -> tuple[int | None, int, str]:
-    """(training images, None where that is not known; classes; where the figures are from)."""
+    """(training images or None if unknown, classes, where the figures are from)."""
     data = config.data
     maker: Any = DATASETS.get(data.dataset)
     published = getattr(maker, "expected", {}).get(data.train_split)

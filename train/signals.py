@@ -19,7 +19,7 @@ _NOTICE = "stopping after this step, then saving; press Ctrl-C again to stop at 
 
 
 class StopRequest:
-    """Inside it, SIGTERM, SIGUSR1 and the first Ctrl-C only set ``requested``."""
+    """While it is entered, SIGTERM, SIGUSR1 and the first Ctrl-C only set ``requested``."""
 
     def __init__(self) -> None:
         self.requested = False

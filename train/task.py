@@ -1,4 +1,4 @@
-"""A task as the trainer sees it: what it builds, computes and measures, the fields it reads."""
+"""The trainer's view of a task: what it builds, computes and measures, the fields it reads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Task(ABC, Generic[Score]):
 
     Attributes:
         datasets: names of the data sets it can be trained on.
-        fixed: fields that it does not read, with the values that say what it does in any case.
+        fixed: fields that it does not read, each with the only value it may have, which
+            describes what the task does.
         terms: names of what `compute` returns; the first is the loss.
         model, optimizer: before any checkpoint is loaded into them.
-        average: of the weights, where the run keeps one.
+        average: of the weights, if the run keeps one.
         info: what is stored beside the weights.
         images: how many there are to train on.
         steps_per_epoch: optimiser steps.
@@ -131,11 +132,11 @@ class Task(ABC, Generic[Score]):
 
     @abstractmethod
     def names(self, step: Any) -> list[str]:
-        """What a person would look for in this rank's part of a step."""
+        """Names of the images in this rank's part of a step, for messages."""
 
     @abstractmethod
     def records_at(self, step: int, last: int) -> bool:
-        """Whether the averages since the last record are written down after a step."""
+        """Whether the averages since the last record are recorded after a step."""
 
     @abstractmethod
     def warm_up(self) -> None:
@@ -148,7 +149,7 @@ class Task(ABC, Generic[Score]):
 
     @abstractmethod
     def note_best(self, score: Score, progress: Progress) -> dict[str, float] | None:
-        """If it is the best yet, keep the figure in ``progress`` and return it by its name."""
+        """If it is the best yet, keep it in ``progress`` and return it under its name."""
 
     @abstractmethod
     def tell(self, score: Score, record: dict[str, Any], log: Log) -> None:
@@ -177,7 +178,7 @@ class Task(ABC, Generic[Score]):
         """End worker processes, if there are any."""
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The arithmetic of the network's forward pass."""
+        """The autocast context of the network's forward pass."""
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.world.device.type, dtype=self.dtype)
@@ -196,7 +197,7 @@ def initial(config: Config, world: World, make: Callable[[], nn.Module]) -> nn.M
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in; None: float32, as torch does it."""
+    """The dtype that autocast computes in; None: float32, no autocast."""
     if config.run.amp == "auto":
         return fast_dtype(device)
     return torch.bfloat16 if config.run.amp == "on" else None

@@ -113,12 +113,12 @@ class Trainer:
         return True
 
     def run(self) -> Any:
-        """Train to the end, or to ``stop_at``, or to a signal; returns the last score if the run is
+        """Train to the end, to ``stop_at``, or until a signal; returns the last score if the run is
         complete, None otherwise.
 
         Raises:
-            TrainingError: `MAX_SKIPPED` steps one after the other had a loss that is not finite, or
-                the weights are not.
+            TrainingError: the loss was not finite in `MAX_SKIPPED` steps in a row, or the
+                weights are not finite.
         """
         check_same_weights(self.model)
         self.network = self._wrap(self.model)
@@ -127,7 +127,7 @@ class Trainer:
         with self._stop, self._saver:
             self.log.begin(self.steps, self.progress.step)
             if self._due() and self.progress.validated != self.progress.step:
-                score = self._score()  # a signal or an error left that out
+                score = self._score()  # a signal or an error prevented it
             self.meter.restart()
             while self.progress.step < last and not self._stopping:
                 with measured_convolutions():  # all steps have one shape
@@ -140,13 +140,13 @@ class Trainer:
                     self.meter.restart()
             known = self.progress.validated == self.progress.step
             if self.progress.step == self.steps and not (known and score is not None):
-                # Asked to stop in the very last step, or of a run that was complete.
+                # Asked to stop in the very last step, or resumed when already complete.
                 score = self._measured() if known else self._score()
             if self._saver.step != self.progress.step:
                 self._saver.save(self.progress, ending=True)  # asked to stop in a validation
             with self.world.watch.patiently(f"saving step {self._saver.step}"):
                 self._saver.finish()
-                gather(None)  # a next stage of all ranks starts from the file
+                gather(None)  # on every rank, a next stage starts from the file
             self.log.end()
         if self.progress.step < self.steps or score is None:
             self.log.say(
@@ -256,7 +256,7 @@ class Trainer:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if broken := run_state.not_finite(dict(self.model.named_parameters())):
-            # No later step can repair them, and no image caused it.
+            # No later step can repair them, and naming the images would not help.
             raise TrainingError(
                 f"the weights are not finite at step {progress.step} ({broken} for one); a smaller "
                 f"--lr or --amp off may help; {self._saver.kept()}"
@@ -267,7 +267,7 @@ class Trainer:
         own = [] if torch.isfinite(loss) else self.task.names(given)
         names = [name for rank in gather(own) for name in rank]
         raise TrainingError(
-            f"the loss was not finite in {MAX_SKIPPED} steps one after the other, the last of them "
+            f"the loss was not finite in {MAX_SKIPPED} steps in a row, the last of them "
             f"step {progress.step} with the batch {', '.join(names)}; {self._saver.kept()}"
         )
 
@@ -294,7 +294,7 @@ class Trainer:
         return bool(epoch and not rest and chosen)
 
     def _measured(self) -> Any:
-        """The score now; None, and `_stopping`, if any rank was asked to stop on the way."""
+        """The score now; None, and sets `_stopping`, if any rank was asked to stop meanwhile."""
         self._left_out = False
         with self.world.watch.patiently("validation"):
             if not self.config.run.sync_bn:
@@ -304,7 +304,8 @@ class Trainer:
         return None if self._stopping else score
 
     def _watched(self, items: Iterable[Any], count: int) -> Iterator[Any]:
-        """The items of a validation, on the screen and until this run is asked to stop."""
+        """The items of a validation, with progress on the screen, until the run is asked to
+        stop."""
         for item in self.log.watch(items, count, "validation"):
             if self._stop.requested or self.world.watch.somebody_is(_STOPPING):
                 self._left_out = True
@@ -407,7 +408,7 @@ def summary(config: Config, task: Task[Any], steps: int, world: World) -> str:
 
 
 def train_all(configs: list[Config], world: World) -> bool:
-    """Train stages one after the other; a stage that is complete is left as it is."""
+    """Train stages one after the other; a stage that is complete is skipped."""
     if len(configs) > 1:
         for config in configs:
             open_folder(config, world)  # before spending hours on the first

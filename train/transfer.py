@@ -10,8 +10,8 @@ from encnet_triton.data.loader import Batch
 class Transfer:
     """Copies batches to a device, on a GPU in a stream of its own.
 
-    The host asks for the next batch while the GPU still works on the last one; in the stream of the
-    computation the copy would wait for that to end. From page-locked memory (`TrainLoader` with
+    The host asks for the next batch while the GPU still works on the last one; in the computation's
+    own stream the copy would wait for it. From page-locked memory (`TrainLoader` with
     ``pin_memory``) it does not hold up the host either.
     """
 

@@ -39,8 +39,8 @@ def _key(rank: int) -> str:
 
 @dataclass
 class Peer:
-    """What is known of a rank: the numbers of its looks and marks, when each last changed, its
-    limit in seconds without marks, host and occupation."""
+    """What is known about a rank: its counts of looks and marks, when each last changed, how many
+    seconds it may go without a mark, its host and what it is doing."""
 
     looks: str = ""
     marks: str = ""
@@ -62,7 +62,7 @@ class Peer:
 
 
 class Watch:
-    """Looks after this process until `stop`.
+    """Watches over this process until `stop`.
 
     Args:
         rank, size: of this process.
@@ -106,7 +106,7 @@ class Watch:
         self._before_end.append(action)
 
     def mark(self, doing: str, limit: float | None = None) -> None:
-        """Mark progress: this rank is now at this, and may take ``limit`` seconds until the next
+        """Mark progress: what this rank is doing now; it may take ``limit`` seconds until the next
         mark."""
         self._marks += 1
         self._doing = doing
@@ -180,7 +180,7 @@ class Watch:
         store.set(_key(self.rank), said)
         if store.check([FAILED]):
             self.failure = store.get(FAILED).decode()
-        # A rank is asked for by itself until it has said something, which would be waited for.
+        # Reading a rank that has said nothing yet would wait for it, so each is checked first.
         talking = [r for r, peer in enumerate(self._peers) if peer.looks or store.check([_key(r)])]
         for rank, text in zip(talking, store.multi_get([*map(_key, talking)]), strict=True):
             self._peers[rank].read(text.decode())
@@ -215,14 +215,14 @@ class Watch:
                 self._orphaned = now
                 os.kill(os.getpid(), signal.SIGTERM)  # the trainer saves and ends
             elif now - self._orphaned > _ORPHAN:
-                return f"ended because its torchrun (process {self._agent}) has gone"
+                return f"ended because its torchrun (process {self._agent}) is gone"
         if self._store is None:
             return None
         if self._marks != self._own_marks:
             self._own_marks, self._own_moved = self._marks, now
         still = now - self._own_moved
         if self._refused is not None and min(still, now - self._refused) > _NO_STORE:
-            return "ended because the torchrun or rank 0 that keeps the addresses of all has gone"
+            return "ended because torchrun or rank 0, which keeps all ranks' addresses, is gone"
         # What a silent rank said last may be from before its first step.
         talking = (peer.limit for peer in self._peers if now - peer.heard <= _SILENT)
         limit = max([self._limit, *talking])

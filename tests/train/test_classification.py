@@ -268,7 +268,7 @@ def test_checkpoints_between_epochs_and_a_loss_that_is_not_finite(
     monkeypatch.setattr(Classification, "compute", fails_late)
     assert train(data, "--save-every", "2", "--epochs", "100") == 2
     said = capsys.readouterr().err
-    assert "in 10 steps one after the other, the last of them step 12" in said
+    assert "in 10 steps in a row, the last of them step 12" in said
     assert said.endswith("good state is runs/cifar10_encnet_16k64d/last.safetensors, of step 2\n")
     records = Path("runs/cifar10_encnet_16k64d/metrics.jsonl").read_text().splitlines()
     assert [r["skipped"] for r in map(json.loads, records) if r["kind"] == "train"] == [4]

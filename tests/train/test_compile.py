@@ -47,7 +47,7 @@ def test_without_a_compiler_it_says_so_and_trains(
     monkeypatch.delenv("CXX", raising=False)
     assert main(["--recipe", str(recipe), "--compile", "--stop-at", "1"]) == 0
     said = capsys.readouterr().out
-    assert "--compile is left out: there is no C++ compiler" in said
+    assert "--compile is ignored: there is no C++ compiler" in said
     assert "stopped at step 1 of 4" in said
 
 
@@ -72,7 +72,7 @@ def test_on_a_gpu_triton_and_a_c_compiler_are_needed(monkeypatch, tmp_path: Path
     assert "Triton finds no C compiler" in str(compile_obstacle(gpu))
     monkeypatch.setitem(sys.modules, "triton", None)
     assert compile_obstacle(gpu) == (
-        "--compile is left out: Triton is not installed; the network runs eagerly"
+        "--compile is ignored: Triton is not installed; the network runs eagerly"
     )
 
 

@@ -70,7 +70,7 @@ def test_only_steps_one_after_the_other_end_a_run(
     poison(monkeypatch, lambda step: step % 10 != 0 and step < 30 or step > 40)
     assert train(recipe) == 2
     said = capsys.readouterr().err
-    assert "in 10 steps one after the other, the last of them step 50 with the batch" in said
+    assert "in 10 steps in a row, the last of them step 50 with the batch" in said
     assert said.count(".jpg") == 4
     saved = Path("runs/tiny/last.safetensors")
     # Steps 30 to 40 were good; the ends of the epochs after them, each of two steps, were not.

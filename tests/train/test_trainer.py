@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -
     capsys.readouterr()
     assert train(recipe, "--epochs", "10", "--val-every", "0") == 2
     said = capsys.readouterr().err
-    assert "the loss was not finite in 10 steps one after the other" in said
+    assert "the loss was not finite in 10 steps in a row" in said
     assert ".jpg" in said
     assert said.endswith("nothing was saved yet\n")
 

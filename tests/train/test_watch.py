@@ -54,7 +54,7 @@ def test_a_rank_that_comes_further_ends_for_no_store() -> None:
     made._refused = NOW - 100
     made.mark("step 9")
     assert made._verdict(NOW) is None and made._verdict(NOW + 5) is None
-    assert "has gone" in str(made._verdict(NOW + 9))
+    assert "is gone" in str(made._verdict(NOW + 9))
 
 
 def test_a_job_that_was_suspended_goes_on() -> None:
@@ -110,7 +110,7 @@ def test_a_store_that_refuses_is_gone() -> None:
     made = watching({}, {"moved": NOW})
     made._refused = NOW - 1
     assert made._verdict(NOW) is None
-    assert "has gone" in str(made._verdict(NOW + 8))
+    assert "is gone" in str(made._verdict(NOW + 8))
 
 
 def test_without_its_torchrun_a_process_saves_and_then_ends(
@@ -123,7 +123,7 @@ def test_without_its_torchrun_a_process_saves_and_then_ends(
     made._agent = 2**22 + 1
     assert made._verdict(NOW) is None and made._verdict(NOW + 1) is None
     assert sent == [(os.getpid(), signal.SIGTERM)]
-    assert "its torchrun (process 4194305) has gone" in str(made._verdict(NOW + 9))
+    assert "its torchrun (process 4194305) is gone" in str(made._verdict(NOW + 9))
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -1,9 +1,9 @@
 """All rows of a table of the paper in one command: ``--sweep table1``.
 
-Rows that are complete are left as they are, others are resumed or started. Afterwards the sweep's
-folder holds ``<sweep>.md`` and ``<sweep>.json`` with the paper's figures beside, ``<sweep>.png``
-where the rows are points of curves or have curves (and matplotlib is installed), and, of
-segmentation networks, ``<sweep>_grid.png``, what two of them predict for the same images.
+Complete rows are skipped, others are resumed or started. Afterwards the sweep's
+folder holds ``<sweep>.md`` and ``<sweep>.json`` with the paper's figures beside ours,
+``<sweep>.png`` where the rows are points of curves or have curves (and matplotlib is installed),
+and, of segmentation networks, ``<sweep>_grid.png``, what two of them predict for the same images.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _write_tables(
 
 
 def _draw_curves(planned: list[Planned], measured: list[dict[str, float]], path: Path) -> None:
-    """mIoU and pixAcc over the place of each row, one panel a curve (paper, figure 5)."""
+    """mIoU and pixAcc over the place of each row, one panel per curve (paper, figure 5)."""
     curves = list(dict.fromkeys(one.row.curve for one in planned if one.row.curve))
     if not curves:
         return
