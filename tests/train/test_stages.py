@@ -107,6 +107,13 @@ def test_dry_run_needs_no_data_and_leaves_nothing(capsys) -> None:
     assert not Path("runs").exists()
 
 
+def test_a_sweep_measures_what_its_runs_validate() -> None:
+    for ema, name in (("0", "last.safetensors"), ("0.99", "average.safetensors")):
+        assert {one.checkpoint.name for one in plan.configurations("table1", {"ema": ema})} == {
+            name
+        }
+
+
 @pytest.mark.parametrize("name", plan.sweep_names())
 def test_every_sweep_is_valid(name: str) -> None:
     planned = plan.configurations(name, {})

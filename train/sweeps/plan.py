@@ -65,8 +65,8 @@ class Planned:
 
     @property
     def checkpoint(self) -> Path:
-        """The last weights of the last stage."""
-        return self.folder / run_state.LAST
+        """What the last stage validated last: its weights, or their average if it keeps one."""
+        return self.folder / (run_state.AVERAGE if self.configs[-1].optim.ema else run_state.LAST)
 
 
 def sweep_names() -> list[str]:
