@@ -28,7 +28,7 @@ def module_of(command: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """List the commands, or run one; its own exit status is raised as SystemExit."""
+    """List the commands, or run one; the command's exit status is raised as SystemExit."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
         print("usage: encnet COMMAND ..., encnet COMMAND --help\n")

@@ -1,6 +1,6 @@
 """Convert weights trained elsewhere: ``python -m encnet_triton.convert in.pth out.safetensors``.
 
-Read are EncNet, FCN, PSPNet and DeepLabV3 of PyTorch-Encoding and mmsegmentation, FCN and DeepLabV3
+It reads EncNet, FCN, PSPNet and DeepLabV3 of PyTorch-Encoding and mmsegmentation, FCN and DeepLabV3
 of torchvision, all on ResNets, and ImageNet weights of ResNets under the names of torchvision, timm
 and MMClassification.
 """

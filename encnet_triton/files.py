@@ -76,7 +76,7 @@ def remove_leftovers(folder: Path) -> None:
             if not _runs(int(match[1])) or time.time() - path.stat().st_mtime > _LONG_GONE:
                 path.unlink()
         except OSError:
-            continue  # another process was faster, or may do it
+            continue  # another process removed it, or only another user may
 
 
 def _runs(process: int) -> bool:
@@ -129,8 +129,8 @@ def write_tensors(
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them: in one layout, and none in the memory of another. Copies of those
-    that are not."""
+    """As safetensors needs them: contiguous, and none sharing memory with another; copied if
+    necessary."""
     found, taken = {}, set()
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()

@@ -17,7 +17,7 @@ MINIMUM_CAPABILITY = (8, 0)  # the oldest architecture that the Triton kernels a
 
 
 def versions() -> dict[str, str]:
-    """Installed version of each package of interest, "not installed" where it is not there."""
+    """Installed version of each package of interest, "not installed" if it is missing."""
     found = {}
     for name in PACKAGES:
         try:
@@ -43,7 +43,7 @@ def triton_status(device: torch.device | None = None) -> str:
 
 
 def cpu_name() -> str:
-    """Model name of the processor where the system tells it."""
+    """Model name of the processor, if the system provides it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:

@@ -35,8 +35,7 @@ _FOR_SEGMENTATION = (
 
 
 def print_anything() -> None:
-    """A file name may have bytes that are not text, and a terminal may lack UTF-8: print them all
-    the same."""
+    """Let any text be printed: file names with bytes that are not text, terminals without UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -49,8 +48,8 @@ def exit_status(
     """Run a command: returns its status (None is 0), or 2 after one sentence for an error that a
     user can fix.
 
-    A failing process of several does not return: it ends at once, because the others may wait for
-    it, and torchrun then ends them.
+    If several processes run, a failing one does not return: it exits at once, because the others
+    may be waiting for it, and torchrun then ends them.
 
     Args:
         action: the command.
@@ -69,7 +68,7 @@ def exit_status(
         if sentence := worker_failure(error):
             return _failed(sentence)
         if _together() and lost_connection(error):
-            # The process that failed first has given the reason.
+            # The process that failed first has reported the reason.
             return _failed(f"another process is gone ({str(error).splitlines()[0]})")
         _end_others()
         raise
@@ -160,7 +159,7 @@ class Help(argparse.HelpFormatter):
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that is a whole number, of at least and at most so many."""
+    """Argument type of a whole number within these limits."""
     allowed = f"at least {least}" if most is None else f"{least} to {most}"
 
     def convert(text: str) -> int:
@@ -176,7 +175,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def refuse_place(path: Path, option: str) -> None:
-    """A ValueError for a file that cannot be written, before the work rather than after it."""
+    """Raise a ValueError if a file cannot be written, before the work rather than after it."""
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder, but must be a file")
     if not path.parent.is_dir():
@@ -186,7 +185,8 @@ def refuse_place(path: Path, option: str) -> None:
 
 
 def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = True) -> None:
-    """The options that `make_predictor` reads; without ``whole_image``, in windows always."""
+    """Add the options that `make_predictor` reads; without ``whole_image``, prediction is always in
+    windows."""
     if whole_image:
         parser.add_argument(
             "--whole-image", action="store_true", help="no windows; see the warning"
@@ -297,7 +297,7 @@ def gathered(own: list[str]) -> list[str]:
 def refuse_segmentation_options(
     options: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> None:
-    """A ValueError for the first given option that has no meaning for a classifier."""
+    """Raise a ValueError for the first option that has no meaning for a classifier."""
     for name, value in vars(options).items():
         if name in _FOR_SEGMENTATION and value != parser.get_default(name):
             raise ValueError(

@@ -28,7 +28,7 @@ def palette_image(
 
 
 def overlay(image: Image.Image, label: Image.Image, opacity: float = 0.55) -> Image.Image:
-    """The colours of a palette image laid over the photo."""
+    """The photo with the colours of a palette image laid over it."""
     return Image.blend(image.convert("RGB"), label.convert("RGB"), opacity)
 
 

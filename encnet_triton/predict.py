@@ -1,7 +1,7 @@
 """Label photos: ``python -m encnet_triton.predict --checkpoint FILE photo.jpg``.
 
-Under torchrun the processes share the photos. If one cannot be read, the others are labelled all
-the same and the exit status is 1.
+Under torchrun the processes share the photos. If one cannot be read, the others are still labelled
+and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_labeller(
 
 
 def run(given: argparse.Namespace, console: Console) -> int:
-    """Load, label every image, and say what was found; 1 if some could not be read."""
+    """Load, label every image, and print what was found; returns 1 if some could not be read."""
     device = options.pick_device(given.device)
     model, info = load_model(given.checkpoint, device)
     classifying = isinstance(model, CifarNet)

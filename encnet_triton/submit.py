@@ -1,7 +1,7 @@
 """Predictions for a test server: ``python -m encnet_triton.submit --checkpoint FILE --data DIR``.
 
-Writes one zip archive in the layout that the server of VOC 2012 or ADE20K asks for, and reads it
-back before it is given its name. Under torchrun the processes share the images.
+Writes one zip archive in the layout of VOC 2012's or ADE20K's server, and verifies it before it is
+renamed into place. Under torchrun the processes share the images.
 """
 
 from __future__ import annotations

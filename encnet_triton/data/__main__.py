@@ -97,7 +97,7 @@ def dataset_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_check(given: argparse.Namespace, console: Console) -> bool:
-    """Check each split; returns whether all is well."""
+    """Check each split; returns whether there were no problems."""
     maker = DATASETS[given.dataset]
     extra = dataset_options(given)
     well = True

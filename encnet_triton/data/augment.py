@@ -109,7 +109,7 @@ def warp_image(
     if not (wanted[0] < image.width and wanted[1] < image.height and min(wanted[2:]) > 0):
         return np.full((*size, 3), fill, np.uint8)
     source, corner = _padded_region(image, wanted, fill)
-    # Half a level more, because conversion to uint8 cuts off the fraction.
+    # Half a level more, because conversion to uint8 truncates.
     source += 0.5
     channels_first = torch.from_numpy(source).permute(2, 0, 1)[None]
     grid = _grid(warp, size, corner, source.shape)

@@ -83,13 +83,13 @@ class Dataset(Protocol):
 
 
 def read_content(path: Path, what: str) -> bytes:
-    """The bytes of a file that ``what`` describes.
+    """The content of a file; ``what`` describes it in errors.
 
     Raises:
         DataError: it is missing, not a file, or cannot be read; names it.
     """
     try:
-        if not path.is_file():  # reading a pipe would never end
+        if not path.is_file():  # reading a pipe might never end
             there = "is not a file" if path.exists() else "does not exist"
             raise DataError(f"{what} {path} {there}")
         return path.read_bytes()

@@ -25,7 +25,7 @@ FIRST_LOOK = 20
 
 
 class UnlabelledError(DataError):
-    """A split has no pixel that can be learned from or scored."""
+    """No pixel of a split has a label."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ def check_split(
 
     Args:
         dataset: the split.
-        expected: numbers of images that the published split has; none where it is not known.
+        expected: allowed numbers of images of the published split; none if unknown.
         every: look at every n-th image.
         workers: threads that decode.
         progress: wraps the results, to show progress.
@@ -180,7 +180,7 @@ def _lone_class(dataset: Dataset, pixels: NDArray[np.int64], ignored: int) -> st
             f"; {ignored / (ignored + int(pixels.sum())):.1%} of the pixels are ignored (label "
             f"value {', '.join(map(str, values))})"
         )
-        if values == (dataset.ignore_index,):  # which is so by default
+        if values == (dataset.ignore_index,):  # the default
             note += (
                 f": if that stands for {dataset.classes[other]!r}, say --label-map "
                 f"{values[0]}={other}"

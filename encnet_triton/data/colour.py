@@ -1,4 +1,4 @@
-"""Colour jitter, on the device that trains."""
+"""Colour jitter on the training device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _I, _Q = (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)
 class ColourJitter:
     """Random brightness, contrast, saturation and hue, in one pass over the pixels.
 
-    Each is drawn independently; a factor f is uniform in 1 +- its amount. In this order: the image
-    times f; its distance from its mean grey times f; each pixel's distance from its own grey times
-    f; and a rotation of the colours about the grey axis of YIQ. All four are linear, so together
-    they are one 3 x 3 matrix and a shift per image. Values are clamped to 0..255 once, at the end.
+    Each is drawn independently; a factor f is uniform in 1 +- its amount. In this order, f scales
+    the image, its distance from its mean grey, and each pixel's distance from its own grey; then
+    the colours are rotated about the grey axis of YIQ. All four are linear, so together they are
+    one 3 x 3 matrix and a shift per image. Values are clamped to 0..255 once, at the end.
 
     Args:
         amounts: of brightness, contrast and saturation, each in [0, 1].

@@ -20,8 +20,8 @@ class DeviceImages:
     """Images and labels as uint8 on a device; batches are cropped and mirrored there.
 
     Each image is padded with 4 black pixels, cut to its own size anywhere in that, and mirrored in
-    one of two cases. What an image looks like in an epoch depends on (seed, epoch, index) alone,
-    and what a step sees on (seed, epoch, step): not on the number of processes.
+    one of two cases. How an image is augmented in an epoch depends only on (seed, epoch, index),
+    and which images a step gets only on (seed, epoch, step), not on the number of processes.
 
     Args:
         split: the images, uint8 N x 3 x H x W, and labels.

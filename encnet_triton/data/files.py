@@ -154,7 +154,7 @@ class FileDataset:
 
 
 def composed(name: str) -> str:
-    """A name in the usual Unicode form: é is one character; macOS stores e and an accent."""
+    """A name in composed Unicode form: é is one character, where macOS stores e and an accent."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -203,7 +203,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_present(pairs: Iterable[Pair], listing: Path) -> list[Pair]:
-    """The pairs with their names as on disk, which may store an é in another form.
+    """The pairs with their names as on disk, where an é may be stored in another form.
 
     Raises:
         DataError: files of the list do not exist; found now rather than hours into a run.

@@ -1,10 +1,10 @@
-"""The one image reader, for training, evaluation, checks and predictions, so that all see the same
+"""The one image reader of training, evaluation, checks and predictions, so that all get the same
 image:
 
 - Images and labels are turned upright by their EXIF orientation, as a viewer shows them.
-- An image is RGB of 8 bits per channel. Of 16 bits the high byte is taken: the range of such a file
-  is 0 to 65535. One that uses only the lowest 12 would be almost black and is refused.
-  32-bit integers and floats have no known range and are refused.
+- An image is RGB of 8 bits per channel. Of 16 bits the high byte is taken, for a range of 0 to
+  65535; a file that uses only the lowest 12 bits would be almost black and is refused. 32-bit
+  integers and floats have no known range and are refused.
 - A label has the numbers that are in the file, whatever its depth, 1 to 32 bits.
 - Only image formats are opened, and no image of more than 178,956,970 pixels.
 """
@@ -27,13 +27,13 @@ from encnet_triton.unpickle import printable
 __all__ = ["MOST_PIXELS", "decode", "open_image", "read_image", "read_label"]
 
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""Beyond which Pillow opens no picture."""
+"""Largest picture that Pillow opens."""
 
-# No other format of Pillow's: to read PostScript it would start a program.
+# No other formats: for PostScript, say, Pillow would start a program.
 _FORMATS = (
     "JPEG", "MPO", "PNG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF",
 )  # fmt: skip
-_LOSSY = ("JPEG", "MPO")  # what can be decoded at a smaller scale, and is no good for labels
+_LOSSY = ("JPEG", "MPO")  # can be decoded at a smaller scale, and is unusable for labels
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _SIXTEEN_IN_32 = ("PNG", "PPM")  # older Pillows have no mode of 16 bits for these
@@ -55,7 +55,7 @@ _TURNS = {
 def open_image(path: Path) -> Image.Image:
     """An upright image that `decode` makes RGB, of its final size.
 
-    A JPEG that need not be turned is not decoded yet, so that it can be at a smaller scale.
+    A JPEG that need not be turned is not decoded yet, so that it can be decoded at a smaller scale.
 
     Raises:
         DataError: it is missing, no image, damaged, too large or not of 8 or 16 bits; names it.

@@ -30,7 +30,7 @@ from encnet_triton.data.base import DataError, Dataset, Sample
 __all__ = ["MAX_WORKERS", "Augmentation", "Batch", "TrainLoader", "eval_samples", "worker_failure"]
 
 MAX_WORKERS = 512
-"""Most loader processes of a process: more than any machine has cores for."""
+"""Most loader processes per process: more than any machine has cores for."""
 
 Augmentation = Callable[
     [Image.Image, NDArray[np.uint8], np.random.Generator],
@@ -39,7 +39,7 @@ Augmentation = Callable[
 Key = tuple[int, int]
 Item = TypeVar("Item")
 
-# What a random stream is for; not the numbers that drawn data sets give their splits.
+# Random streams by purpose; distinct from the numbers that drawn data sets give their splits.
 _ORDER, _AUGMENT = 1000, 1001
 
 
@@ -161,7 +161,8 @@ def _make_room(size: int) -> None:
 
 
 def _end_of_worker(error: Exception, _: Any) -> None:
-    """A batch that cannot be sent would be waited for forever: end instead, which is noticed."""
+    """The trainer would wait forever for a batch that cannot be sent; it does notice a process that
+    ends."""
     os.write(2, f"error: a loader process cannot send its batch: {error}\n".encode())
     os._exit(1)
 
@@ -206,7 +207,7 @@ def _as_is(item: Any) -> Any:
 def _start_worker(_: int) -> None:
     queue: Any = multiprocessing.queues.Queue
     queue._on_queue_feeder_error = staticmethod(_end_of_worker)
-    # A scheduler or a terminal signals the whole process group. The trainer alone answers, saves,
+    # A scheduler or a terminal signals the whole process group. Only the trainer reacts: it saves
     # and then ends its workers; a worker that died first would look like a crash.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -220,7 +221,7 @@ def _close(loader: weakref.ref[TrainLoader]) -> None:
 
 
 class TrainLoader:
-    """Shuffled, augmented batches, with workers that live as long as the loader.
+    """Shuffled, augmented batches, with workers that live as long as the loader does.
 
     Args:
         dataset: what to draw from.
@@ -332,7 +333,7 @@ class TrainLoader:
             shutdown()
             for worker in workers:
                 if worker.is_alive():
-                    worker.kill()  # it heeds no SIGTERM, see `_start_worker`
+                    worker.kill()  # it ignores SIGTERM, see `_start_worker`
                     worker.join()
         self._stream = self._next = None
         self._batches = iter(())

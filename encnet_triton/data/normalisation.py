@@ -14,7 +14,7 @@ class Normalise:
     """uint8 images B x 3 x H x W -> float32, channels last, by mean and std of values in 0..1.
 
     Args:
-        mean, std: of each channel.
+        mean, std: one per channel.
         device: where the images are.
     """
 

@@ -2,8 +2,8 @@
 
 The official masks have 459 labels. ``python -m encnet_triton.data prepare pascal_context`` turns
 them, from the .mat files or from the Detail JSON, into PNGs with 0 for background and 1..59 in the
-order of the official numbers, which is alphabetical. PNGs with 60 values from elsewhere use one of
-three orders that cannot be told apart by looking at them, so `label_order` must then be given.
+order of the official numbers, which is alphabetical. PNGs from elsewhere with 60 values use one of
+three orders, which their content does not reveal, so `label_order` must then be given.
 """
 
 from __future__ import annotations

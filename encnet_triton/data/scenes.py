@@ -9,13 +9,13 @@ door in the paper: 12 of the 18 classes.
     grid of boxes   building   house     skyscraper   bookcase
     framed panel    cabin      door      poster       windowpane
 
-What tells the kinds apart is one cue (sea, tree, road or sofa) along a side or in a corner. Every
+Only one cue tells the kinds apart (sea, tree, road or sofa), along a side or in a corner. Every
 pixel of the twelve classes lies more than `CUE_DISTANCE` = 54 pixels (in x or in y) from every cue
 pixel, over a third of the 160-pixel side, so a network whose receptive field is at most
 `RECEPTIVE_FIELD_LIMIT` pixels wide sees no cue around such an object and can do no better than
 guess one of four. The layout and every other pixel are drawn before the kind is looked at: one
 layout drawn in two kinds differs inside the cue's box alone, so no statistic of position, size,
-number or shade gives the kind away.
+number or shade reveals the kind.
 
 An image depends on (seed, split, index) alone, and images of two splits never share a random
 stream.
@@ -177,7 +177,7 @@ def draw_scene(kind: int, key: tuple[int, ...]) -> Sample:
 
 
 class Scenes:
-    """The embedded data set; see the module docstring. Kinds take turns, so each is as common.
+    """The embedded data set; see the module docstring. Kinds take turns, so all are equally common.
 
     Args:
         split: "train" or "val".

@@ -31,8 +31,7 @@ _BELOW = ("VOC2012", "VOCdevkit/VOC2012")
 def voc_palette(count: int) -> NDArray[np.uint8]:
     """The first ``count`` of VOC's 256 colours, as its PNGs and its test server have them.
 
-    The bits of a label are dealt out to red, green and blue in turn, highest bit of the colour
-    first.
+    The bits of a label go to red, green and blue in turn, highest bit of the colour first.
     """
     labels = np.arange(count)
     colours = np.zeros((count, 3), np.uint8)

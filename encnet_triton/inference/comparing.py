@@ -1,4 +1,4 @@
-"""One picture of what several checkpoints make of the same images."""
+"""One picture of the predictions of several checkpoints for the same images."""
 
 from __future__ import annotations
 

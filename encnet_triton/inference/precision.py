@@ -1,4 +1,4 @@
-"""The arithmetic in which a network computes on a device, and by which algorithms."""
+"""The precision in which a network computes on a device, and the choice of cuDNN's algorithms."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def measured_convolutions() -> Iterator[None]:
-    """Inside, cuDNN measures once for every shape which of its algorithms is the fastest.
+    """Inside, cuDNN measures once per shape which of its algorithms is fastest.
 
-    For shapes that come again: where each image has its own, the measuring takes longer than it
-    can save.
+    For shapes that repeat: if each image has its own, measuring takes longer than it saves.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True

@@ -94,7 +94,7 @@ class Predictor:
         )
 
     def describe(self) -> str:
-        """How it views an image, in words."""
+        """How images are predicted, in words."""
         crop, views = self.info.crop, self.views
         text = "whole images" if self.whole_image else f"windows of {crop[0]}x{crop[1]}"
         if views.scales != (1.0,):
@@ -117,7 +117,7 @@ class Predictor:
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if size == x.shape[2:]:
             return x
-        # As a line of a few pixels by thousands, where its short edge has to fit.
+        # Such as a line of a few by thousands of pixels whose short edge is scaled.
         if size[0] * size[1] > MOST_PIXELS:
             raise DataError(
                 f"an image of {x.shape[2]} x {x.shape[3]} pixels would be scaled to {size[0]:,} x "

@@ -112,7 +112,7 @@ def _gathered(own: list[_Member], rank: int, world_size: int) -> list[_Member]:
 
 
 def _verify(path: Path, dataset: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
-    """Read an archive back: exactly these files, each of its image's size and allowed values.
+    """Verify an archive: exactly these files, each of its image's size and with allowed values.
 
     Raises:
         ValueError: names the file that is wrong.

@@ -1,4 +1,4 @@
-"""What all segmentation networks share."""
+"""Shared by all segmentation networks."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ class SegmentationModel(nn.Module):
         }
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters of the backbone and of all the rest ("head"), each exactly once."""
+        """The parameters of the backbone and of everything else ("head"), each exactly once."""
         rest = [child for name, child in self.named_children() if name != "backbone"]
         return {"backbone": parameters_of(self.backbone), "head": parameters_of(*rest)}

@@ -1,4 +1,4 @@
-"""What the networks without a Context Encoding Module share."""
+"""Shared by the networks without a Context Encoding Module."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class CifarNet(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters, under the name that the trainer gives its base rate."""
+        """All parameters, as the group that the trainer gives its base rate."""
         return {"backbone": parameters_of(self)}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from encnet_triton.nn.recompute import Paths, recomputed
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where a residual block stands.
+    """The place of a residual block in its network.
 
     Attributes:
         in_channels: of its input.
@@ -134,7 +134,7 @@ class ResNetConfig:
         stem_kernel: kernel size of a single-convolution stem.
         max_pool: 3x3 max-pooling of stride 2 after the stem.
         output_stride: pixels of the input per pixel of stages 3 and 4.
-        average: see `BlockPlan`; "d" in the names of others.
+        average: see `BlockPlan`; "d" in the names that others use.
         dilate_second: see `BlockPlan`.
     """
 
@@ -296,7 +296,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_images(x, self.output_stride)
         x = self.maxpool(self.bn1(self.conv1(x)))
-        # Where there will be gradients, a block gives either path of the next one its own tensor.
+        # If there will be gradients, each path of the next block gets a tensor of its own.
         if self.training and torch.is_grad_enabled():
             c2, c3, c4 = (paths[0] for paths in self._features((x, x)))
         else:

@@ -1,4 +1,4 @@
-"""Checks of constructor arguments, worded once."""
+"""Checks of constructor arguments, with their messages in one place."""
 
 from collections.abc import Sequence
 

@@ -32,7 +32,7 @@ class LossTerms(NamedTuple):
 def presence_target(target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
     """Which classes each image contains: the ground truth of the SE loss.
 
-    Made on the target's device without a loop over images and without waiting for the device.
+    Computed on the target's device without a loop over images or a wait for the device.
 
     Args:
         target: B x H x W labels, uint8 or int64. ``ignore_index`` and values outside

@@ -1,4 +1,4 @@
-"""Scores of a trained network, and the ways in which published ones were counted."""
+"""Scores of a trained network, and the protocols of published ones."""
 
 from encnet_triton.scoring.metrics import ConfusionMatrix, Scores
 from encnet_triton.scoring.protocols import ProtocolScores, protocol_scores

@@ -49,7 +49,8 @@ def measure_errors(
     split: str | None,
     root: str | None,
 ) -> Errors:
-    """Name all images of a split; what is None is as it was in the classifier's training.
+    """Classify all images of a split; arguments that are None are taken from the classifier's
+    training.
 
     Raises:
         ValueError: the data set is another one, or its folder is not known or not there.

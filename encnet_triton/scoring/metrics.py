@@ -15,7 +15,7 @@ class Scores:
     """Scores of a confusion matrix, as fractions.
 
     ``iou[c]`` is None for a class that is in no label and in no prediction; such classes are listed
-    in ``absent`` and take no part in ``miou``, unless `ConfusionMatrix.scores` was told otherwise.
+    in ``absent`` and left out of ``miou``, unless `ConfusionMatrix.scores` was told otherwise.
 
     Attributes:
         counts: the matrix, n x n int64 on the CPU; rows are labels.

@@ -1,4 +1,4 @@
-"""The ways in which published figures of a data set were counted, by name."""
+"""Protocols by which published figures of a data set were computed, by name."""
 
 from __future__ import annotations
 

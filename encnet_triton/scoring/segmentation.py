@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Watch = Callable[[Iterable[Any], int], Iterator[Any]]
-"""Passes items on, given their number; can show progress or end early."""
+"""Passes items on, given how many there are; may show progress or end early."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def measure_scores(
     world_size: int = 1,
     workers: int = 0,
 ) -> Evaluation:
-    """Predict and score all images of a split; what is None is as it was in the training.
+    """Predict and score all images of a split; arguments that are None are taken from the training.
 
     Raises:
         ValueError: the data set has other classes than the network; names the checkpoint.

@@ -53,7 +53,7 @@ def _fill(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
 
 
 def _looks_like(tensors: Mapping[str, Tensor], source: str, own: Mapping[str, Tensor]) -> str:
-    """Which backbone a file of other names than these has the weights of."""
+    """Name the backbone of a file whose tensor names are not these."""
     if tensors.keys() == own.keys():
         return ""
     if "backbone.conv1.weight" in tensors or "backbone.conv1.0.weight" in tensors:
@@ -69,7 +69,7 @@ def export_backbone(checkpoint: Path, output: Path) -> None:
 
     The file loads into torchvision's ResNet of the same depth with ``strict=False`` (it has no
     ``fc``), and into this project's networks with ``--pretrained``. A stem of three convolutions
-    has the names of PyTorch-Encoding, which torchvision has no network for.
+    has the names of PyTorch-Encoding; torchvision has no such network.
     """
     model, _ = load_model(checkpoint)
     if not hasattr(model, "backbone"):

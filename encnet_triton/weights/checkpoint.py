@@ -1,6 +1,6 @@
-"""Model files: weights in safetensors with the metadata a stranger needs, written atomically.
+"""Model files: weights in safetensors with the metadata needed to use them, written atomically.
 
-A file holds tensors named ``model.<parameter>`` (and, in a training state, more beside them), one
+A file holds tensors named ``model.<parameter>`` (and others in a training state), one
 JSON document of metadata, and checksums of both. No pickle is read or written.
 """
 
@@ -60,7 +60,8 @@ class ModelInfo:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and metadata: the whole new file is there afterwards, or the previous one.
+    """Write tensors and metadata atomically: afterwards the file is the new one or the previous
+    one.
 
     Raises:
         CheckpointError: the file could not be written (full disk, no permission, ...).
@@ -154,7 +155,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_model(path: Path, model: nn.Module, info: ModelInfo, **metadata: Any) -> None:
-    """Write a model that `load_model` can rebuild without anything else."""
+    """Write a model so that `load_model` can rebuild it from the file alone."""
     write(path, model_tensors(model), {"model": asdict(info), **metadata})
 
 
@@ -191,7 +192,7 @@ _MAX_OPTION = 100_000  # channels, codewords: beyond any network
 
 
 def model_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:
-    """What a file says about its model, each field of the kind and range it must have.
+    """What a file says about its model; the type and range of each field are checked.
 
     Raises:
         CheckpointError: names the field that is missing or wrong.

@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are those of a network: all of them, and each of its kind."""
+"""Whether the tensors of a file are those of a network: the same names, shapes and types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def misfit(
     origin: Mapping[str, str] | None = None,
     uncounted: bool = False,
 ) -> str | None:
-    """Why the tensors of a file are not those of a network, to go on from the file's name; or None.
+    """Why the tensors of a file do not fit a network, to follow the file's name in a sentence; or
+    None.
 
     Args:
         given: of the file, under the network's names.

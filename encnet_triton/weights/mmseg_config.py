@@ -1,6 +1,6 @@
 """The configuration that mmsegmentation stores beside its weights, and what network it describes.
 
-Weights alone do not say: the same tensors fit networks with other strides, dilations and
+Weights alone do not tell: the same tensors fit networks with other strides, dilations and
 upsampling. A network that differs from those here is refused by name.
 """
 
@@ -100,7 +100,7 @@ def _kind(part: Mapping[Any, Any]) -> str:
 
 
 def _refusals(model: Mapping[Any, Any]) -> Iterator[str]:
-    """What makes it another network, in words, the most obvious first."""
+    """How it differs from the networks here, in words, the most obvious first."""
     if model.get("type", "EncoderDecoder") != "EncoderDecoder":
         yield f"it is a {_kind(model)}"
     trunk, head = _part(model, "backbone"), _part(model, "decode_head")

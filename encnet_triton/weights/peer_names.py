@@ -112,7 +112,7 @@ _TORCHVISION_HEADS: dict[str, Rules] = {
         *_pair(r"classifier\.", "head.bottleneck.", first=1),
     ),
 }
-# What only the heads of one network have, by the start of a name.
+# Starts of names that only one network's heads have.
 _MARKS: dict[str, tuple[tuple[str, str], ...]] = {
     "PyTorch-Encoding": (
         ("head.encmodule.", "encnet"),

@@ -42,7 +42,7 @@ def listed(keys: Sequence[str]) -> str:
 
 
 def read_document(source: str) -> Any:
-    """What a local file or URL holds, on the CPU.
+    """The object in a local file or at a URL, its tensors on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
@@ -76,10 +76,8 @@ def as_mapping(value: Any) -> Mapping[Any, Any] | None:
 
 
 def state_dict_of(document: Any, source: str, average: bool = False) -> dict[str, Tensor]:
-    """The network's state dict in a document, without what trainers put around it.
-
-    That is the wrapping dictionaries of a checkpoint, and the prefixes of DataParallel,
-    torch.compile and others.
+    """The network's state dict in a document, without what trainers put around it: the outer
+    dictionaries of a checkpoint, and the prefixes of DataParallel, torch.compile and others.
 
     Args:
         document: what `read_document` returned.
