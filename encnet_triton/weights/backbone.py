@@ -53,7 +53,7 @@ def _fill(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
 
 
 def _looks_like(tensors: Mapping[str, Tensor], source: str, own: Mapping[str, Tensor]) -> str:
-    """Name the backbone of a file whose tensor names are not these."""
+    """The end of the error about a file with other tensor names: what it holds, if known."""
     if tensors.keys() == own.keys():
         return ""
     if "backbone.conv1.weight" in tensors or "backbone.conv1.0.weight" in tensors:

@@ -49,6 +49,13 @@ def test_a_turn_keeps_grey_and_half_a_turn_mirrors_the_colour() -> None:
     torch.testing.assert_close(colours.double(), images(110, 130).double(), rtol=0, atol=3)
 
 
+@pytest.mark.parametrize("draw", [0.0, 0.25, 1.0])
+def test_grey_images_have_no_colour_to_change(draw: float) -> None:
+    grey = images(0, 256)[:, :1].expand(-1, 3, -1, -1)
+    found = ColourJitter((0, 0, 1.0), 0.5, "cpu")(grey, torch.full((3, 4), draw))
+    torch.testing.assert_close(found, grey.float(), rtol=0, atol=2e-3)
+
+
 def test_nothing_is_drawn_where_nothing_is_asked() -> None:
     assert not ColourJitter((0, 0, 0), 0.0, "cpu")
     half = torch.full((3, 4), 0.5)

@@ -162,6 +162,21 @@ def test_output_is_channels_last_if_the_input_is() -> None:
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in model(x))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hooks_get_pairs_in_training_and_tensors_in_evaluation(recompute: bool) -> None:
+    net = create_backbone("demo")
+    net.activation_checkpointing = recompute
+    seen: list[object] = []
+    net.layer4[0].register_forward_hook(lambda module, x, y: seen.append(y))
+    images = torch.randn(2, 3, 16, 16)
+    c4 = net(images)[2]
+    first, second = seen.pop()  # type: ignore[misc]
+    assert torch.equal(first, c4) and torch.equal(second, c4)
+    seen.clear()
+    c4 = net.eval()(images)[2]
+    assert seen[0] is c4
+
+
 def test_unknown_name_and_impossible_stride_are_named() -> None:
     with pytest.raises(ValueError, match="backbone is 'resnet51'.*'resnet50'"):
         create_backbone("resnet51")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -77,10 +79,36 @@ def test_layer_decay_gives_each_stage_its_share_of_the_next_ones_rate() -> None:
         assert rates[id(p)] == (0.5 ** stages[rest.split(".")[0]] if backbone else 3.0), name
 
 
-def test_adamw_is_torchs() -> None:
-    model = create_model("fcn", 5, backbone="demo", head_channels=32)
-    config = OptimConfig(optimizer="adamw", betas=(0.8, 0.99), weight_decay=0.05)
-    optimizer = optim.make_optimizer(model, config)
-    assert type(optimizer) is torch.optim.AdamW
-    assert all(g["betas"] == (0.8, 0.99) for g in optimizer.param_groups)
-    assert all(g["weight_decay"] == 0.05 for g in optimizer.param_groups)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_steps_are_torchs_with_a_group_for_each_parameter(optimizer: str, float64: None) -> None:
+    config = OptimConfig(
+        optimizer=optimizer, betas=(0.8, 0.95), momentum=0.7, weight_decay=0.05, lr=0.01,
+        layer_decay=0.7, head_lr_scale=3.0, decay_norm_bias=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ours = create_model("fcn", 5, backbone="demo", head_channels=16)
+    theirs = copy.deepcopy(ours)
+    stages = {"conv1": 5, "bn1": 5, "layer1": 4, "layer2": 3, "layer3": 2, "layer4": 1}
+    groups = []
+    for name, p in theirs.named_parameters():
+        part, stage, *_ = name.split(".")
+        scale = 0.7 ** stages[stage] if part == "backbone" else 3.0
+        # Biases, and the weights of batch norms, which have one dimension.
+        decay = 0.05 if p.ndim > 1 else 0.0
+        groups.append({"params": [p], "weight_decay": decay, "lr": 0.0, "scale": scale})
+    peer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.7)
+    if optimizer == "adamw":
+        peer = torch.optim.AdamW(groups, betas=(0.8, 0.95))
+    made = optim.make_optimizer(ours, config)
+    for step in range(3):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        rate = optim.rate_at(step, 10, config)
+        optim.set_rate(made, rate)
+        for group in peer.param_groups:
+            group["lr"] = rate * group["scale"]
+        made.step()
+        peer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
