@@ -23,9 +23,11 @@ __all__ = [
     "MAX_CLASSES",
     "DataError",
     "Dataset",
+    "LabelValueError",
     "Sample",
     "class_difference",
     "default_palette",
+    "few",
     "mean_colour",
     "read_content",
 ]
@@ -40,6 +42,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class DataError(ValueError):
     """A file or option of a data set cannot be used; the message is one sentence for the user."""
+
+
+class LabelValueError(DataError):
+    """A label file has values that stand for no class: ``values``."""
+
+    values: tuple[int, ...] = ()
+
+
+def few(values: Sequence[int], most: int = 5) -> str:
+    """Numbers with commas; only the first of many."""
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 class Sample(NamedTuple):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from encnet_triton.data.base import DataError, Dataset
+from encnet_triton.data.base import DataError, Dataset, LabelValueError, few
+from encnet_triton.data.folder import Folder
 
 __all__ = [
     "SplitReport",
@@ -53,7 +54,7 @@ class SplitReport:
     notes: list[str] = field(default_factory=list)
 
 
-Found = tuple[tuple[int, ...], NDArray[np.int64]] | str
+Found = tuple[tuple[int, ...], NDArray[np.int64]] | DataError
 
 
 def check_split(
@@ -88,21 +89,28 @@ def check_split(
         try:
             label = dataset[index].label
         except DataError as error:
-            return str(error)
+            return error
         return label.shape, np.bincount(label.ravel(), minlength=256)
 
     shapes: list[tuple[int, ...]] = []
+    wrong: list[LabelValueError] = []
     with ThreadPoolExecutor(workers) as pool:
         for found in progress(pool.map(look, indices)):
-            if isinstance(found, str):
+            if isinstance(found, DataError):
                 report.bad += 1
-                if len(report.problems) < MOST_PROBLEMS:
-                    report.problems.append(found)
+                if isinstance(found, LabelValueError):
+                    wrong.append(found)
+                elif len(report.problems) < MOST_PROBLEMS:
+                    report.problems.append(str(found))
                 continue
             shape, histogram = found
             shapes.append(shape)
             report.pixels += histogram[:n]
             report.ignored += int(histogram[dataset.ignore_index])
+    if wrong:
+        report.problems.append(_wrong_values(wrong))
+        if isinstance(dataset, Folder):
+            report.notes.append(_what_values_mean(dataset, wrong))
     if shapes:
         heights, widths = zip(*shapes, strict=True)
         report.sizes = (min(heights), min(widths)), (max(heights), max(widths))
@@ -156,6 +164,25 @@ def first_look(dataset: Dataset) -> str | None:
 def _left_out(dataset: Dataset) -> tuple[int, ...]:
     """Label values in the files that are ignored."""
     return tuple(getattr(dataset, "left_out", (dataset.ignore_index,)))
+
+
+def _wrong_values(wrong: list[LabelValueError]) -> str:
+    """The first label, and the values of all others: what is wrong is mostly the same in each."""
+    if not (others := wrong[1:]):
+        return str(wrong[0])
+    values = few(sorted({value for error in others for value in error.values}), most=20)
+    labels = "1 more label has" if len(others) == 1 else f"{len(others):,} more labels have"
+    return f"{wrong[0]}; {labels} such values: {values}"
+
+
+def _what_values_mean(dataset: Dataset, wrong: list[LabelValueError]) -> str:
+    """The options for label values that stand for no class."""
+    bad = {value for error in wrong for value in error.values}
+    ignored = ",".join(map(str, sorted({*_left_out(dataset), *bad}))) if len(bad) <= 8 else "V,..."
+    return (
+        f"if these values mean no class, say --ignore-label {ignored}; if the first class is 1, "
+        "--label-offset -1; --label-map VALUE=CLASS,... gives any value a class, counted from 0"
+    )
 
 
 def _nothing_labelled(dataset: Dataset, count: int) -> str:

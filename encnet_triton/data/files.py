@@ -18,8 +18,10 @@ from encnet_triton.data.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     DataError,
+    LabelValueError,
     Sample,
     default_palette,
+    few,
     read_content,
 )
 from encnet_triton.data.images import decode, open_image, read_label
@@ -148,9 +150,11 @@ class FileDataset:
         return table[inverse].reshape(values.shape)
 
     def _refuse(self, bad: NDArray[np.int64] | NDArray[np.uint8], path: Path) -> None:
-        shown = ", ".join(str(value) for value in bad[:5].tolist())
-        more = ", ..." if len(bad) > 5 else ""
-        raise DataError(f"label {path} has the value {shown}{more}, but {self._allowed}")
+        values = tuple(bad.tolist())
+        what = "value" if len(values) == 1 else "values"
+        error = LabelValueError(f"label {path} has the {what} {few(values)}, but {self._allowed}")
+        error.values = values
+        raise error
 
 
 def composed(name: str) -> str:

@@ -52,6 +52,25 @@ def test_masks_of_0_and_255_are_noticed(tmp_path: Path, capsys: pytest.CaptureFi
     assert "0.png has the value 255, but the 2 classes" in capsys.readouterr().out
 
 
+def test_values_without_a_class_are_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path, *np.array([[[0, 11]], [[1, 1]], [[37, 1]], [[2, 200]]]))
+    data = ["check", "folder", "--data", str(root), "--split", "val"]
+    assert main(data) == 1
+    said = capsys.readouterr().out
+    assert "val: 4 images" in said and ": 3 cannot be used" in said
+    assert said.count("has the value") == 1
+    assert "0.png has the value 11, but the 2 classes" in said
+    assert "label_map: none); 2 more labels have such values: 2, 37, 200\n" in said
+    option = "--ignore-label 2,11,37,200,255"
+    assert f"if these values mean no class, say {option};" in said
+    assert main([*data, *option.split()]) == 0
+    several = check_split(Folder(root, "val", ignore_label="11,37,255"))
+    assert "3.png has the values 2, 200, but" in several.problems[0]
+    assert "more" not in several.problems[0]
+
+
 @pytest.mark.parametrize(
     "options",
     [["--ignore-label", "11"], ["--ignore-label=0,11"], ["--option", "ignore_label=0,11"]],
