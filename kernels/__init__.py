@@ -15,8 +15,8 @@ if __name__ == "kernels":
     _found = PathFinder.find_spec(__name__, [p for p in sys.path if realpath(p) != _root])
     if _found is None or _found.loader is None:
         raise ImportError(
-            "This folder is the package encnet_triton.kernels: "
-            "import it under that name, from the folder above or an installed encnet_triton."
+            "This folder is the package encnet_triton.kernels: import it under that name, from the "
+            "folder above or an installed encnet_triton, or copy it into a package of your own."
         )
     sys.modules[__name__] = _other = module_from_spec(_found)
     _found.loader.exec_module(_other)
