@@ -94,7 +94,7 @@ def plot_scores(records: Sequence[Mapping[str, Any]], figure: Any) -> None:
 
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "val"]
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     for name in ("segmentation", "se", "aux"):
         points = [(r["step"], r[name]) for r in training if is_number(r.get(name)) and r[name] > 0]
         if points:
