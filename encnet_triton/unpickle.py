@@ -255,7 +255,7 @@ class _Machine:
 
     def _call(self, what: Any, arguments: Any) -> None:
         if not isinstance(arguments, tuple):
-            raise TypeError("the arguments of a call are no tuple")
+            raise TypeError("the arguments of a call are not a tuple")
         if isinstance(what, Placeholder):
             made: Any = Placeholder(what.name, arguments)
         elif id(what) in self.functions:

@@ -15,7 +15,7 @@ def explained(error: BaseException) -> tuple[str | None, bool]:
     text = str(error)
     if out_of_memory(error):
         amount = _AMOUNT.search(text)
-        what = f" ({_size(amount[1], amount[2])} more were asked for)" if amount else ""
+        what = f" ({_size(amount[1], amount[2])} more were requested)" if amount else ""
         return (
             f"out of memory{what}; a smaller --batch-size (or the same with --accumulation), a "
             "smaller --crop or --activation-checkpointing need less"

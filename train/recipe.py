@@ -52,7 +52,7 @@ def read_recipe(
     recipes that build on this one.
 
     Raises:
-        ConfigError: no such recipe, broken TOML, or a key that is no field of its section.
+        ConfigError: no such recipe, broken TOML, or a key that is not a field of its section.
     """
     path, document = _load(name)
     if name in above:
@@ -103,7 +103,7 @@ def _load(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         if name.endswith(".toml"):
-            there = "is no file" if path.exists() else "does not exist"
+            there = "is not a file" if path.exists() else "does not exist"
             raise ConfigError(f"recipe {path} {there}")
         raise ConfigError(f"unknown recipe {name!r}{closest(name, recipe_names())}")
     try:

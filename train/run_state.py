@@ -291,7 +291,7 @@ def _check_data(
     saved = saved if isinstance(saved, dict) else {}
     before, now = saved.get("images"), training_set.get("images")
     if before is not None and before != now:
-        changed.append(f"it had {before} training images and has now {now}")
+        changed.append(f"it had {before} training images and now has {now}")
     elif saved.get("names") is not None and saved["names"] != training_set.get("names"):
         changed.append("its training images have other names or another order")
     if changed:
@@ -303,7 +303,7 @@ def _check_data(
 
 def _classes_changed(before: list[str], now: list[str]) -> str:
     if len(before) != len(now):
-        return f"it had {len(before)} class names and has now {len(now)}"
+        return f"it had {len(before)} class names and now has {len(now)}"
     place = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
     return f"its class names differ, class {place} was {before[place]!r} and is now {now[place]!r}"
 

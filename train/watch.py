@@ -144,7 +144,7 @@ class Watch:
             time.sleep(0.1)
             silent = [r for r in self._others() if time.monotonic() - self._peers[r].heard > 3]
             if silent:
-                sentence = f"{self._named(silent)} ended without a word"
+                sentence = f"{self._named(silent)} ended without a message"
                 break
         if self.failure is not None:
             return f"ended because {self.failure}"

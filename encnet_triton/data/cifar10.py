@@ -103,7 +103,7 @@ def _read_pickle(path: Path) -> Images:
     except pickle.UnpicklingError as error:
         raise DataError(f"{path} is not a batch of CIFAR-10: {error}") from error
     if not isinstance(document, dict):
-        raise DataError(f"{path} is not a batch of CIFAR-10: it holds no dictionary")
+        raise DataError(f"{path} is not a batch of CIFAR-10: it does not hold a dictionary")
     images, labels = (_small(document, name, path) for name in ("data", "labels"))
     return _checked(images, labels, path)
 

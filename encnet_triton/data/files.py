@@ -202,7 +202,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} {path} is not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise DataError(f"{what} {path} holds no JSON object")
+        raise DataError(f"{what} {path} does not hold a JSON object")
     return document
 
 

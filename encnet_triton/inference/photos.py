@@ -21,14 +21,14 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
     """The images among files and folders, in order; hidden files of folders are left out.
 
     Raises:
-        ValueError: an input does not exist, or a folder holds no image.
+        ValueError: an input does not exist, or a folder has no images.
     """
     for path in inputs:
         if path.is_dir():
             there = (p for p in visible(path, "*") if not p.is_dir())
             found = [p for p in there if p.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
-                raise ValueError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+                raise ValueError(f"folder {path} has no images ({', '.join(IMAGE_SUFFIXES)})")
             yield from found
         elif path.is_file():
             yield path

@@ -39,7 +39,7 @@ class Predictor:
             `windows.WHOLE_IMAGE_WARNING`).
         views: scales and mirror images whose predictions are averaged.
         batch: windows that go through the network at once; None for 8, and for 1 on a CPU, where
-            more take memory and are no faster.
+            more take memory and are not faster.
         autocast: compute type on the device (None: float32).
     """
 

@@ -99,7 +99,7 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any
         CheckpointError: the file is missing, damaged, or was not written by this project.
     """
     if not path.is_file():
-        there = "is no file" if path.exists() else "does not exist"
+        there = "is not a file" if path.exists() else "does not exist"
         raise CheckpointError(f"checkpoint {path} {there}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -127,7 +127,7 @@ def _parsed(path: Path, document: Mapping[str, str], name: str) -> dict[str, Any
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its {name} cannot be read ({error})") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: its {name} is no JSON object")
+        raise CheckpointError(f"{path} is damaged: its {name} is not a JSON object")
     return found
 
 

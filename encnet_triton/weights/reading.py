@@ -174,7 +174,7 @@ def _download(url: str) -> Path:
 
 def _load(path: Path) -> Any:
     if path.exists() and not path.is_file():  # a folder, or a pipe, which would be waited for
-        raise _WrongName(f"{path} is no file")
+        raise _WrongName(f"{path} is not a file")
     if path.suffix == ".safetensors":
         return load_file(path)
     if not path.name.endswith(_SUFFIXES):

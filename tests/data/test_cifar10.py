@@ -75,7 +75,7 @@ def test_missing_data_says_where_people_get_it(tmp_path):
 @pytest.mark.parametrize(
     ("document", "sentence"),
     [
-        pytest.param([1], "it holds no dictionary", id="list"),
+        pytest.param([1], "it does not hold a dictionary", id="list"),
         pytest.param({b"labels": [0]}, "its 'data' are not numbers", id="no images"),
         pytest.param(
             {b"data": np.zeros((1, 3072), np.uint8), b"labels": [256]}, "its 'labels' are no",

@@ -253,7 +253,7 @@ def test_coco_keeps_images_with_more_than_1000_pixels_and_the_first_instance_on_
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("[]", "holds no JSON object"),
+        ("[]", "does not hold a JSON object"),
         ("{}", "have no 'images'"),
         ("[" * 100_000, "is not JSON"),
         ('{"images": 3, "annotations": []}', "is not of the published form"),

@@ -90,7 +90,7 @@ def test_what_cannot_be_labelled_at_all(
     photo = str(photos / "photo0.jpg")
     for arguments, sentence in (
         ([str(tmp_path / "none.jpg")], "none.jpg does not exist"),
-        ([str(tmp_path / "empty")], "holds no image"),
+        ([str(tmp_path / "empty")], "has no images"),
         ([photo, photo], "would both be written as photo0_label.png"),
         ([photo, "--output", str(tmp_path / "file")], "file"),
         ([photo, "--scales", "0"], "scales must be"),

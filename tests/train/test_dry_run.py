@@ -54,7 +54,7 @@ def test_what_does_not_fit_a_run_that_is_there(recipe: Path, folder_data: Path, 
         assert main([*start, "--resume", "--data", f"{place}/"]) == 0
     lines = (folder_data / "train.txt").read_text().splitlines()
     for changed, sentence in (
-        (lines[1:], "it had 8 training images and has now 7"),
+        (lines[1:], "it had 8 training images and now has 7"),
         (lines[::-1], "its training images have other names or another order"),
     ):
         (folder_data / "train.txt").write_text("\n".join(changed) + "\n")

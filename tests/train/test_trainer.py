@@ -267,12 +267,12 @@ def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -
     ("options", "sentence"),
     [
         (["--init-from", "fcn.safetensors", "--new-head"], "another kind: fcn, not encnet"),
-        (["--init-from", "."], "checkpoint . is no file"),
+        (["--init-from", "."], "checkpoint . is not a file"),
         (["--runs", "fcn.safetensors"], "the run's folder fcn.safetensors/x cannot be made (Not a"),
         (["--name", "x" * 300], "(File name too long)"),
         (["--recipe", "none.toml"], "recipe none.toml does not exist"),
-        (["--recipe", "folder.toml"], "recipe folder.toml is no file"),
-        (["--pretrained", "folder.pth"], "folder.pth is no file"),
+        (["--recipe", "folder.toml"], "recipe folder.toml is not a file"),
+        (["--pretrained", "folder.pth"], "folder.pth is not a file"),
         (["--pretrained", "fcn.safetensors"], "holds a whole network"),
     ],
 )
