@@ -73,8 +73,8 @@ class SegmentationLoss(nn.Module):
         class_weight: n weights of the segmentation and auxiliary cross-entropy.
         label_smoothing: of the same, in [0, 1).
         ohem: online hard example mining: average both cross-entropies only over pixels whose class
-            has a probability below this, whatever the class weights and the label smoothing;
-            0 uses every pixel.
+            has a probability below this; 0 uses every pixel. With class weights or label smoothing
+            these probabilities take a second forward pass of the cross-entropy.
         ohem_least: share of all pixels that is kept at least: those whose class is least probable.
         dice_weight: weight of the Dice loss, see `dice_loss`. Its probabilities take B x n x H x W
             float32 values, and as many again for the gradient: 2.2 GB each for 16 images of
