@@ -67,7 +67,12 @@ test-gpu:
 test-versions: $(VENV)/.installed-test
 	$(BIN)/python -m bench versions $(VERSIONS_ARGS)
 
-check: $(VENV)/.installed-test
+# An sdist has no symbolic links, and mypy finds the two packages by nothing else.
+LINKS := encnet_triton/kernels encnet_triton/train
+$(LINKS):
+	-ln -s ../$(@F) $@
+
+check: $(VENV)/.installed-test | $(LINKS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
