@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,31 @@ def test_constraints_satisfy_the_ranges_of_the_project() -> None:
         name, least = dependency.split(";")[0].strip().split(">=")
         pinned = tuple(int(x) for x in pins[name].split("."))
         assert pinned >= tuple(int(x) for x in least.split(".")), dependency
+
+
+def test_the_image_takes_all_that_the_build_reads(tmp_path: Path) -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    taken = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert "*" in lines
+    built = {path.name for path in copied_sources(tmp_path).iterdir()}
+    assert taken == built | {"constraints.txt"}
+
+
+def test_ci_tries_what_the_documents_list() -> None:
+    workflow = ROOT / ".github" / "workflows" / "ci.yml"
+    if not workflow.exists():
+        pytest.skip("not a checkout")
+    row = re.compile(r"{ torch: (\S+), triton: (\S+), numpy: (\S+), python: \"(\S+)\" }")
+    rows = row.findall(workflow.read_text())
+    assert len(rows) == 5
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    names = ("torch", "triton", "numpy")
+    assert all(
+        f"{name}=={version}" in pins for name, version in zip(names, rows[0][:3], strict=True)
+    )
+    listed = (ROOT / "docs" / "versions.md").read_text()
+    for versions in rows:
+        assert all(version in listed for version in versions), versions
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
