@@ -1,4 +1,6 @@
-"""Links and anchors of the documents resolve, their commands parse, their Python snippets run."""
+"""Links and anchors of the documents resolve, their commands parse, their Python snippets run; the
+walk-through of your own data runs as a whole.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from bench import commands as bench_commands
 from encnet_triton import __main__ as console
 from encnet_triton import convert, evaluate, predict, submit
 from encnet_triton.data import __main__ as data
+from encnet_triton.train import __main__ as train_main
 from encnet_triton.train import cli, compare
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +106,14 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
+MAINS: dict[str, Callable[[list[str]], int]] = {
+    "train": train_main.main,
+    "evaluate": evaluate.main,
+    "predict": predict.main,
+    "data": data.main,
+}
+
+
 @each(command_lines)
 def test_a_command_parses(
     path: Path, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -133,9 +144,51 @@ def parse_line(text: str) -> None:
         PARSERS[module.partition(".")[2]](arguments)
 
 
-@each(snippets)
-def test_a_snippet_runs(path: Path, text: str) -> None:
+def executed(path: Path, text: str) -> dict[str, Any]:
+    """The names that a block of Python leaves."""
     names: dict[str, Any] = {"__name__": "snippet"}
     exec(compile(text, str(path), "exec"), names)
+    return names
+
+
+@each(snippets)
+def test_a_snippet_runs(
+    path: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = executed(path, text)
     made = [value for value in names.values() if isinstance(value, Tensor)]
     assert all(value.isfinite().all() for value in made)
+
+
+# What makes it quick; commands and code are otherwise as they stand there.
+FEWER = {"40": "8", "8": "2"}  # images
+SMALLER = ["--backbone", "demo", "--epochs", "1", "--workers", "0", "--device", "cpu"]
+
+
+def test_the_walk_through_of_own_data_ends_where_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "docs" / "own_data.md"
+    walked = path.read_text(encoding="utf-8").partition("## Better results")[0]
+    defined: dict[str, Any] = {}
+    ran = []
+    for kind, body in FENCE.findall(walked):
+        if kind == "python":
+            fewer = re.sub(r"(?<=\", )\d+(?=\))", lambda count: FEWER[count[0]], body)
+            defined |= executed(path, fewer)
+        for line in body.splitlines() if kind == "sh" else ():
+            command, name, *arguments = shlex.split(line)
+            if command == "encnet":
+                smaller = SMALLER if name == "train" else []
+                assert MAINS[name]([*arguments, *smaller]) == 0, line
+                ran.append(name)
+    assert ran == ["data", "train", "train", "evaluate", "predict"]
+    assert capsys.readouterr().out.count("each can be used") == 2
+    for file in re.findall(r"`((?:runs|predictions)[\w/.]*)`", walked):
+        assert Path(file).exists() or "curves" in file, file
+    photos = sorted(Path("mydata/images/val").iterdir())
+    assert len(list(Path("predictions").glob("*.png"))) == 2 * len(photos) == 4
+    labels = defined["labels_of"]("runs/mine/best.safetensors", str(photos[0]))
+    assert labels.shape == (96, 128) and labels.max() < 3
