@@ -21,7 +21,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_SOURCES = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info")
+NOT_SOURCES = (
+    ".git",
+    ".venv*",
+    ".*_cache",
+    ".hypothesis",
+    "__pycache__",
+    "build",
+    "dist",
+    "runs",
+    "*.egg-info",
+)
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
 
 pytestmark = pytest.mark.verify
@@ -58,7 +68,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     sdist = make("sdist", sources, base / "sdist")
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
-        archive.extractall(base / "unpacked", filter="data")
+        archive.extractall(base / "unpacked")  # its filter needs Python 3.11.4
     assert all(member.isfile() or member.isdir() for member in members)  # no links
     assert max(Counter(member.name for member in members).values()) == 1
     (unpacked,) = (base / "unpacked").iterdir()
@@ -76,8 +86,8 @@ def test_the_sdist_holds_all_that_is_tracked_but_hidden_files_and_links(built: B
 
 def test_tests_run_in_the_unpacked_sdist(built: Built) -> None:
     """It has no symbolic links."""
-    tests = ("tests/test_packaging.py", "tests/test_command.py", "tests/kernels/test_package.py")
-    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=built.unpacked)
+    tests = ("-q", "-p", "no:cacheprovider", "tests/test_packaging.py")
+    run(sys.executable, "-m", "pytest", *tests, cwd=built.unpacked)
 
 
 def seen_packages(folder: Path, *, triton: bool) -> None:
