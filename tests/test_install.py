@@ -34,7 +34,7 @@ NOT_SOURCES = (
 )
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
 
-pytestmark = pytest.mark.verify
+pytestmark = [pytest.mark.verify, pytest.mark.timeout(900)]  # installs and trains, twice
 
 
 def run(*command: str | Path, cwd: Path) -> str:
