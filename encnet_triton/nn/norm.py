@@ -191,12 +191,29 @@ class BatchNormAct(_BatchNormAct):
             raise ValueError(f"expected at least two dimensions, got shape {tuple(x.shape)}")
 
 
+class BatchNormThen2d(BatchNormAct2d):
+    """What timm's BatchNormAct2d becomes: batch norm, then the two children that timm calls.
+
+    Where ``drop`` does nothing and ``act`` was a ReLU, the ReLU is this layer's activation and
+    ``act`` an Identity; any other activation (ReLU6, SiLU, hard-swish, ...) stays the child it is.
+    """
+
+    act: nn.Module
+    drop: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
 _CONVERTED: dict[type[nn.Module], type[_BatchNormAct]] = {
     nn.BatchNorm1d: BatchNormAct1d,
     nn.BatchNorm2d: BatchNormAct2d,
     nn.BatchNorm3d: BatchNormAct,
     nn.SyncBatchNorm: BatchNormAct,
 }
+# By name: timm need not be installed.
+_OF_TIMM = [("timm.layers.norm_act", name) for name in ("BatchNormAct2d", "SyncBatchNormAct")]
 
 
 def convert_batchnorm(
@@ -205,10 +222,11 @@ def convert_batchnorm(
     """Give the batch normalisation of any model this project's kernels and synchronisation.
 
     Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes, in place, the
-    layer of this module that computes the same, without activation. Parameters, buffers, hooks and
-    state dict stay what they are, so that an optimiser that holds them stays valid. Layers of this
-    module keep their activation. Unlike ``SyncBatchNorm``, the result also runs on the CPU, allows
-    shares of different sizes, and compiles in one graph.
+    layer of this module that computes the same, without activation. timm's ``BatchNormAct2d``, a
+    batch norm and an activation, becomes one whose ReLU is fused; another activation follows as
+    before. Parameters, buffers, hooks and state dict stay what they are, so that an optimiser that
+    holds them stays valid. Layers of this module keep their activation. Unlike ``SyncBatchNorm``,
+    the result also runs on the CPU, allows shares of different sizes, and compiles in one graph.
 
     Args:
         model: any module, also a batch normalisation itself.
@@ -220,9 +238,9 @@ def convert_batchnorm(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a layer is of a class derived from torch's, whose additions would be lost, or
-            keeps a cumulative average (momentum None), or ``impl="torch"`` is to be synchronised.
-            Nothing is converted then.
+        ValueError: a layer is of another class derived from torch's, whose additions would be lost,
+            or keeps a cumulative average (momentum None), or ``impl="torch"`` is to be
+            synchronised. Nothing is converted then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert_batchnorm takes a module, got {type(model).__name__}")
@@ -231,10 +249,11 @@ def convert_batchnorm(
         raise ValueError("impl='torch' cannot be synchronised: give impl='auto' or no group")
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
     for name, layer in found:
-        if not isinstance(layer, _BatchNormAct) and type(layer) not in _CONVERTED:
+        if not isinstance(layer, _BatchNormAct) and _converted(layer) is None:
             raise ValueError(
-                f"layer {name!r} is a {type(layer).__name__}, which is not one of torch's own "
-                "classes: what it adds to batch normalisation would be lost"
+                f"layer {name!r} is a {type(layer).__name__}, which is neither one of torch's own "
+                "classes nor timm's BatchNormAct2d: what it adds to batch normalisation would be "
+                "lost"
             )
         if layer.momentum is None:
             raise ValueError(
@@ -244,12 +263,28 @@ def convert_batchnorm(
         if isinstance(layer, _BatchNormAct):
             continue
         # The same object with another class: references to the layer stay valid.
-        layer.__class__ = _CONVERTED[type(layer)]
+        layer.__class__ = _converted(layer)  # type: ignore[assignment]
         vars(layer).update(activation=None, group=None)
+        if isinstance(layer, BatchNormThen2d):
+            _fuse_relu(layer)
     set_sync_group(model, None)
     set_norm_impl(model, impl)
     set_sync_group(model, group)
     return model
+
+
+def _converted(layer: nn.Module) -> type[_BatchNormAct] | None:
+    """What becomes of a batch norm that is not ours; None: nothing can."""
+    of = type(layer)
+    if (of.__module__, of.__name__) in _OF_TIMM:
+        return BatchNormThen2d
+    return _CONVERTED.get(of)
+
+
+def _fuse_relu(layer: BatchNormThen2d) -> None:
+    if type(layer.act) is nn.ReLU and type(layer.drop) is nn.Identity:
+        layer.activation = "relu"
+        layer.act = nn.Identity()
 
 
 @contextmanager

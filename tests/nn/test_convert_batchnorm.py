@@ -117,6 +117,49 @@ def test_layers_of_this_project_keep_their_activation() -> None:
         model[1](torch.zeros(4))
 
 
+class BatchNormAct2dOfTimm(nn.BatchNorm2d):
+    """As timm has it: batch norm, then two children."""
+
+    def __init__(self, act: nn.Module, drop: nn.Module) -> None:
+        super().__init__(4)
+        self.drop, self.act = drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+BatchNormAct2dOfTimm.__module__ = "timm.layers.norm_act"
+BatchNormAct2dOfTimm.__name__ = "BatchNormAct2d"
+
+
+@pytest.mark.parametrize("impl", ["auto", "fused"])
+@pytest.mark.parametrize(
+    ("act", "drop", "fused"),
+    [
+        (nn.ReLU(inplace=True), nn.Identity(), True),
+        (nn.ReLU6(inplace=True), nn.Identity(), False),
+        (nn.SiLU(inplace=True), nn.Identity(), False),
+        (nn.Hardswish(inplace=True), nn.Identity(), False),
+        (nn.Identity(), nn.Identity(), False),
+        (nn.ReLU(), nn.MaxPool2d(3, 1, 1), False),  # comes between
+    ],
+    ids=["relu", "relu6", "silu", "hard-swish", "none", "drop"],
+)
+def test_batch_norms_of_timm_keep_their_activation(
+    act: nn.Module, drop: nn.Module, fused: bool, impl: Any
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2dOfTimm(act, drop)).double()
+    x = 4 * torch.randn(3, 3, 9, 9, dtype=torch.float64)
+    expected = outcome(copy.deepcopy(model), x)
+    found = outcome(convert_batchnorm(model, impl=impl), x)
+    assert isinstance(model[1], BatchNormAct2d) and list(found) == list(expected)
+    assert model[1].activation == ("relu" if fused else None)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
 class Derived(nn.BatchNorm2d):
     pass
 
