@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from encnet_triton.models.layers import parameters_of
 from encnet_triton.train.config import OptimConfig
 
 
@@ -39,9 +38,9 @@ def _scales(model: nn.Module, config: OptimConfig) -> Iterator[tuple[float, list
         elif config.layer_decay == 1:
             yield 1.0, parameters
         else:
-            stages = model.backbone.stages()  # type: ignore[union-attr,operator]
+            stages = model.backbone.stage_parameters()  # type: ignore[union-attr,operator]
             for distance, stage in enumerate(reversed(stages), start=1):
-                yield config.layer_decay**distance, parameters_of(*stage)
+                yield config.layer_decay**distance, stage
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

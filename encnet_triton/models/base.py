@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from encnet_triton.models.backbones import create_backbone
 from encnet_triton.models.layers import parameters_of
-from encnet_triton.models.resnet import ResNet, create_backbone
+from encnet_triton.models.resnet import ResNet
+from encnet_triton.models.trunk import TimmTrunk
 from encnet_triton.nn.arguments import check_count, check_flags
 
 
@@ -20,7 +22,7 @@ class SegmentationModel(nn.Module):
         num_classes: n, the number of classes of all outputs.
         align_corners: how logits are to be upsampled.
         output_stride: pixels of the input per pixel of the logits.
-        backbone: the `ResNet`.
+        backbone: the `ResNet`, or network of timm.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class SegmentationModel(nn.Module):
         super().__init__()
         check_count("num_classes", num_classes)
         check_flags(dilate=dilate, align_corners=align_corners)
-        self.backbone: ResNet = create_backbone(backbone, output_stride, dilate)
+        self.backbone: ResNet | TimmTrunk = create_backbone(backbone, output_stride, dilate)
         self.num_classes = num_classes
         self.align_corners = align_corners
         self.output_stride = self.backbone.output_stride

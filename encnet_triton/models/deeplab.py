@@ -85,7 +85,7 @@ class DeepLabV3(Baseline):
     """DeepLabV3 on a dilated ResNet.
 
     Args:
-        backbone: name in `encnet_triton.models.BACKBONES`.
+        backbone: name in `encnet_triton.models.BACKBONES`, or ``timm:NAME``.
         num_classes: n.
         output_stride: pixels of the input per pixel of the logits; None for the backbone's default.
         dilate: dilate the stages that lose their stride.

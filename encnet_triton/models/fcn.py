@@ -86,7 +86,7 @@ class FCN(Baseline):
     """Dilated FCN, the paper's baseline (section 3.1).
 
     Args:
-        backbone: name in `encnet_triton.models.BACKBONES`.
+        backbone: name in `encnet_triton.models.BACKBONES`, or ``timm:NAME``.
         num_classes: n.
         output_stride: pixels of the input per pixel of the logits; None for the backbone's default.
         dilate: dilate the stages that lose their stride.

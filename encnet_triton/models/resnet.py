@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encnet_triton.models.layers import check_images, conv3x3, init_convolutions
+from encnet_triton.models.layers import check_images, conv3x3, init_convolutions, parameters_of
 from encnet_triton.nn.arguments import check_choice
 from encnet_triton.nn.norm import BatchNormAct2d
 from encnet_triton.nn.recompute import Paths, recomputed
@@ -308,11 +308,10 @@ class ResNet(nn.Module):
         c3 = self._stage(self.layer3, c2)
         return c2, c3, self._stage(self.layer4, c3)
 
-    def stages(self) -> list[tuple[nn.Module, ...]]:
-        """The stem's modules, then those of each stage, as they follow each other."""
-        return [
-            (self.conv1, self.bn1), (self.layer1,), (self.layer2,), (self.layer3,), (self.layer4,)
-        ]  # fmt: skip
+    def stage_parameters(self) -> list[list[nn.Parameter]]:
+        """Those of the stem, then those of each stage."""
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return [parameters_of(self.conv1, self.bn1), *(parameters_of(stage) for stage in stages)]
 
     def _stage(self, stage: nn.Sequential, x: Paths) -> Paths:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -321,21 +320,3 @@ class ResNet(nn.Module):
             return x
         y: Paths = stage(x)
         return y
-
-
-def create_backbone(name: str, output_stride: int | None = None, dilate: bool = True) -> ResNet:
-    """Build a backbone of `BACKBONES` with random weights.
-
-    Args:
-        name: key of `BACKBONES`.
-        output_stride: 4, 8, 16 or 32, as far as the backbone allows; None for its own default.
-        dilate: see `ResNet`.
-
-    Raises:
-        ValueError: unknown name, or an output stride the backbone cannot have.
-    """
-    check_choice("backbone", name, tuple(BACKBONES))
-    config = BACKBONES[name]
-    if output_stride is not None:
-        config = replace(config, output_stride=output_stride)
-    return ResNet(config, dilate)

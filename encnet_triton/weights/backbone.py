@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from encnet_triton.files import write_tensors
 from encnet_triton.models import BACKBONES, create_backbone
 from encnet_triton.models.resnet import Bottleneck
+from encnet_triton.models.trunk import TimmTrunk
 from encnet_triton.weights.checkpoint import load_model
 from encnet_triton.weights.fitting import misfit
 from encnet_triton.weights.reading import read_tensors
+from encnet_triton.weights.trunk import load_trunk, timm_tensors
 
 __all__ = [
     "backbone_name",
@@ -26,23 +28,29 @@ __all__ = [
 
 
 def load_backbone(model: nn.Module, path_or_url: str | Path) -> None:
-    """Load ImageNet weights of a ResNet into a model's backbone.
+    """Load ImageNet weights into a model's backbone.
 
-    Every tensor of the file except the classifier ``fc`` must have a place and every tensor of the
-    backbone must be filled; otherwise nothing changes.
+    Every tensor of the file except the classifier must have a place and every tensor of the
+    backbone must be filled; otherwise nothing changes. `encnet_triton.weights.trunk.load_trunk`
+    reads those of networks of timm.
 
     Args:
-        model: a network of `encnet_triton.models`, or a `ResNet` itself.
-        path_or_url: local file, or the URL of one that torch downloads into its hub cache once: a
-            state dict under torchvision's names (timm's and PyTorch-Encoding's are the same) or
-            those of MMClassification, alone or in the checkpoint of a trainer.
+        model: a network of `encnet_triton.models`, or its backbone itself.
+        path_or_url: "timm" for the weights that timm has for its network, or a local file, or the
+            URL of one that torch downloads into its hub cache once: a state dict, alone or in the
+            checkpoint of a trainer, for a ResNet under torchvision's names (timm's and
+            PyTorch-Encoding's are the same) or those of MMClassification.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read, or does not fit the backbone; names file and key.
     """
     source = str(path_or_url)
-    _fill(getattr(model, "backbone", model), trunk_of(read_tensors(source)), source)
+    backbone = getattr(model, "backbone", model)
+    if isinstance(backbone, TimmTrunk):
+        load_trunk(backbone, source)
+    else:
+        _fill(backbone, trunk_of(read_tensors(source)), source)
 
 
 def _fill(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -69,13 +77,15 @@ def export_backbone(checkpoint: Path, output: Path) -> None:
 
     The file loads into torchvision's ResNet of the same depth with ``strict=False`` (it has no
     ``fc``), and into this project's networks with ``--pretrained``. A stem of three convolutions
-    has the names of PyTorch-Encoding; torchvision has no such network.
+    has the names of PyTorch-Encoding; torchvision has no such network. A network of timm has timm's
+    names.
     """
     model, _ = load_model(checkpoint)
     if not hasattr(model, "backbone"):
         raise ValueError(f"{checkpoint} holds a classifier, which has no backbone")
     backbone: nn.Module = model.backbone  # type: ignore[assignment]
-    write_tensors(backbone.state_dict(), output)
+    own = timm_tensors(backbone) if isinstance(backbone, TimmTrunk) else backbone.state_dict()
+    write_tensors(own, output)
 
 
 def convert_backbone(tensors: Mapping[str, Tensor], source: str, output: Path) -> str:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from encnet_triton.kernels.batch_norm import library as norms
+from encnet_triton.models.backbones import create_backbone
 from encnet_triton.models.resnet import (
     BACKBONES,
     BasicBlock,
     Bottleneck,
     ResNet,
     ResNetConfig,
-    create_backbone,
 )
 from encnet_triton.nn import set_norm_impl
 
