@@ -25,7 +25,11 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         # A layer's process group is shared, and cannot be copied.
         groups = [g for m in model.modules() if (g := getattr(m, "group", None)) is not None]
-        self.model = copy.deepcopy(model, {id(group): group for group in groups})
+        copies: dict[int, object] = {id(group): group for group in groups}
+        # Cloned, since fake tensors, of which a dry run is made, have no storage to copy.
+        copies |= {id(p): nn.Parameter(p.detach().clone()) for p in model.parameters()}
+        copies |= {id(t): t.clone() for t in model.buffers()}
+        self.model = copy.deepcopy(model, copies)
         self.model.eval().requires_grad_(False)
         self.decay = decay
         own, theirs = self.model.state_dict(), model.state_dict()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from encnet_triton.models import create_model
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.forecast import peak_memory
 from encnet_triton.train.recipe import build
@@ -79,3 +80,13 @@ def test_the_memory_covers_validation() -> None:
     classes = 200
     scores = 8 * classes * 64 * 64 * 4  # and as much for their softmax
     assert peak_memory(config, classes, 1) >= 2 * scores > peak_memory(config, 2, 1)
+
+
+def test_the_memory_covers_a_moving_average() -> None:
+    """As many bytes again as the weights have."""
+    options = {"backbone": "demo", "crop": "64", "batch_size": "1"}
+    without, with_average = (
+        peak_memory(build("folder_small", {**options, "ema": ema}), 3, 1) for ema in ("0", "0.9")
+    )
+    model = create_model("encnet", 3, backbone="demo", head_channels=128, lateral=True)
+    assert with_average - without >= sum(4 * p.numel() for p in model.parameters())
