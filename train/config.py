@@ -56,9 +56,11 @@ class ModelConfig:
     """Network: encnet, fcn, psp or deeplab; for cifar10: cifar_encnet, cifar_seresnet or
     cifar_resnet."""
     backbone: str = "resnet50"
-    """Name of the backbone, for example resnet50, resnet101s, small, demo."""
+    """Name of the backbone, for example resnet50, resnet101s, small, demo; or timm:NAME for a
+    network of timm (the extra timm), whose own normalisation of images is then used."""
     pretrained: str = ""
-    """ImageNet weights of the backbone: a file or a URL; "" for none."""
+    """ImageNet weights of the backbone: a file or a URL, or timm for those that timm has for its
+    network; "" for none."""
     form: str | None = None
     """Context Encoding module as in the "paper" or as "released"; sets the options below."""
     num_codewords: int | None = None
@@ -94,6 +96,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model", self.model, (*SEGMENTATION_MODELS, *CIFAR_UNITS))
+        fits = self.pretrained != "timm" or self.backbone.startswith("timm:")
+        require(fits, "pretrained", self.pretrained, f"a file or a URL for {self.backbone}")
         if self.num_codewords is not None:
             require(self.num_codewords >= 0, "num_codewords", self.num_codewords, "at least 0")
         if self.dropout is not None:

@@ -13,6 +13,7 @@ from encnet_triton.train.log import Log
 from encnet_triton.train.recipe import task_of
 from encnet_triton.train.run_folder import free_folder
 from encnet_triton.weights.checkpoint import load_model
+from encnet_triton.weights.trunk import FROM_TIMM
 
 
 def dry_run(config: Config, world: World, before: Collection[Path] = ()) -> None:
@@ -41,10 +42,11 @@ def _rehearse(config: Config, world: World, before: Collection[Path]) -> None:
             load_model(start)
         return
     pretrained = config.model.pretrained
+    distant = "://" in pretrained or pretrained == FROM_TIMM
     task = task_of(config)(
         replace(
             config,
-            model=replace(config.model, pretrained="" if "://" in pretrained else pretrained),
+            model=replace(config.model, pretrained="" if distant else pretrained),
             run=replace(config.run, init_from=start, new_head=config.run.new_head and bool(start)),
         ),
         world,

@@ -25,6 +25,8 @@ from encnet_triton.data.colour import ColourJitter
 from encnet_triton.data.normalisation import Normalise
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, Predictor
 from encnet_triton.models import create_model
+from encnet_triton.models.backbones import statistics_of
+from encnet_triton.models.trunk import Statistics
 from encnet_triton.nn import LossTerms, SegmentationLoss
 from encnet_triton.pictures import panel, save_png
 from encnet_triton.report import Html
@@ -109,7 +111,7 @@ class Segmentation(Task[Scores]):
         self.info = model_info(config, self.train_set, self.model)
         self._transfer = Transfer(device)
         self._jitter = ColourJitter(data.jitter, data.hue, device)
-        self._normalise = Normalise(self.train_set.mean, self.train_set.std, device)
+        self._normalise = Normalise(self.info.mean, self.info.std, device)
 
     @classmethod
     def reads(cls, config: Config) -> frozenset[str]:
@@ -294,20 +296,27 @@ def make_augment(config: Config, dataset: Dataset) -> Augment:
         rotation=data.rotation,
         flip=data.flip,
         ignore_index=dataset.ignore_index,
-        fill=(0, 0, 0) if black else tuple(round(255 * m) for m in dataset.mean),
+        fill=(0, 0, 0) if black else tuple(round(255 * m) for m in statistics(config, dataset)[0]),
         top_left=black,
     )
+
+
+def statistics(config: Config, dataset: Dataset) -> Statistics:
+    """Mean and standard deviation of the images: the backbone's own, else the data set's."""
+    own = statistics_of(config.model.backbone)
+    return (tuple(dataset.mean), tuple(dataset.std)) if own is None else own
 
 
 def model_info(config: Config, dataset: Dataset, model: nn.Module) -> ModelInfo:
     """Metadata stored with the weights, so that they can be used without this configuration."""
     data = config.data
+    mean, std = statistics(config, dataset)
     return ModelInfo(
         options=dict(model.options),  # type: ignore[arg-type]
         classes=list(dataset.classes),
         palette=np.asarray(dataset.palette).tolist(),
-        mean=list(dataset.mean),
-        std=list(dataset.std),
+        mean=list(mean),
+        std=list(std),
         crop=list(data.crop),
         base_size=data.base_size,
         scale_by=data.scale_by,

@@ -53,7 +53,7 @@ def test_recipes_of_the_paper_have_its_numbers() -> None:
     assert (released.data.base_size, released.data.crop) == (640, (576, 576))
     assert released.optim.head_lr_scale == 10 and released.data.scale_by == "long"
     assert released.data.rotation == 0 and released.data.outside == "black"
-    dataset: Any = SimpleNamespace(ignore_index=255, mean=(0.5, 0.5, 0.5))
+    dataset: Any = SimpleNamespace(ignore_index=255, mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
     augment = make_augment(released, dataset)
     assert augment.fill == (0, 0, 0) and augment.top_left
     augment = make_augment(build("ade20k_encnet_r101", {}), dataset)
