@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": "label photos",
     "compare": "put runs side by side",
     "convert": "convert weights trained elsewhere, or export a backbone",
+    "export": "write a network as ONNX or .pt2",
     "submit": "write the archive of predictions that a test server takes",
     "data": "check a data set, or prepare its labels",
     "environment": "print what a bug report needs",

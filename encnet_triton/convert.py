@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset", choices=named, help="for class names and colours (default: none)"
     )
     parser.add_argument(
-        "--crop", type=_size, help="training crop in pixels: 480 or 512x1024 "
+        "--crop", type=options.size, help="training crop in pixels: 480 or 512x1024 "
         "(default: from the file, else that project's usual one)",
     )  # fmt: skip
     parser.add_argument(
@@ -63,13 +63,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the reverse: a checkpoint's backbone, with torchvision's names",
     )  # fmt: skip
     return parser.parse_args(arguments)
-
-
-def _size(text: str) -> tuple[int, int]:
-    numbers = text.split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 480 or 512x1024")
-    return int(numbers[0]), int(numbers[-1])
 
 
 def run(given: argparse.Namespace, console: Console) -> None:

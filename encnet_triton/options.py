@@ -174,6 +174,14 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+def size(text: str) -> tuple[int, int]:
+    """The type of an option that is one edge in pixels, or height x width."""
+    numbers = text.split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 480 or 512x1024")
+    return int(numbers[0]), int(numbers[-1])
+
+
 def refuse_place(path: Path, option: str) -> None:
     """Raise a ValueError if a file cannot be written, before the work rather than after it."""
     if path.is_dir():

@@ -75,7 +75,7 @@ def test_the_trainer_runs_by_name(
     assert "ade20k_encnet_r101" in capsys.readouterr().out
 
 
-WITH_OPTIONS = ("train", "evaluate", "predict", "convert", "submit", "data")
+WITH_OPTIONS = ("train", "evaluate", "predict", "convert", "export", "submit", "data")
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import __main__ as bench_main
 from bench import commands as bench_commands
 from encnet_triton import __main__ as console
-from encnet_triton import convert, evaluate, predict, submit
+from encnet_triton import convert, evaluate, export, predict, submit
 from encnet_triton.data import __main__ as data
 from encnet_triton.train import __main__ as train_main
 from encnet_triton.train import cli, compare, segmentation
@@ -102,6 +102,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "compare": lambda given: compare.make_parser().parse_args(given),
     "submit": lambda given: submit.make_parser().parse_args(given),
     "convert": convert.parse,
+    "export": lambda given: export.make_parser().parse_args(given),
     "data": data.parse,
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from encnet_triton import convert, evaluate, predict, submit
+from encnet_triton import convert, evaluate, export, predict, submit
 from encnet_triton.data import __main__ as data
 from encnet_triton.train import cli
 from encnet_triton.train.config import Config, all_fields
@@ -19,7 +19,7 @@ VALUES = [*WORDS, "99999999999999999999", "1_000", "\0", "[red]"]
 OTHERS: list[object] = [
     None, True, 0, -1, 2**70, 1.5, float("nan"), float("inf"), [], [1], [[1, 2]], {"a": 1}, "x",
 ]  # fmt: skip
-COMMANDS = (convert, data, evaluate, predict, submit)
+COMMANDS = (convert, data, evaluate, export, predict, submit)
 NAMES = ("scenes", "folder_small", "cifar10_encnet_16k64d", "voc_encnet_r101_coco")
 
 
@@ -106,6 +106,8 @@ def test_arguments_of_commands(
         arguments = [pool[int(i)] for i in rng.integers(len(pool), size=rng.integers(6))]
         if module in (evaluate, predict, submit):
             arguments += ["--checkpoint", str(rng.choice(places[:5]))]
+        if module is export:
+            arguments = [str(rng.choice(places[:5])), "--format", "pt2", *arguments]
         if module is data:
             first = str(rng.choice(["check", "prepare"]))
             arguments = [first, "voc_aug" if first == "prepare" else "folder", *arguments, "--data",
