@@ -72,7 +72,8 @@ def without_adaptive_pooling(
     pooling = torch.ops.aten.adaptive_avg_pool2d.default
     if str(pooling) not in _operators(program):
         return program  # this would trace it once more
-    return program.run_decompositions({pooling: _adaptive_mean})
+    replaced: torch.export.ExportedProgram = program.run_decompositions({pooling: _adaptive_mean})
+    return replaced
 
 
 def _adaptive_mean(x: Tensor, size: Sequence[int]) -> Tensor:
