@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def network_like(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A network like another, each tensor made from the one there, which need not have a storage
+    that can be copied: those of a dry run have none."""
+    # A layer's process group is shared, and cannot be copied.
+    groups = [g for m in model.modules() if (g := getattr(m, "group", None)) is not None]
+    known: dict[int, object] = {id(group): group for group in groups}
+    known |= {id(p): nn.Parameter(tensor(p)) for p in model.parameters()}
+    known |= {id(t): tensor(t) for t in model.buffers()}
+    return copy.deepcopy(model, known)
 
 
 class Average:
@@ -23,13 +36,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        # A layer's process group is shared, and cannot be copied.
-        groups = [g for m in model.modules() if (g := getattr(m, "group", None)) is not None]
-        copies: dict[int, object] = {id(group): group for group in groups}
-        # Cloned, since fake tensors, of which a dry run is made, have no storage to copy.
-        copies |= {id(p): nn.Parameter(p.detach().clone()) for p in model.parameters()}
-        copies |= {id(t): t.clone() for t in model.buffers()}
-        self.model = copy.deepcopy(model, copies)
+        self.model = network_like(model, Tensor.clone)
         self.model.eval().requires_grad_(False)
         self.decay = decay
         own, theirs = self.model.state_dict(), model.state_dict()

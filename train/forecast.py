@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, set_norm_impl
-from encnet_triton.train.average import Average
+from encnet_triton.train.average import Average, network_like
 from encnet_triton.train.config import Config
 from encnet_triton.train.optim import make_optimizer
 
@@ -63,8 +63,10 @@ def peak_memory(config: Config, num_classes: int, processes: int) -> int:
     """
     micro = max(1, config.optim.batch_size // (processes * config.optim.accumulation))
     mixed = config.run.amp != "off"
+    with torch.device("meta"):  # and not fake: networks of timm read tensors while they are made
+        plan = create_model(num_classes=num_classes, **config.model.options())
     with FakeTensorMode(), Lifetimes() as live:
-        model = create_model(num_classes=num_classes, **config.model.options())
+        model: Any = network_like(plan, lambda t: torch.empty(t.shape, dtype=t.dtype))
         set_norm_impl(model, "fused")
         model.backbone.activation_checkpointing = config.run.activation_checkpointing
         average = Average(model, config.optim.ema) if config.optim.ema else None

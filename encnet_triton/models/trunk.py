@@ -189,7 +189,8 @@ def _features(name: str, output_stride: int) -> Any:
             net = timm.create_model(name, **given)
         reached = net.feature_info.reduction()
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(_refusal(name, output_stride)) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{_refusal(name, output_stride)} ({reason})") from error
     if reached[-1] != output_stride:
         raise ValueError(_refusal(name, output_stride))
     return net

@@ -368,6 +368,7 @@ def test_it_is_trained_resumed_evaluated_and_used(
         "adamw", "--lr", "0.001", "--activation-checkpointing", "--epochs", "1",
     ]  # fmt: skip
     assert main([*start, "--dry-run"]) == 0
+    assert main([*start[:2], "--backbone", "timm:test_convnext", "--dry-run"]) == 0
     assert main([*start, "--stop-at", "1"]) == 0
     assert main([*start, "--resume"]) == 0
     best = "runs/tiny/best.safetensors"
