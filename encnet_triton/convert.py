@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--export-backbone", action="store_true",
-        help="the reverse: a checkpoint's backbone, with torchvision's names",
+        help="the reverse: a checkpoint's backbone, with torchvision's names, or timm's",
     )  # fmt: skip
     return parser.parse_args(arguments)
 
