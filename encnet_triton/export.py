@@ -59,7 +59,10 @@ def run(given: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"{output} exists: give --overwrite, or another --output")
     require(given.format)
     program = trace(Exportable(model, info, given.returns, given.uint8), given.size)
-    worst = WRITERS[given.format](program, output)
+    try:
+        worst = WRITERS[given.format](program, output)
+    except OSError as error:
+        raise OSError(f"cannot write {output} ({error.strerror or error})") from error
     sizes = "any size" if given.size is None else "{}x{}".format(*given.size)
     console.print(
         f"wrote {output}: {output.stat().st_size / 2**20:.1f} MiB, images of {sizes}, differs from "

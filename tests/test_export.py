@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,8 @@ def test_the_command_writes_a_file_that_another_process_runs(
     assert traced[0].uint8 and traced[0].returns == "labels"
     said = capsys.readouterr().out
     assert "wrote best.pt2" in said and "windows of 40x40" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["best.pt2"]
+    (written,) = tmp_path.iterdir()
+    assert written.name == "best.pt2" and str(ROOT).encode() not in written.read_bytes()
     names: dict[str, Any] = {}
     exec(snippet("torch"), names)
     about = names["about"]
@@ -151,6 +153,24 @@ def test_a_file_that_disagrees_is_not_written(
     with pytest.raises(ValueError, match=r"another process differs .* nothing was written"):
         pt2_file.write_pt2(program, path)
     assert path.read_text() == "the previous file" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["onnx", "pt2"])
+def test_a_full_disk_is_one_sentence(
+    checkpoint: Path, program: Program, tmp_path: Path, name: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if name == "onnx":
+        need_onnx()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(export, "trace", lambda *_: program)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        status = export.main([str(checkpoint), f"--format={name}", f"--output={tmp_path}/a.{name}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 2 and not list(tmp_path.iterdir())
+    assert f"cannot write {tmp_path}/a.{name} (" in capsys.readouterr().err
 
 
 @pytest.mark.verify
@@ -236,6 +256,7 @@ def test_onnx_runtime_computes_the_same(
     assert capsys.readouterr().out.strip() in SAID["classes"]
 
     written = Path("best.onnx").read_bytes()
+    assert str(ROOT).encode() not in written
     wrong = [program.network(image).fmod(2) for image in program.batches()]
     monkeypatch.setattr(onnx_file, "_run", lambda *_: wrong)
     with pytest.raises(ValueError, match=r"ONNX Runtime differs .* nothing was written"):

@@ -140,8 +140,8 @@ class Program:
 
     def batches(self) -> list[Tensor]:
         """What files are compared on: two batches of different size, where that is free."""
-        crop = self.size or (self.network.info.crop[0], self.network.info.crop[1])
-        return [self.network.image(1, *crop), self.example]
+        crop = [max(edge, self.network.least) for edge in self.network.info.crop]
+        return [self.network.image(1, *(self.size or crop)), self.example]
 
     def check(self, results: list[Tensor], where: str) -> float:
         """The largest `Exportable.difference` of the results for `batches`.
@@ -192,6 +192,8 @@ def trace(network: Exportable, size: tuple[int, int] | None = None) -> Program:
             raise ValueError(f"torch.export cannot hold this network: {first}") from error
     if foreign := foreign_operators(exported):
         raise ValueError(f"the exported network would need operators of {', '.join(foreign)}")
+    for node in exported.graph.nodes:
+        node.meta.pop("stack_trace", None)  # folders of this machine
     return Program(network, exported, size, example)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -45,9 +46,10 @@ def write_pt2(program: Program, path: Path) -> float:
     """
     extra = {METADATA: describe(program), EXAMPLE: _example(program)}
     texts = {name: json.dumps(without_nan(value), indent=1) for name, value in extra.items()}
+    buffer = io.BytesIO()  # torch ends the process where a disk is full
+    torch.export.save(program.exported, buffer, extra_files=texts)
     with replacing(path) as temporary:
-        with open(temporary, "wb+") as file:
-            torch.export.save(program.exported, file, extra_files=texts)
+        temporary.write_bytes(buffer.getbuffer())
         return program.check(_run_elsewhere(program, temporary), "the file in another process")
 
 
