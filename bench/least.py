@@ -23,18 +23,22 @@ def batch_norm(
     frozen: bool = False,
     channels_last: bool = True,
     forked: bool = False,
+    projected: bool = False,
 ) -> tuple[int, int]:
     """Tensors of x's size: x twice, residual, y; dy and x twice, dx, dresidual; a mask of bits.
 
     Frozen statistics need x, and dy and x, once. A result that has two uses (`forked`) needs both
-    gradients and x, g written; g and x, dx.
+    gradients and x, g written; g and x, dx. A residual that is normalised (`projected`), in
+    training, is read once more forward, and by both passes backward.
     """
     whole = size * B * C * N
     rows, width = (B * N, C) if channels_last else (B * C, N)
     mask = rows * -(-width // 8) if residual and relu else 0
-    forward = whole * (2 + (not frozen) + residual) + (0 if frozen else mask)
+    forward = whole * (2 + (not frozen) + residual + projected) + (0 if frozen else mask)
     if forked:
-        return forward, whole * 7 + mask
+        return forward, whole * (10 if projected else 7) + mask
+    if projected:
+        return forward, whole * 8 + mask * 2
     passes = 1 if frozen else 2
     reads = 2 if not frozen or relu or residual else 1
     return forward, whole * (reads * passes + 1 + bool(mask)) + mask * passes

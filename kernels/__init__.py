@@ -21,11 +21,13 @@ if __name__ == "kernels":
     sys.modules[__name__] = _other = module_from_spec(_found)
     _found.loader.exec_module(_other)
 else:
+    from .batch_norm.checks import ResidualNorm
     from .batch_norm.operator import batch_norm_act, batch_norm_act_forked
     from .encoding.operator import encode
     from .upsampling.operator import upsample_argmax, upsample_cross_entropy
 
 __all__ = [
+    "ResidualNorm",
     "batch_norm_act",
     "batch_norm_act_forked",
     "encode",

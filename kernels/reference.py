@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch_norm.checks import ResidualNorm
+
 
 def encode(
     x: Tensor, codewords: Tensor, scale: Tensor, *, backward_scale: Optional[Tensor] = None
@@ -51,14 +53,25 @@ def batch_norm_act(
     momentum: float,
     eps: float,
     residual: Optional[Tensor] = None,
+    residual_norm: Optional[ResidualNorm] = None,
     activation: Optional[str] = "relu",
 ) -> Tensor:
     """activation(weight (x - mean) / sqrt(var + eps) + bias + residual), channels in dimension 1.
 
     Training takes the biased mean and variance of the batch and moves the running ones, if given,
     towards them (the unbiased variance) in place; evaluation uses the running ones. A group of
-    processes computes what this does on the batches put together.
+    processes computes what this does on the batches put together. `residual_norm` does the same to
+    the residual before it is added.
     """
+    if residual is not None and residual_norm is not None:
+        residual = batch_norm_act(
+            residual,
+            *residual_norm[:4],
+            training=training,
+            momentum=residual_norm.momentum,
+            eps=eps,
+            activation=None,
+        )
     shape = [1, -1] + [1] * (x.dim() - 2)
     if training:
         axes = [0, *range(2, x.dim())]

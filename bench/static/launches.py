@@ -131,7 +131,7 @@ def encode_launches(
 class Variant:
     """What a layer does beside normalising; `frozen` is evaluation, with gradients backward.
 
-    `forked`: its result has two uses, hence two gradients.
+    `forked`: its result has two uses, hence two gradients. `projected`: the residual is normalised.
     """
 
     relu: bool = True
@@ -139,11 +139,13 @@ class Variant:
     frozen: bool = False
     synchronised: bool = False
     forked: bool = False
+    projected: bool = False
 
     def __str__(self) -> str:
         parts = ["frozen"] if self.frozen else []
         parts += ["synchronised"] if self.synchronised else []
-        parts += ["residual"] if self.residual else []
+        kind = "normalised residual" if self.projected else "residual"
+        parts += [kind] if self.residual else []
         parts += ["relu"] if self.relu else []
         parts += ["forked"] if self.forked else []
         return " + ".join(parts) or "linear"
@@ -157,6 +159,8 @@ VARIANTS = (
     Variant(frozen=True, residual=True),
     Variant(synchronised=True),
     Variant(residual=True, forked=True),
+    Variant(residual=True, projected=True),
+    Variant(residual=True, projected=True, forked=True),
 )
 
 
@@ -204,23 +208,26 @@ def batch_norm_passes(x: Tensor, variant: Variant, direction: str) -> list[Pass]
     if direction == "forward":
         running = plan.Running(mean, var, 0.1)
         if not frozen:
-            made.append(plan.Statistics(x, None if variant.synchronised else running))
+            statistics = plan.Statistics(x, None if variant.synchronised else running)
+            made += [statistics] * (2 if variant.projected else 1)
         if variant.synchronised:
             sums = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
             made.append(plan.Moments(sums, running))
         residual = torch.empty_like(x) if variant.residual else None
         pack = packed and not frozen
-        return [*made, plan.Normalise(x, affine, residual, relu, pack, fold=frozen)]
+        of_residual = affine if variant.projected else None
+        return [*made, plan.Normalise(x, affine, residual, relu, pack, frozen, of_residual)]
     mask = x.new_empty(plan.mask_bytes(x), dtype=torch.uint8) if packed else None
     given = (x, torch.empty_like(x), mask, affine, relu)
     other = torch.empty_like(x) if variant.forked else None
-    made.append(plan.BackwardSums(*given, frozen, packed, other))
+    residual = plan.Residual(torch.empty_like(x), affine) if variant.projected else None
+    made.append(plan.BackwardSums(*given, frozen, packed, other, residual))
     if other is not None:  # that pass has written g
-        given, packed = (x, torch.empty_like(x), None, affine, False), False
+        given, packed = (x, torch.empty_like(x), None, affine, False), variant.projected
     if not frozen:
-        sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+        sums = x.new_empty((3 if variant.projected else 2, x.shape[1]), dtype=torch.float64)
         count = x.new_empty(1, dtype=torch.float64)
-        made.append(plan.BackwardInput(*given, sums, count, packed))
+        made.append(plan.BackwardInput(*given, sums, count, packed, residual))
     return made
 
 

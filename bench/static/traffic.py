@@ -112,6 +112,7 @@ def batch_norm_cases(
     bytes_ = least.batch_norm(
         B=size.B, C=size.C, N=size.N, size=dtype.itemsize, channels_last=size.channels_last,
         relu=variant.relu, residual=variant.residual, frozen=variant.frozen, forked=variant.forked,
+        projected=variant.projected,
     )  # fmt: skip
     for direction, least_bytes in zip(DIRECTIONS, bytes_, strict=True):
         yield Case(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from encnet_triton.models.layers import check_images, conv3x3, init_convolutions, parameters_of
 from encnet_triton.nn.arguments import check_choice
-from encnet_triton.nn.norm import BatchNormAct2d
+from encnet_triton.nn.norm import BatchNormAct2d, hooked
 from encnet_triton.nn.recompute import Paths, recomputed
 
 
@@ -71,6 +71,18 @@ def _forked(x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return x if isinstance(x, tuple) else (x, x)
 
 
+def _projected(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, BatchNormAct2d | None]:
+    """What the block's last layer adds, and what that layer does to it first."""
+    if downsample is None:
+        return x, None
+    if type(downsample) is not nn.Sequential or hooked(downsample):
+        return downsample(x), None
+    *layers, norm = downsample
+    for layer in layers:
+        x = layer(x)
+    return (x, norm) if isinstance(norm, BatchNormAct2d) else (norm(x), None)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions."""
 
@@ -87,10 +99,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Paths) -> Paths:
         main, shortcut = _forked(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+        shortcut, norm = _projected(self.downsample, shortcut)
         y = self.bn1(self.conv1(main))
-        out: Paths = self.bn2(self.conv2(y), residual=shortcut, fork=isinstance(x, tuple))
+        out: Paths = self.bn2(
+            self.conv2(y), residual=shortcut, residual_norm=norm, fork=isinstance(x, tuple)
+        )
         return out
 
 
@@ -112,11 +125,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Paths) -> Paths:
         main, shortcut = _forked(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+        shortcut, norm = _projected(self.downsample, shortcut)
         y = self.bn1(self.conv1(main))
         y = self.bn2(self.conv2(y))
-        out: Paths = self.bn3(self.conv3(y), residual=shortcut, fork=isinstance(x, tuple))
+        out: Paths = self.bn3(
+            self.conv3(y), residual=shortcut, residual_norm=norm, fork=isinstance(x, tuple)
+        )
         return out
 
 

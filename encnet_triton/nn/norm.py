@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from encnet_triton.kernels import batch_norm_act, batch_norm_act_forked
+from encnet_triton.kernels import ResidualNorm, batch_norm_act, batch_norm_act_forked
 from encnet_triton.kernels.runtime.dispatch import takes_triton
 from encnet_triton.nn.arguments import check_choice
 
@@ -21,6 +21,12 @@ Impl = Literal["auto", "fused", "torch"]
 Activation = Literal["relu"] | None
 
 IMPLS = ("auto", "fused", "torch")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module would call something else, too."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 class _BatchNormAct(_BatchNorm):
@@ -59,6 +65,7 @@ class _BatchNormAct(_BatchNorm):
         residual: Tensor | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
         fork: bool = False,
+        residual_norm: _BatchNormAct | None = None,
     ) -> Any:
         """Normalise over dimension 1 and return a tensor of x's shape and dtype, or two.
 
@@ -68,6 +75,8 @@ class _BatchNormAct(_BatchNorm):
             statistics: sum and M2 of ``x`` per image and channel, where `takes_statistics`.
             fork: return the result twice, sharing its memory, one for each of the two places that
                 use it; backward adds their gradients as it reads them (`batch_norm_act_forked`).
+            residual_norm: a layer that ``residual`` passes first; in the same kernels where both
+                layers train with them and no hook is to see what it returns.
 
         Raises:
             TypeError: ``x`` holds integers.
@@ -77,12 +86,13 @@ class _BatchNormAct(_BatchNorm):
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         self._check_channels(x)
         self._check_values(x, residual)
-        mean, var = self.running_mean, self.running_var
-        if self.training and not self.moves_statistics:
-            # Copies, so that backward keeps the same tensors as in the first pass.
-            mean, var = (None if r is None else r.clone() for r in (mean, var))
-        elif self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        norm = None
+        if residual is not None and residual_norm is not None:
+            if self._folds(residual_norm, x):
+                norm = residual_norm._as_residual_norm()
+            else:
+                residual = residual_norm(residual)
+        mean, var = self._running()
         of_batch = self.training or mean is None
         if not self._fused(x):
             y = self._torch(x, residual, mean, var, of_batch)
@@ -98,10 +108,35 @@ class _BatchNormAct(_BatchNorm):
             momentum=self.momentum,
             eps=self.eps,
             residual=residual,
+            residual_norm=norm,
             activation=self.activation,
             group=self.group if self.training else None,
             statistics=statistics if of_batch else None,
         )
+
+    def _running(self) -> tuple[Tensor | None, Tensor | None]:
+        """The running statistics of a call; counts the batch where they move."""
+        mean, var = self.running_mean, self.running_var
+        if self.training and not self.moves_statistics:
+            # Copies, so that backward keeps the same tensors as in the first pass.
+            mean, var = (None if r is None else r.clone() for r in (mean, var))
+        elif self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return mean, var
+
+    def _as_residual_norm(self) -> ResidualNorm:
+        return ResidualNorm(self.weight, self.bias, *self._running(), self.momentum)
+
+    def _folds(self, other: _BatchNormAct, x: Tensor) -> bool:
+        """Whether the kernels of this layer can do what another one does to the residual."""
+        if not (self.training and self._fused(x)) or other.activation is not None or hooked(other):
+            return False
+        ours, theirs = (
+            (layer.training, layer._fused(x), layer.num_features, layer.eps, layer.group)
+            + tuple(None if p is None else p.dtype for p in (layer.weight, layer.bias))
+            for layer in (self, other)
+        )
+        return ours == theirs
 
     def extra_repr(self) -> str:
         return (

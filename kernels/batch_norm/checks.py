@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -21,6 +21,38 @@ if TYPE_CHECKING:
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class ResidualNorm(NamedTuple):
+    """What normalises the residual of `batch_norm_act`: arguments as there for x."""
+
+    weight: Optional[Tensor]
+    bias: Optional[Tensor]
+    running_mean: Optional[Tensor]
+    running_var: Optional[Tensor]
+    momentum: float
+
+
+def check_residual_norm(
+    norm: ResidualNorm, residual: Optional[Tensor], weight: Any, bias: Any
+) -> Tensor:
+    """The residual; refuses what `check_arguments` does not see."""
+    if not isinstance(norm, ResidualNorm):
+        raise TypeError(
+            "batch_norm_act: residual_norm must be a ResidualNorm or None, got "
+            f"{type(norm).__name__}."
+        )
+    if residual is None:
+        raise ValueError("batch_norm_act: residual_norm needs a residual.")
+    check_number("batch_norm_act", "momentum of residual_norm", norm.momentum)
+    for name, ours, other in (("weight", weight, norm.weight), ("bias", bias, norm.bias)):
+        of_x, of_residual = (getattr(tensor, "dtype", None) for tensor in (ours, other))
+        if of_x != of_residual:
+            raise ValueError(
+                f"batch_norm_act: {name} and that of residual_norm must have one dtype or both be "
+                f"None, got {of_x} and {of_residual}."
+            )
+    return residual
+
+
 def check_devices(x: Tensor, others: dict[str, Optional[Tensor]]) -> None:
     """Every operand is on x's device, which fake tensors do not check by themselves."""
     for name, tensor in others.items():
@@ -37,24 +69,38 @@ def check_arguments(
     running_mean: Optional[Tensor],
     running_var: Optional[Tensor],
     residual: Optional[Tensor],
+    res_weight: Optional[Tensor],
+    res_bias: Optional[Tensor],
+    res_running_mean: Optional[Tensor],
+    res_running_var: Optional[Tensor],
     training: bool,
     eps: float,
     activation: Optional[str],
     group: Optional[ProcessGroup],
     statistics: Optional[tuple[Tensor, Tensor]],
 ) -> None:
-    running = {"running_mean": running_mean, "running_var": running_var}
-    _check_inputs(x, {"weight": weight, "bias": bias, **running}, residual, activation)
+    of_channels = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight of residual_norm": res_weight,
+        "bias of residual_norm": res_bias,
+        "running_mean of residual_norm": res_running_mean,
+        "running_var of residual_norm": res_running_var,
+    }
+    _check_inputs(x, of_channels, residual, activation)
     _check_options(training, eps, group)
     _check_statistics(x, statistics)
-    check_derivatives("batch_norm_act", x, weight, bias, residual)
+    differentiable = x, weight, bias, residual, res_weight, res_bias
+    check_derivatives("batch_norm_act", *differentiable)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
                 "batch_norm_act: running_mean and running_var are needed when training is False."
             )
         return
-    check_no_vmap("batch_norm_act in training", x, weight, bias, residual)
+    check_no_vmap("batch_norm_act in training", *differentiable)
     if group is None and x.numel() // x.shape[1] < 2:
         raise ValueError(
             "batch_norm_act: training needs more than one value per channel, got x of shape "

@@ -185,6 +185,10 @@ def normalise_kernel(
     Var,  # C, float32
     Weight,  # C; read with WEIGHT
     Bias,  # C; read with BIAS
+    RMean,  # C, float32; this and the next three normalise R with NORM
+    RVar,  # C, float32
+    RWeight,  # C; read with WEIGHT
+    RBias,  # C; read with BIAS
     eps,  # added to Var
     B,  # images
     C,  # channels
@@ -198,15 +202,20 @@ def normalise_kernel(
     WEIGHT: tl.constexpr,  # there is a weight
     BIAS: tl.constexpr,  # there is a bias
     RESIDUAL: tl.constexpr,  # add R
+    NORM: tl.constexpr,  # normalised
     RELU: tl.constexpr,  # the activation is a ReLU
     PACK: tl.constexpr,  # write the mask of what it let pass
     FOLD: tl.constexpr,  # one multiply-add per value: for frozen statistics
 ):
-    """Y = act(normalised X + R), and the packed mask of the activation."""
+    """Y = act(normalised X + R or normalised R), and the packed mask of the activation."""
     split, block, channels = _split(_from_the_end(), C, BQ, LAST)
     mean, inv_std, factor, bias = _coefficients(
         Mean, Var, Weight, Bias, channels, channels < C, eps, WEIGHT, BIAS
     )
+    if NORM:
+        r_mean, _, r_factor, r_bias = _coefficients(
+            RMean, RVar, RWeight, RBias, channels, channels < C, eps, WEIGHT, BIAS
+        )
     begin = split * per
     end = tl.minimum(begin + per, tiles)
     # Backwards: what the previous pass read last is still in L2.
@@ -216,7 +225,10 @@ def normalise_kernel(
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
         y = _affine(x, mean, factor, bias, FOLD)
         if RESIDUAL:
-            y += tl.load(R + offsets, mask=inside, other=0.0).to(tl.float32)
+            r = tl.load(R + offsets, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                r = _affine(r, r_mean, r_factor, r_bias, FOLD)
+            y += r
         if PACK:
             at, exists = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 8)
             tl.store(Bits + at, _pack((y > 0) & inside, BP, BQ), mask=exists)
@@ -246,13 +258,15 @@ def backward_sums_kernel(
     dY,  # as X
     Other,  # as X: another gradient of y; read with TWO
     X,  # B x C x N, dense
+    R,  # as X: the residual; read with NORM
     Bits,  # the mask of the activation, uint8; read with PACKED
     Mean,  # C, float32
     Var,  # C, float32
     Weight,  # C; read with WEIGHT
     Bias,  # C; read with BIAS
+    RMean,  # C, float32: of R; read with NORM
     eps,  # added to Var
-    P,  # runs x 2 x C, float32: sums of g and of g u
+    P,  # runs x 2 (with NORM 3) x C, float32: sums of g, of g u, and of g u of R
     dX,  # as X; written with FROZEN
     dR,  # as X: g, the gradient of the residual; written with RESIDUAL
     B,  # images
@@ -271,8 +285,9 @@ def backward_sums_kernel(
     FROZEN: tl.constexpr,  # statistics are constants: dX needs no sums
     RESIDUAL: tl.constexpr,  # write dR
     TWO: tl.constexpr,  # the gradient of y is the sum of dY and Other
+    NORM: tl.constexpr,  # the residual is normalised: sum for R, too
 ):
-    """P[split] = sum g and sum g u, 2 x C; frozen statistics: dX, and dR, in the same pass.
+    """P[split] = sum g and sums g u, 2 or 3 x C; frozen statistics: dX, and dR, in the same pass.
 
     With TWO gradients it writes g to dR: their sum is never written before it is masked.
     """
@@ -285,6 +300,9 @@ def backward_sums_kernel(
     end = tl.minimum(begin + per, tiles)
     total = tl.zeros((BP, BQ), tl.float32)
     product = tl.zeros((BP, BQ), tl.float32)
+    if NORM:
+        r_mean = _load(RMean, channels, in_c, 0.0)[None, :]
+        r_product = tl.zeros((BP, BQ), tl.float32)
     for t in range(begin, end):
         offsets, inside = _tile(t, block, B, C, N, packed, BP, BQ, LAST, 1)
         x = tl.load(X + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -298,29 +316,44 @@ def backward_sums_kernel(
         )  # fmt: skip
         total += grad
         product += grad * (x - mean)
+        if NORM:
+            r = tl.load(R + offsets, mask=inside, other=0.0).to(tl.float32)
+            r_product += grad * (r - r_mean)
         if FROZEN:
             tl.store(dX + offsets, (grad * factor).to(dX.dtype.element_ty), mask=inside)
         if RESIDUAL:
             tl.store(dR + offsets, grad.to(dR.dtype.element_ty), mask=inside)
-    slot = P + tl.cast(split, tl.int64) * 2 * C + channels
+    slot = P + tl.cast(split, tl.int64) * (3 if NORM else 2) * C + channels
     tl.store(slot, _sum(total, LAST), mask=in_c)
     tl.store(slot + C, _sum(product, LAST), mask=in_c)
+    if NORM:
+        tl.store(slot + 2 * C, _sum(r_product, LAST), mask=in_c)
+
+
+@triton.jit
+def _mean(sums, channels, in_c, share):
+    """Sums of float64, each times its share, as float32; broadcast over p."""
+    return (tl.load(sums + channels, mask=in_c, other=0.0) * share).to(tl.float32)[None, :]
 
 
 @triton.jit
 def backward_input_kernel(
     dY,  # as X
     X,  # B x C x N, dense
+    R,  # as X: the residual; read with NORM
     Bits,  # the mask of the activation, uint8; read with PACKED
     Mean,  # C, float32
     Var,  # C, float32
     Weight,  # C; read with WEIGHT
     Bias,  # C; read with BIAS
+    RMean,  # C, float32; this and the next two are of R and read with NORM
+    RVar,  # C, float32
+    RWeight,  # C; read with WEIGHT
     eps,  # added to Var
-    Sums,  # 2 x C, float64: sums of g and of g u s over all processes
+    Sums,  # 2 (with NORM 3) x C, float64: sums of g, of g u s and of that of R over all processes
     Count,  # 1, float64: values per channel over all processes
     dX,  # as X
-    dR,  # as X: g, the gradient of the residual; written with RESIDUAL
+    dR,  # as X: the gradient of the residual; written with RESIDUAL
     B,  # images
     C,  # channels
     N,  # pixels
@@ -335,6 +368,7 @@ def backward_input_kernel(
     RELU: tl.constexpr,  # the activation is a ReLU
     PACKED: tl.constexpr,  # its mask is read, not recomputed from X
     RESIDUAL: tl.constexpr,  # write dR
+    NORM: tl.constexpr,  # the residual is normalised: dR is not g
 ):
     """dX from the sums over all processes, and dR."""
     split, block, channels = _split(_from_the_end(), C, BQ, LAST)
@@ -343,9 +377,13 @@ def backward_input_kernel(
         Mean, Var, Weight, Bias, channels, in_c, eps, WEIGHT, BIAS
     )
     share = 1 / tl.load(Count)  # one division in float64, not one per channel
-    constant = (tl.load(Sums + channels, mask=in_c, other=0.0) * share).to(tl.float32)[None, :]
-    slope = (tl.load(Sums + C + channels, mask=in_c, other=0.0) * share).to(tl.float32)[None, :]
-    slope = slope * inv_std
+    constant = _mean(Sums, channels, in_c, share)
+    slope = _mean(Sums + C, channels, in_c, share) * inv_std
+    if NORM:
+        r_mean, r_inv_std, r_factor, _ = _coefficients(
+            RMean, RVar, RWeight, RMean, channels, in_c, eps, WEIGHT, False
+        )
+        r_slope = _mean(Sums + 2 * C, channels, in_c, share) * r_inv_std
     begin = split * per
     end = tl.minimum(begin + per, tiles)
     for i in range(begin, end):
@@ -358,7 +396,11 @@ def backward_input_kernel(
             BP, BQ, LAST, RELU, PACKED, False,
         )  # fmt: skip
         if RESIDUAL:
-            tl.store(dR + offsets, grad.to(dR.dtype.element_ty), mask=inside)
+            dr = grad
+            if NORM:
+                r = tl.load(R + offsets, mask=inside, other=0.0).to(tl.float32)
+                dr = r_factor * (grad - constant - (r - r_mean) * r_slope)
+            tl.store(dR + offsets, dr.to(dR.dtype.element_ty), mask=inside)
         dx = factor * (grad - constant - (x - mean) * slope)
         tl.store(dX + offsets, dx.to(dX.dtype.element_ty), mask=inside)
 
@@ -466,12 +508,24 @@ def moments_kernel(
 
 
 @triton.jit
+def _write_product(product, Var, eps, Sum, dWeight, channels, in_c, WEIGHT: tl.constexpr):
+    """Sum g u s from sum g u; it is the gradient of the weight."""
+    var = tl.load(Var + channels, mask=in_c, other=1.0).to(tl.float32)
+    product = product / tl.sqrt_rn(var + eps)
+    tl.store(Sum + channels, product, mask=in_c)
+    if WEIGHT:
+        tl.store(dWeight + channels, product.to(dWeight.dtype.element_ty), mask=in_c)
+
+
+@triton.jit
 def finish_backward_kernel(
-    P,  # splits x 2 x C, float32: sums of g and of g u of each run
+    P,  # splits x 2 (with NORM 3) x C, float32: sums of g, of g u, of g u of R, of each run
     Var,  # C, float32
+    RVar,  # C, float32: of R; read with NORM
     eps,  # added to Var
-    Sums,  # 2 x C, float64
+    Sums,  # 2 (with NORM 3) x C, float64
     dWeight,  # C; written with WEIGHT
+    dRWeight,  # C; written with WEIGHT and NORM
     dBias,  # C; written with BIAS
     C,  # channels
     splits,  # runs
@@ -479,25 +533,28 @@ def finish_backward_kernel(
     BS: tl.constexpr,  # runs read at once
     WEIGHT: tl.constexpr,  # there is a weight
     BIAS: tl.constexpr,  # there is a bias
+    NORM: tl.constexpr,  # sums for R, too
 ):
-    """Sums = sum g and sum g u s of this process in float64; the parameters' gradients."""
+    """Sums = sum g and sums g u s of this process in float64; the parameters' gradients."""
     channels, s = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BS)
     in_c = channels < C
     total = tl.zeros((BS, BC), tl.float64)
     product = tl.zeros((BS, BC), tl.float64)
+    r_product = tl.zeros((BS, BC), tl.float64)
+    rows: tl.constexpr = 3 if NORM else 2
     for begin in range(0, splits, BS):
         slots = begin + s
-        at = P + (slots.to(tl.int64) * 2 * C)[:, None] + channels[None, :]
+        at = P + (slots.to(tl.int64) * rows * C)[:, None] + channels[None, :]
         mask = (slots < splits)[:, None] & in_c[None, :]
         total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
         product += tl.load(at + C, mask=mask, other=0.0).to(tl.float64)
-    total, product = tl.sum(total, 0), tl.sum(product, 0)
-    product = product / tl.sqrt_rn(
-        tl.load(Var + channels, mask=in_c, other=1.0).to(tl.float32) + eps
-    )
+        if NORM:
+            r_product += tl.load(at + 2 * C, mask=mask, other=0.0).to(tl.float64)
+    total = tl.sum(total, 0)
     tl.store(Sums + channels, total, mask=in_c)
-    tl.store(Sums + C + channels, product, mask=in_c)
-    if WEIGHT:
-        tl.store(dWeight + channels, product.to(dWeight.dtype.element_ty), mask=in_c)
     if BIAS:
         tl.store(dBias + channels, total.to(dBias.dtype.element_ty), mask=in_c)
+    _write_product(tl.sum(product, 0), Var, eps, Sums + C, dWeight, channels, in_c, WEIGHT)
+    if NORM:
+        r_product = tl.sum(r_product, 0)
+        _write_product(r_product, RVar, eps, Sums + 2 * C, dRWeight, channels, in_c, WEIGHT)

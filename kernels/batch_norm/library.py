@@ -51,6 +51,21 @@ def _affine(
     return plan.Affine(*_rows(mean, var, weight, bias), eps)
 
 
+def _residual(
+    plan: Any,
+    dense: Tensor,
+    residual: Optional[Tensor],
+    mean: Optional[Tensor],
+    var: Optional[Tensor],
+    weight: Optional[Tensor],
+    eps: float,
+) -> Any:
+    """A residual that is normalised, for the backward pass."""
+    if residual is None or mean is None or var is None:
+        return None
+    return plan.Residual(_like(residual, dense), _affine(plan, mean, var, weight, None, eps))
+
+
 def _write_back(moved: Any, mean: Optional[Tensor], var: Optional[Tensor]) -> None:
     """Copy running statistics back where the kernel moved a contiguous copy of them."""
     for tensor, row in ((mean, moved.mean), (var, moved.var)):
@@ -156,20 +171,31 @@ def normalise(
     pack: bool,
     group_name: str,
     forked: bool,
+    res_mean: Optional[Tensor],
+    res_var: Optional[Tensor],
+    res_weight: Optional[Tensor],
+    res_bias: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of x [B, C, N]; the ReLU's mask, one bit per value, or empty; y's twin, or empty.
 
     `pack` asks for the mask; the PyTorch code makes none because it keeps y. `count` (None: frozen
     statistics) and `group_name` are for the backward pass. `forked` asks for the twin: an operator
     must not return y twice, so the twin has y's shape, no values, and takes a gradient as y does.
+    `res_mean` and the others, if given, normalise the residual; not with frozen statistics.
     """
     check_devices(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
         added = None if residual is None else _like(residual, dense)
-        affine = _affine(plan, mean, var, weight, bias, eps)
-        y, mask = run(plan.Normalise(dense, affine, added, relu, pack, fold=count is None))
+        affine, of_residual = _affine(plan, mean, var, weight, bias, eps), None
+        if res_mean is not None and res_var is not None:
+            of_residual = _affine(plan, res_mean, res_var, res_weight, res_bias, eps)
+        call = plan.Normalise(dense, affine, added, relu, pack, count is None, of_residual)
+        y, mask = run(call)
         return _like(y, x), mask, _twin(x, forked)
+    if residual is not None and res_mean is not None and res_var is not None:
+        of_residual = res_mean, res_var, res_weight, res_bias
+        residual = pytorch.normalise(residual, *of_residual, None, False, eps)
     y = pytorch.normalise(x, mean, var, weight, bias, residual, relu, eps)
     return y, x.new_empty(0, dtype=torch.uint8), _twin(x, forked)
 
@@ -192,6 +218,10 @@ def _normalise_fake(
     pack: bool,
     group_name: str,
     forked: bool,
+    res_mean: Optional[Tensor],
+    res_var: Optional[Tensor],
+    res_weight: Optional[Tensor],
+    res_bias: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_devices(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
     plan = plan_of(__package__, x) if pack else None
@@ -211,25 +241,37 @@ def backward_sums(
     bias: Optional[Tensor],
     relu: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[sum g, sum g u s] of this process, 2 x C in float64; dweight, dbias; g (or empty).
+    residual: Optional[Tensor],
+    res_mean: Optional[Tensor],
+    res_var: Optional[Tensor],
+    res_weight: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """[sum g, sum g u s] of this process, 2 x C in float64; dweight, dbias; g (or empty); empty.
 
-    `kept` is the mask as `normalise` packed it, or y, or None where x alone gives the mask. `other`
-    is the gradient of y's twin, to be added to `grad`: g is then always returned.
+    Where `residual`, which was normalised, is given, the sums have its sum g u s for a third row,
+    and the last output is the gradient of its weight. `kept` is the mask as `normalise` packed it,
+    or y, or None where x alone gives the mask. `other` is the gradient of y's twin, to be added to
+    `grad`: g is then always returned.
     """
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
         given = _like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu
         twin = None if other is None else _like(other, dense)
-        call = plan.BackwardSums(dense, *given, False, False, twin)
-        sums, grad_weight, grad_bias, _, masked = run(call)
-        return sums, grad_weight, grad_bias, _like(masked, x)
+        normalised = _residual(plan, dense, residual, res_mean, res_var, res_weight, eps)
+        call = plan.BackwardSums(dense, *given, False, False, twin, normalised)
+        sums, grad_weight, grad_bias, _, masked, grad_res_weight = run(call)
+        return sums, grad_weight, grad_bias, _like(masked, x), grad_res_weight
     if other is not None:
         grad = torch.add(grad, other, out=torch.empty_like(x))
     sums, masked = pytorch.backward_sums(grad, x, kept, mean, (var + eps).rsqrt())
     if other is not None and kept is None:
         masked = grad
-    return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
+    if residual is not None and res_mean is not None and res_var is not None:
+        g = grad if kept is None else masked
+        found, _ = pytorch.backward_sums(g, residual, None, res_mean, (res_var + eps).rsqrt())
+        sums = torch.cat([sums, found[1:]])
+    grad_weight, grad_bias, grad_res = _parameter_gradients(x, sums, weight, bias, res_weight)
+    return sums, grad_weight, grad_bias, masked, grad_res
 
 
 @register_fake(backward_sums)
@@ -244,20 +286,25 @@ def _backward_sums_fake(
     bias: Optional[Tensor],
     relu: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    residual: Optional[Tensor],
+    res_mean: Optional[Tensor],
+    res_var: Optional[Tensor],
+    res_weight: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = 2 if residual is None else 3
+    sums = x.new_empty((rows, x.shape[1]), dtype=torch.float64)
     made = other is not None or not (kept is None or plan_of(__package__, x))
     masked = torch.empty_like(x) if made else x.new_empty(0)
-    return (sums, *_parameter_gradients(x, sums, weight, bias), masked)
+    grad_weight, grad_bias, grad_res = _parameter_gradients(x, sums, weight, bias, res_weight)
+    return sums, grad_weight, grad_bias, masked, grad_res
 
 
-def _parameter_gradients(
-    x: Tensor, sums: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """dweight and dbias, empty where there is no parameter."""
-    grad_weight = x.new_empty(0) if weight is None else sums[1].to(weight.dtype, copy=True)
-    grad_bias = x.new_empty(0) if bias is None else sums[0].to(bias.dtype, copy=True)
-    return grad_weight, grad_bias
+def _parameter_gradients(x: Tensor, sums: Tensor, *parameters: Optional[Tensor]) -> list[Tensor]:
+    """Of weight, bias and, with three rows of sums, res_weight; empty where there is none."""
+    return [
+        x.new_empty(0) if parameter is None else sums[row].to(parameter.dtype, copy=True)
+        for row, parameter in zip((1, 0, 2), parameters)
+    ]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_input"), mutates_args=())
@@ -274,19 +321,29 @@ def backward_input(
     relu: bool,
     eps: float,
     need_residual: bool,
+    residual: Optional[Tensor],
+    res_mean: Optional[Tensor],
+    res_var: Optional[Tensor],
+    res_weight: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """dx from the sums over all processes; the residual's gradient, if needed, or empty.
 
-    `grad` is dL/dy with `kept` as in `backward_sums`, or g with `relu` False.
+    `grad` is dL/dy with `kept` as in `backward_sums`, or g with `relu` False. `residual` is given
+    where it was normalised.
     """
     if plan := plan_of(__package__, x):
         dense = plan.dense(x)
         given = (_like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu)
-        made = run(plan.BackwardInput(dense, *given, sums, count, need_residual))
+        normalised = _residual(plan, dense, residual, res_mean, res_var, res_weight, eps)
+        call = plan.BackwardInput(dense, *given, sums, count, need_residual, normalised)
+        made = run(call)
         return _like(made[0], x), _like(made[1], x)
     inv_std = (var + eps).rsqrt()
-    grad_x = pytorch.backward_input(grad, x, mean, inv_std, weight, sums, count)
-    return grad_x, x.new_empty(0)
+    grad_x = pytorch.backward_input(grad, x, mean, inv_std, weight, sums[:2], count)
+    if not need_residual or residual is None or res_mean is None or res_var is None:
+        return grad_x, x.new_empty(0)
+    of_residual = res_mean, (res_var + eps).rsqrt(), res_weight, sums[::2], count
+    return grad_x, _like(pytorch.backward_input(grad, residual, *of_residual), x)
 
 
 @register_fake(backward_input)
@@ -303,6 +360,10 @@ def _backward_input_fake(
     relu: bool,
     eps: float,
     need_residual: bool,
+    residual: Optional[Tensor],
+    res_mean: Optional[Tensor],
+    res_var: Optional[Tensor],
+    res_weight: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x) if need_residual else x.new_empty(0)
 
@@ -325,13 +386,14 @@ def backward_frozen(
         dense = plan.dense(x)
         given = (_like(grad, dense), kept, _affine(plan, mean, var, weight, bias, eps), relu)
         call = plan.BackwardSums(dense, *given, frozen=True, need_residual=need_residual)
-        _, grad_weight, grad_bias, grad_x, grad_residual = run(call)
+        _, grad_weight, grad_bias, grad_x, grad_residual, _ = run(call)
         return _like(grad_x, x), grad_weight, grad_bias, _like(grad_residual, x)
     inv_std = (var + eps).rsqrt()
     sums, masked = pytorch.backward_sums(grad, x, kept, mean, inv_std)
     grad = grad if kept is None else masked
     grad_x = pytorch.backward_input(grad, x, mean, inv_std, weight, None, None)
-    return (grad_x, *_parameter_gradients(x, sums, weight, bias), masked)
+    grad_weight, grad_bias = _parameter_gradients(x, sums, weight, bias)
+    return grad_x, grad_weight, grad_bias, masked
 
 
 @register_fake(backward_frozen)
@@ -350,7 +412,8 @@ def _backward_frozen_fake(
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
     written = need_residual if plan_of(__package__, x) else kept is not None
     grad_residual = torch.empty_like(x) if written else x.new_empty(0)
-    return torch.empty_like(x), *_parameter_gradients(x, sums, weight, bias), grad_residual
+    grad_weight, grad_bias = _parameter_gradients(x, sums, weight, bias)
+    return torch.empty_like(x), grad_weight, grad_bias, grad_residual
 
 
 def all_reduce(packed: Tensor, group_name: str) -> Tensor:
@@ -367,11 +430,15 @@ _backward_frozen = Direct(backward_frozen)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     y, mask, twin = output
-    x, mean, var, count, weight, bias, _, ctx.relu, ctx.eps, pack, ctx.group_name, forked = inputs
+    x, mean, var, count, weight, bias, residual, relu, eps, pack, group_name, forked, *more = inputs
+    res_mean, res_var, res_weight, _ = more
+    ctx.options = relu, eps, group_name
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((mask,) if forked else (mask, twin)))
-    kept = kept_of(x, y, mask, ctx.relu, pack)
-    ctx.save_for_backward(x, kept, mean, var, count, weight, bias)
+    kept = kept_of(x, y, mask, relu, pack)
+    read = None if res_mean is None else residual
+    of_residual = read, res_mean, res_var, res_weight
+    ctx.save_for_backward(x, kept, mean, var, count, weight, bias, *of_residual)
 
 
 def kept_of(x: Tensor, y: Tensor, mask: Tensor, relu: bool, pack: bool) -> Optional[Tensor]:
@@ -384,10 +451,10 @@ def kept_of(x: Tensor, y: Tensor, mask: Tensor, relu: bool, pack: bool) -> Optio
 def _autograd_backward(
     ctx: Any, grad: Optional[Tensor], _: Any, other: Optional[Tensor]
 ) -> tuple[Optional[Tensor], ...]:
-    options = ctx.relu, ctx.eps, ctx.group_name
-    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6)]
-    made = needed_gradients(gradients_of, grad, other, ctx.saved_tensors, options, needs)
-    return (made[0], None, None, None, *made[1:], None, None, None, None, None)
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 14, 15)]
+    made = needed_gradients(gradients_of, grad, other, ctx.saved_tensors, ctx.options, needs)
+    none = [None] * 7
+    return (made[0], None, None, None, *made[1:4], *none, *made[4:])
 
 
 def needed_gradients(
@@ -398,21 +465,24 @@ def needed_gradients(
     options: tuple[bool, float, str],
     needs: Sequence[bool],
 ) -> tuple[Optional[Tensor], ...]:
-    """Of x, weight, bias and residual, as needed; y or its twin may have no gradient."""
+    """Of x, weight, bias, residual, its weight and bias; y or its twin may have no gradient."""
     if grad is None:
         grad, other = other, None
     if grad is None:
-        return None, None, None, None
-    need_x, need_weight, need_bias, need_residual = needs
-    # Without a ReLU the residual's gradient is dy itself.
-    write = need_residual and (options[0] or other is not None)
+        return (None,) * 6
+    need_x, need_weight, need_bias, need_residual, need_res_weight, need_res_bias = needs
+    # Without a ReLU the residual's gradient is dy itself, if it is added as it is.
+    normalised = saved[7] is not None
+    write = need_residual and (options[0] or other is not None or normalised)
     made = gradients(grad, other, *saved, *options, need_x, write)
-    grad_x, grad_weight, grad_bias, grad_residual = made
+    grad_x, grad_weight, grad_bias, grad_residual, grad_res_weight = made
     return (
         grad_x,
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
         (grad_residual if write else grad) if need_residual else None,
+        grad_res_weight if need_res_weight else None,
+        grad_bias if need_res_bias else None,  # the same sum
     )
 
 
@@ -429,31 +499,40 @@ def gradients_of(
     count: Optional[Tensor],
     weight: Optional[Tensor],
     bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    res_mean: Optional[Tensor],
+    res_var: Optional[Tensor],
+    res_weight: Optional[Tensor],
     relu: bool,
     eps: float,
     group_name: str,
     need_x: bool,
     write_residual: bool,
-) -> tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor]]:
-    """Of x, weight, bias and residual; x, grads and kept (if it is y) are B x C x N.
+) -> tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Of x, weight, bias, residual and its weight; x, grads and kept (if it is y) are B x C x N.
 
-    `other` is None where the statistics are frozen.
+    `other` and `residual`, which is given where it was normalised, are None where the statistics
+    are frozen.
     """
     call = (x, kept, mean, var, weight, bias)
     if count is None:
         grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
             grad, *call, relu, eps, write_residual
         )
-        return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
-    sums, grad_weight, grad_bias, masked = _backward_sums(grad, other, *call, relu, eps)
+        return grad_x if need_x else None, grad_weight, grad_bias, grad_residual, None
+    of_residual = residual, res_mean, res_var, res_weight
+    made = _backward_sums(grad, other, *call, relu, eps, *of_residual)
+    sums, grad_weight, grad_bias, masked, grad_res_weight = made
     if not need_x and not write_residual:
-        return None, grad_weight, grad_bias, None
+        return None, grad_weight, grad_bias, None, grad_res_weight
     if group_name:
         sums = all_reduce(sums, group_name)
     # The PyTorch code has made g where it has y.
     if other is not None or (kept is not None and not plan_of(__package__, x)):
-        given = masked, x, None, *call[2:], sums, count, False, eps, False
-        grad_x, grad_residual = _backward_input(*given)[0], masked
-    else:
-        grad_x, grad_residual = _backward_input(grad, *call, sums, count, relu, eps, write_residual)
-    return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
+        grad, kept, relu = masked, None, False
+    normalised = residual is not None
+    g_is_made = grad is masked and not normalised
+    given = grad, x, kept, *call[2:], sums, count, relu, eps
+    grad_x, grad_residual = _backward_input(*given, write_residual and not g_is_made, *of_residual)
+    grad_residual = masked if g_is_made else grad_residual
+    return grad_x if need_x else None, grad_weight, grad_bias, grad_residual, grad_res_weight

@@ -161,6 +161,11 @@ class Affine:
             "eps": self.eps,
         }
 
+    def of_residual(self, *names: str) -> dict[str, Any]:
+        """The arguments of these names, where this normalises the residual."""
+        given = self.arguments()
+        return {f"R{name}": given[name] for name in names}
+
     def constants(self) -> dict[str, bool]:
         return {"WEIGHT": self.weight is not None, "BIAS": self.bias is not None}
 
@@ -305,17 +310,22 @@ class Moments:
 
 @dataclass(frozen=True)
 class Normalise(_Pass):
-    """y, and the packed mask (else empty); residual lies as x does."""
+    """y, and the packed mask (else empty); residual lies as x does.
+
+    `of_residual` normalises the residual: its weight and bias are there where those of x are.
+    """
 
     affine: Affine
     residual: Optional[Tensor]
     relu: bool
     pack: bool
     fold: bool
+    of_residual: Optional[Affine] = None
 
     def problem(self) -> Problem:
+        name = "normalise" if self.of_residual is None else "normalise two"
         added = self.residual is not None
-        return self.asked("normalise", residual=added, packed=self.pack, frozen=self.fold)
+        return self.asked(name, residual=added, packed=self.pack, frozen=self.fold)
 
     def launches(
         self, machine: Machine, config: Config
@@ -324,16 +334,27 @@ class Normalise(_Pass):
         y = torch.empty_like(x)
         mask = x.new_empty(mask_bytes(x) if self.pack else 0, dtype=torch.uint8)
         arguments = {"X": x, "R": x if residual is None else residual, "Y": y}
+        of_residual = self.of_residual or self.affine
+        arguments |= of_residual.of_residual("Mean", "Var", "Weight", "Bias")
         launch = self.walk(machine, config).launch(
             kernels.normalise_kernel,
             arguments | {"Bits": mask if self.pack else y} | self.affine.arguments(),
             **self.affine.constants(),
             RESIDUAL=residual is not None,
+            NORM=self.of_residual is not None,
             RELU=self.relu,
             PACK=self.pack,
             FOLD=self.fold,
         )
         return [launch], (y, mask)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A residual that is normalised, and by what; see `Normalise`."""
+
+    x: Tensor
+    affine: Affine
 
 
 @dataclass(frozen=True)
@@ -359,12 +380,14 @@ class BackwardSums(_BackwardPass):
 
     Outputs: sums, 2 x C in float64, the gradients of weight and bias, and for frozen statistics dx
     and, where needed, that of the residual, g; empty where there is none. Of two gradients g is
-    always written.
+    always written. For a residual that is normalised the sums are 3 x C, with its g u s, and the
+    last output is the gradient of its weight; that of its bias is the one of x.
     """
 
     frozen: bool
     need_residual: bool
     other: Optional[Tensor] = None
+    residual: Optional[Residual] = None
 
     @property
     def write_residual(self) -> bool:
@@ -372,32 +395,34 @@ class BackwardSums(_BackwardPass):
 
     def problem(self) -> Problem:
         name = "backward sums" if self.other is None else "backward sums of two"
+        name += "" if self.residual is None else ", for two"
         written, packed = self.write_residual, self.mask is not None
         return self.asked(name, residual=written, packed=packed, frozen=self.frozen)
 
-    def launches(
-        self, machine: Machine, config: Config
-    ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        x, affine = self.x, self.affine
+    def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], tuple[Tensor, ...]]:
+        x, affine, normalised = self.x, self.affine, self.residual is not None
+        residual = self.residual or Residual(x, affine)
         walk = self.walk(machine, config)
-        channels = x.shape[1]
-        sums_of_runs = x.new_empty((walk.splits, 2, channels), dtype=torch.float32)
-        sums = x.new_empty((2, channels), dtype=torch.float64)
+        rows, channels = 3 if normalised else 2, x.shape[1]
+        sums_of_runs = x.new_empty((walk.splits, rows, channels), dtype=torch.float32)
+        sums = x.new_empty((rows, channels), dtype=torch.float64)
         grad_x = torch.empty_like(x) if self.frozen else x.new_empty(0)
         grad_residual = torch.empty_like(x) if self.write_residual else x.new_empty(0)
         other = self.grad if self.other is None else self.other
-        grad_weight, grad_bias = (
-            x.new_empty(0) if t is None else torch.empty_like(t)
-            for t in (affine.weight, affine.bias)
+        weights = affine.weight, affine.bias, residual.affine.weight if normalised else None
+        grad_weight, grad_bias, grad_of_residual = (
+            x.new_empty(0) if t is None else torch.empty_like(t) for t in weights
         )
         first = walk.launch(
             kernels.backward_sums_kernel,
             self.arguments()
-            | {"Other": other, "P": sums_of_runs, "dX": grad_x, "dR": grad_residual},
+            | {"Other": other, "P": sums_of_runs, "dX": grad_x, "dR": grad_residual}
+            | {"R": residual.x, **residual.affine.of_residual("Mean")},
             **self.constants(),
             FROZEN=self.frozen,
             RESIDUAL=self.write_residual,
             TWO=self.other is not None,
+            NORM=normalised,
         )
         finish = _finish(
             kernels.finish_backward_kernel,
@@ -406,39 +431,50 @@ class BackwardSums(_BackwardPass):
             {
                 "P": sums_of_runs,
                 "Var": affine.var,
+                "RVar": residual.affine.var,
                 "eps": affine.eps,
                 "Sums": sums,
                 "dWeight": grad_weight,
+                "dRWeight": grad_of_residual,
                 "dBias": grad_bias,
             },
             **affine.constants(),
+            NORM=normalised,
         )
-        return [first, finish], (sums, grad_weight, grad_bias, grad_x, grad_residual)
+        made = sums, grad_weight, grad_bias, grad_x, grad_residual, grad_of_residual
+        return [first, finish], made
 
 
 @dataclass(frozen=True)
 class BackwardInput(_BackwardPass):
-    """dx from the sums over all processes; the residual's gradient where needed, else empty."""
+    """dx from the sums over all processes; the residual's gradient where needed, else empty.
+
+    The latter is g, or for a residual that is normalised as dx is for x.
+    """
 
     sums: Tensor
     count: Tensor
     need_residual: bool
+    residual: Optional[Residual] = None
 
     def problem(self) -> Problem:
         packed = self.mask is not None
-        return self.asked("backward input", residual=self.need_residual, packed=packed)
+        name = "backward input" if self.residual is None else "backward input of two"
+        return self.asked(name, residual=self.need_residual, packed=packed)
 
     def launches(
         self, machine: Machine, config: Config
     ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-        x = self.x
+        x, residual = self.x, self.residual or Residual(self.x, self.affine)
         grad_x = torch.empty_like(x)
         grad_residual = torch.empty_like(x) if self.need_residual else x.new_empty(0)
         launch = self.walk(machine, config).launch(
             kernels.backward_input_kernel,
             self.arguments()
-            | {"Sums": self.sums, "Count": self.count, "dX": grad_x, "dR": grad_residual},
+            | {"Sums": self.sums, "Count": self.count, "dX": grad_x, "dR": grad_residual}
+            | {"R": residual.x, **residual.affine.of_residual("Mean", "Var", "Weight")},
             **self.constants(),
             RESIDUAL=self.need_residual,
+            NORM=self.residual is not None,
         )
         return [launch], (grad_x, grad_residual)

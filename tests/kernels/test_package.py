@@ -37,6 +37,7 @@ SOURCES = sorted(FOLDER.rglob("*.py"))
 
 def test_exports_the_operators() -> None:
     assert kernels.__all__ == [
+        "ResidualNorm",
         "batch_norm_act",
         "batch_norm_act_forked",
         "encode",

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encnet_triton.kernels import ResidualNorm
+
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "contiguous": ((3, 6, 5, 7), lambda x: x),
     "channels_last": ((3, 6, 5, 7), lambda x: x.to(memory_format=torch.channels_last)),
@@ -29,7 +31,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear, residual": {"activation": None, "residual": True},
     "no weight": {"weight": False},
     "no bias": {"bias": False},
+    "relu, normalised residual": {"residual": True, "normalised": True},
+    "linear, normalised residual": {"activation": None, "residual": True, "normalised": True},
+    "normalised residual, no weight": {"residual": True, "normalised": True, "weight": False},
+    "normalised residual, no bias": {"residual": True, "normalised": True, "bias": False},
 }
+# Arguments that make a `ResidualNorm`.
+OF_RESIDUAL = ("res_weight", "res_bias", "res_running_mean", "res_running_var")
+DIFFERENTIABLE = ("x", "weight", "bias", "residual", *OF_RESIDUAL[:2])
 
 
 def example(
@@ -40,9 +49,13 @@ def example(
     weight: bool = True,
     bias: bool = True,
     running: bool = True,
+    normalised: bool = False,
     device: str = "cpu",
 ) -> dict[str, Tensor | None]:
-    """Tensors of a call; parameters are float32 unless x is float64."""
+    """Tensors of a call; parameters are float32 unless x is float64.
+
+    With those of `OF_RESIDUAL` where the residual is to be normalised.
+    """
     shape, view = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(len(layout))
 
@@ -60,7 +73,23 @@ def example(
         "running_var": draw(channels).square() + 0.5 if running else None,
         "residual": view(draw(*shape).to(dtype)) if residual else None,
     }
+    if normalised:
+        tensors |= {
+            "res_weight": draw(channels) - 0.5 if weight else None,
+            "res_bias": draw(channels) if bias else None,
+            "res_running_mean": draw(channels) if running else None,
+            "res_running_var": draw(channels).square() + 0.5 if running else None,
+        }
+        tensors["residual"] = tensors["residual"] * 3 - 2
     return {name: None if t is None else t.to(device) for name, t in tensors.items()}
+
+
+def call(function: Callable[..., Any], tensors: dict[str, Tensor | None], **options: Any) -> Any:
+    """The function of these tensors."""
+    given = {name: tensor for name, tensor in tensors.items() if name not in OF_RESIDUAL}
+    if OF_RESIDUAL[0] in tensors:
+        given["residual_norm"] = ResidualNorm(*(tensors[name] for name in OF_RESIDUAL), 0.3)
+    return function(**given, **options)
 
 
 def torch_formula(
@@ -74,9 +103,13 @@ def torch_formula(
     momentum: float,
     eps: float,
     residual: Tensor | None = None,
+    residual_norm: ResidualNorm | None = None,
     activation: str | None = "relu",
 ) -> Tensor:
     """What frameworks write today."""
+    if residual_norm is not None:
+        scale, shift, mean, var, of_residual = residual_norm
+        residual = F.batch_norm(residual, mean, var, scale, shift, training, of_residual, eps)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y = y if residual is None else y + residual
     return y if activation is None else y.relu()
@@ -93,15 +126,16 @@ def run(
 ) -> dict[str, Tensor]:
     """y, gradients and running statistics afterwards; arguments stay as they were."""
     leaves = {n: None if t is None else t.detach() for n, t in tensors.items()}
-    for name in ("running_mean", "running_var"):
-        leaves[name] = None if leaves[name] is None else leaves[name].clone()
-    differentiable = [n for n in ("x", "weight", "bias", "residual") if leaves[n] is not None]
+    for name in leaves:
+        if "running" in name and leaves[name] is not None:
+            leaves[name] = leaves[name].clone()
+    differentiable = [n for n in DIFFERENTIABLE if leaves.get(n) is not None]
     for name in differentiable:
         leaves[name].requires_grad_()
-    y = function(**leaves, **({"momentum": 0.2, "eps": 1e-3} | options))
+    y = call(function, leaves, **({"momentum": 0.2, "eps": 1e-3} | options))
     y.backward(gradient_of(y))
     result = {"y": y.detach()} | {f"d{n}": leaves[n].grad for n in differentiable}
-    return result | {n: t for n, t in leaves.items() if n.startswith("running") and t is not None}
+    return result | {n: t for n, t in leaves.items() if "running" in n and t is not None}
 
 
 def terms(tensors: dict[str, Tensor | None], *, training: bool, eps: float = 1e-3) -> dict:

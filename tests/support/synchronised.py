@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encnet_triton.kernels import batch_norm_act
-from tests.support.batch_norm import as_dtype, example, gradient_of
+from tests.support.batch_norm import DIFFERENTIABLE, as_dtype, call, example, gradient_of
 
 # Images of the batch of four that each rank begins with, and the end.
 SHARES = {
@@ -22,7 +22,8 @@ SHARES = {
     "three, unequal": (0, 1, 2, 4),
     "three, one empty": (0, 3, 3, 4),
 }
-LEAVES = ("x", "weight", "bias", "residual")
+# What happens to the residual.
+ADDED, NORMALISED = "added", "normalised"
 CALL = {"training": True, "momentum": 0.2, "eps": 1e-3}
 
 
@@ -39,24 +40,35 @@ class AllReduces(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def shared_batch(dtype: torch.dtype, device: str) -> dict[str, Tensor | None]:
+def shared_batch(dtype: torch.dtype, device: str, residual: str) -> dict[str, Tensor]:
     """Four images whose means differ, so that unsynchronised statistics are far off."""
-    tensors = example("channels_last", torch.float64, residual=True)
+    normalised = residual == NORMALISED
+    tensors = example("channels_last", torch.float64, residual=True, normalised=normalised)
     extra = tensors["x"][:1] * 3 + 5
     tensors["x"] = torch.cat([tensors["x"], extra]).contiguous(memory_format=torch.channels_last)
     tensors["residual"] = torch.cat([tensors["residual"], extra.flip(2)])
     return {name: t.to(device) for name, t in as_dtype(tensors, dtype).items()}
 
 
-def alone(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def _results(y: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    running = {name: tensor for name, tensor in leaves.items() if "running" in name}
+    gradients = {f"d{n}": leaves[n].grad for n in DIFFERENTIABLE if n in leaves}
+    return {"y": y.detach(), **running, **gradients}
+
+
+def _require_gradients(leaves: dict[str, Tensor]) -> None:
+    for name in DIFFERENTIABLE:
+        if name in leaves:
+            leaves[name].requires_grad_()
+
+
+def alone(dtype: torch.dtype, device: str, residual: str = ADDED) -> dict[str, Tensor]:
     """What one process makes of the joined batch."""
-    leaves = shared_batch(dtype, device)
-    for name in LEAVES:
-        leaves[name].requires_grad_()
-    y = batch_norm_act(**leaves, **CALL)
+    leaves = shared_batch(dtype, device, residual)
+    _require_gradients(leaves)
+    y = call(batch_norm_act, leaves, **CALL)
     y.backward(gradient_of(y))
-    running = {name: leaves[name] for name in ("running_mean", "running_var")}
-    return {"y": y.detach(), **running, **{f"d{n}": leaves[n].grad for n in LEAVES}}
+    return _results(y, leaves)
 
 
 def _rank(rank: int, size: int, folder: str, dtypes: list[torch.dtype], device: str) -> None:
@@ -68,12 +80,16 @@ def _rank(rank: int, size: int, folder: str, dtypes: list[torch.dtype], device: 
     torch.set_num_threads(1)
     store = f"file://{folder}/store{size}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    results = {dtype: _shares(rank, size, shared_batch(dtype, device)) for dtype in dtypes}
+    results: dict[torch.dtype, dict[str, Any]] = {dtype: {} for dtype in dtypes}
+    for dtype in dtypes:
+        for residual in (ADDED, NORMALISED):
+            found = _shares(rank, size, shared_batch(dtype, device, residual))
+            results[dtype] |= {f"{share}, {residual}": one for share, one in found.items()}
     torch.save(results, f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def _shares(rank: int, size: int, whole: dict[str, Tensor | None]) -> dict[str, dict[str, Any]]:
+def _shares(rank: int, size: int, whole: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     grad = gradient_of(whole["x"])
     results = {}
     for share, bounds in SHARES.items():
@@ -82,20 +98,13 @@ def _shares(rank: int, size: int, whole: dict[str, Tensor | None]) -> dict[str, 
         own = slice(bounds[rank], bounds[rank + 1])
         leaves = {n: t.clone() for n, t in whole.items()}
         leaves |= {n: whole[n][own].clone() for n in ("x", "residual")}
-        for name in LEAVES:
-            leaves[name].requires_grad_()
+        _require_gradients(leaves)
         with AllReduces() as forward:
-            y = batch_norm_act(**leaves, **CALL, group=dist.group.WORLD)
+            y = call(batch_norm_act, leaves, **CALL, group=dist.group.WORLD)
         with AllReduces() as backward:
             y.backward(grad[own])
-        results[share] = {
-            "forward": forward.seen,
-            "backward": backward.seen,
-            "y": y.detach(),
-            "running_mean": leaves["running_mean"],
-            "running_var": leaves["running_var"],
-            **{f"d{n}": leaves[n].grad for n in LEAVES},
-        }
+        collectives = {"forward": forward.seen, "backward": backward.seen}
+        results[share] = collectives | _results(y, leaves)
     return results
 
 
@@ -103,7 +112,7 @@ Shares = dict[str, list[dict[str, Any]]]
 
 
 def together(folder: Path, dtypes: list[torch.dtype], device: str) -> dict[torch.dtype, Shares]:
-    """For every split what each rank has at the end."""
+    """For every split and kind of residual, "split, kind", what each rank has at the end."""
     found: dict[torch.dtype, Shares] = {dtype: {} for dtype in dtypes}
     for size in {len(bounds) - 1 for bounds in SHARES.values()}:
         torch.multiprocessing.spawn(_rank, args=(size, str(folder), dtypes, device), nprocs=size)
@@ -120,10 +129,19 @@ def check_equal(parts: list[dict[str, Any]], whole: dict[str, Tensor], tolerance
         error = (ours - whole[name]).norm() / whole[name].norm()
         assert error <= tolerance, f"{name}: relative error {error:.2g}"
 
-    for name in ("y", "dx", "dresidual"):
-        same(name, torch.cat([part[name] for part in parts]))
-    for name in ("dweight", "dbias"):
-        same(name, sum(part[name] for part in parts))
+    for name in whole:
+        if name in ("y", "dx", "dresidual"):
+            same(name, torch.cat([part[name] for part in parts]))
+        elif name.startswith("d"):
+            same(name, sum(part[name] for part in parts))
+        else:
+            for part in parts:
+                same(name, part[name])
+
+
+def check_collectives(parts: list[dict[str, Any]], residual: str) -> None:
+    """One packed all-reduce each way: of sums for x, or for x and the residual."""
+    forward, backward = {ADDED: (2 * 6 + 1, 2 * 6), NORMALISED: (2 * (2 * 6 + 1), 3 * 6)}[residual]
     for part in parts:
-        same("running_mean", part["running_mean"])
-        same("running_var", part["running_var"])
+        assert part["forward"] == [("torch.float64", forward)]
+        assert part["backward"] == [("torch.float64", backward)]

@@ -68,6 +68,9 @@ def test_the_least_of_batch_norm_is_that_of_the_design() -> None:
     assert least["forward", "residual + relu"] == 4 + 1 / 16
     assert least["backward", "residual + relu"] == 6 + 2 / 16
     assert least["backward", "residual + relu + forked"] == 7 + 1 / 16
+    assert least["forward", "normalised residual + relu"] == 5 + 1 / 16
+    assert least["backward", "normalised residual + relu"] == 8 + 2 / 16
+    assert least["backward", "normalised residual + relu + forked"] == 10 + 1 / 16
     assert least["forward", "frozen + relu"] == 2 and least["backward", "frozen + relu"] == 3
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from encnet_triton.kernels import batch_norm_act, batch_norm_act_forked
 from encnet_triton.kernels.batch_norm.library import normalise
 from encnet_triton.kernels.runtime import dispatch
-from tests.support.batch_norm import LAYOUTS, OPTIONS, example
+from tests.support.batch_norm import DIFFERENTIABLE, LAYOUTS, OPTIONS, call, example
 
 # In Triton's interpreter the same tests meet the kernels.
 pytestmark = [pytest.mark.triton] if dispatch.interpreting() else []
@@ -30,10 +30,10 @@ def results(
 ) -> dict[str, Tensor]:
     """Both outputs and the gradients from uses of either or both; running statistics move."""
     leaves = {n: None if t is None else t.detach().clone() for n, t in tensors.items()}
-    differentiable = [n for n in ("x", "weight", "bias", "residual") if leaves[n] is not None]
+    differentiable = [n for n in DIFFERENTIABLE if leaves.get(n) is not None]
     for name in differentiable:
         leaves[name].requires_grad_()
-    outputs = function(**leaves, **(CALL | {"training": True} | options))
+    outputs = call(function, leaves, **(CALL | {"training": True} | options))
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
     pairs = list(zip(outputs, grads, strict=True))
@@ -41,7 +41,7 @@ def results(
     torch.autograd.backward(*map(list, zip(*chosen, strict=True)))
     made = {f"y {place}": y.detach() for place, y in enumerate(outputs)}
     made |= {name: leaves[name].grad for name in differentiable}
-    return made | {n: t for n, t in leaves.items() if n.startswith("running") and t is not None}
+    return made | {n: t for n, t in leaves.items() if "running" in n and t is not None}
 
 
 def check(tensors: dict[str, Any], **options: Any) -> dict[str, Tensor]:
@@ -134,7 +134,9 @@ def test_opcheck() -> None:
     )
     count = torch.tensor([105.0], dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (weight, bias, residual)]
-    call = (mean, var, count, *leaves, True, 1e-5, True, "", True)
+    given = (mean, var, count, *leaves, True, 1e-5, True, "", True)
     # Not the test of values: the last output has none.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(normalise, (x.clone().requires_grad_(), *call), test_utils=tests)
+    for of_residual in ((None,) * 4, (mean.clone(), var.clone(), *leaves[:2])):
+        inputs = x.clone().requires_grad_(), *given, *of_residual
+        torch.library.opcheck(normalise, inputs, test_utils=tests)

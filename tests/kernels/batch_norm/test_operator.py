@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from encnet_triton.kernels import batch_norm_act, reference
+from encnet_triton.kernels import ResidualNorm, batch_norm_act, reference
 from encnet_triton.kernels.batch_norm.library import (
     backward_frozen,
     backward_input,
@@ -194,6 +194,7 @@ def test_opcheck(layout: str, frozen: bool, full: bool) -> None:
     optional = [t.requires_grad_() if full else None for t in optional]
     weight, bias, residual = optional
     inputs = (x.clone().requires_grad_(), mean, var, count, *optional, full, 1e-5, full, "", False)
+    inputs = (*inputs, None, None, None, None)
     torch.library.opcheck(normalise, inputs)
     y, mask, _ = normalise(*inputs)
     kept = (mask if mask.numel() else y).detach() if full else None
@@ -206,12 +207,44 @@ def test_opcheck(layout: str, frozen: bool, full: bool) -> None:
     torch.library.opcheck(moments, (x, *running, 0.1))
     torch.library.opcheck(statistics_of, (x,))
     torch.library.opcheck(unpack, (statistics_of(x), x, *running, 0.1))
+    as_it_is = (None,) * 4
     for other in (None, torch.randn_like(x)):
-        given = call[0], other, *call[1:], *parameters, full, 1e-5
+        given = call[0], other, *call[1:], *parameters, full, 1e-5, *as_it_is
         torch.library.opcheck(backward_sums, given)
     sums = torch.randn(2, 6, dtype=torch.float64)
     call = (torch.randn_like(x), x, mask if mask.numel() else None, mean, var, *parameters)
-    torch.library.opcheck(backward_input, (*call, sums, count, full, 1e-5, bool(mask.numel())))
+    given = *call, sums, count, full, 1e-5, bool(mask.numel()), *as_it_is
+    torch.library.opcheck(backward_input, given)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("full", [False, True], ids=["bare", "full"])
+def test_opcheck_where_the_residual_is_normalised(layout: str, full: bool) -> None:
+    tensors = example(layout, torch.float32, residual=True, normalised=True)
+    x, residual = (tensors[n].flatten(2) for n in ("x", "residual"))
+    mean, var, res_mean, res_var = (t for n, t in tensors.items() if "running" in n)
+    weight, bias, res_weight, res_bias = (
+        tensors[n].requires_grad_() if full else None
+        for n in ("weight", "bias", "res_weight", "res_bias")
+    )
+    count = torch.tensor([105.0], dtype=torch.float64)
+    leaves = x.clone().requires_grad_(), residual.clone().requires_grad_()
+    call = (mean, var, count, weight, bias, leaves[1], full, 1e-5, full, "", False)
+    given = leaves[0], *call, res_mean, res_var, res_weight, res_bias
+    torch.library.opcheck(normalise, given)
+    y, mask, _ = normalise(*given)
+    kept = (mask if mask.numel() else y).detach() if full else None
+    weight, bias, res_weight = (
+        None if t is None else t.detach() for t in (weight, bias, res_weight)
+    )
+    of_x, of_residual = (mean, var, weight, bias), (residual, res_mean, res_var, res_weight)
+    for other in (None, torch.randn_like(x)):
+        given = torch.randn_like(x), other, x, kept, *of_x, full, 1e-5, *of_residual
+        torch.library.opcheck(backward_sums, given)
+    sums = torch.randn(3, 6, dtype=torch.float64)
+    for need_residual in (False, True):
+        given = torch.randn_like(x), x, None, *of_x, sums, count, False, 1e-5, need_residual
+        torch.library.opcheck(backward_input, (*given, *of_residual))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
@@ -228,6 +261,15 @@ def test_compiles_without_a_graph_break(training: bool, dynamic: bool) -> None:
 def _bad(**changes: Any) -> dict[str, Any]:
     good = example("contiguous", torch.float32) | {"training": True, "momentum": 0.1, "eps": 1e-5}
     return good | changes
+
+
+def _norm(**changes: Any) -> ResidualNorm:
+    good = ResidualNorm(torch.ones(6), torch.ones(6), torch.zeros(6), torch.ones(6), 0.1)
+    return good._replace(**changes)
+
+
+def _projected(**changes: Any) -> dict[str, Any]:
+    return _bad(residual=torch.zeros(3, 6, 5, 7), residual_norm=_norm(**changes))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +297,14 @@ def _bad(**changes: Any) -> dict[str, Any]:
         (_bad(statistics=(1, 2)), TypeError, r"must be the pair \(sum, M2\)"),
         (_bad(statistics=(torch.zeros(3, 5),) * 2), ValueError, r"\(3, 6\) on cpu, got \(3, 5\)"),
         (_bad(training=False, running_mean=None), ValueError, "needed when training is False"),
+        (_bad(residual_norm=("a", "b")), TypeError, "must be a ResidualNorm or None, got tuple"),
+        (_bad(residual_norm=_norm()), ValueError, "residual_norm needs a residual"),
+        (_projected(weight=None), ValueError, "weight and .* both be None, got torch.float32 and"),
+        (_projected(bias=torch.ones(6).bfloat16()), ValueError, "bias and .* one dtype or both"),
+        (_projected(running_mean=torch.ones(5)), ValueError, "running_mean of residual_norm must"),
+        (_projected(running_var=1.0), TypeError, "running_var of residual_norm must be a tensor"),
+        (_projected(momentum=None), TypeError, "momentum of residual_norm must be a number"),
+        (_projected() | {"training": False, "residual": 3}, TypeError, "x must be a tensor"),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -281,21 +331,26 @@ needs_gloo = pytest.mark.skipif(
 @needs_gloo
 @pytest.mark.float32
 @pytest.mark.parametrize("dtype", SYNCHRONISED, ids=str)
+@pytest.mark.parametrize("residual", [synchronised.ADDED, synchronised.NORMALISED])
 @pytest.mark.parametrize("share", synchronised.SHARES)
-def test_two_and_three_processes_equal_one(share: str, dtype: torch.dtype, ranks: Any) -> None:
+def test_two_and_three_processes_equal_one(
+    share: str, residual: str, dtype: torch.dtype, ranks: Any
+) -> None:
     # Statistics are joined in float64: what is left is the rounding of each value and of sums of
     # 60 terms, a few units in the last place (8 are allowed).
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    synchronised.check_equal(ranks[dtype][share], synchronised.alone(dtype, "cpu"), tolerance)
+    whole = synchronised.alone(dtype, "cpu", residual)
+    synchronised.check_equal(ranks[dtype][f"{share}, {residual}"], whole, tolerance)
 
 
 @needs_gloo
 @pytest.mark.parametrize("dtype", SYNCHRONISED, ids=str)
+@pytest.mark.parametrize("residual", [synchronised.ADDED, synchronised.NORMALISED])
 @pytest.mark.parametrize("share", synchronised.SHARES)
-def test_one_packed_all_reduce_each_way(share: str, dtype: torch.dtype, ranks: Any) -> None:
-    for rank in ranks[dtype][share]:
-        assert rank["forward"] == [("torch.float64", 2 * 6 + 1)]
-        assert rank["backward"] == [("torch.float64", 2 * 6)]
+def test_one_packed_all_reduce_each_way(
+    share: str, residual: str, dtype: torch.dtype, ranks: Any
+) -> None:
+    synchronised.check_collectives(ranks[dtype][f"{share}, {residual}"], residual)
 
 
 @pytest.fixture(scope="module")

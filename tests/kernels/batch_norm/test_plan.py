@@ -103,6 +103,20 @@ def test_error_is_at_most_twice_that_of_torch(
     assert ours["dweight"].dtype == ours["running_var"].dtype == torch.float32
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "two values"])
+def test_a_normalised_residual_in_every_layout(
+    layout: str, dtype: torch.dtype, assert_accurate: Callable[..., None]
+) -> None:
+    tensors = example(layout, dtype, residual=True, normalised=True, device=DEVICE)
+    with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
+        ours = check(tensors, assert_accurate, training=True)
+    assert ours["y"].dtype == ours["dx"].dtype == ours["dresidual"].dtype == dtype
+    assert ours["dres_weight"].dtype == ours["res_running_var"].dtype == torch.float32
+    assert ours["dbias"].data_ptr() != ours["dres_bias"].data_ptr()
+
+
 @TRAINING
 def test_two_values_a_channel(training: bool) -> None:
     """The terms of dx cancel to a ten-thousandth: its error is that of the terms, not its own."""
@@ -154,7 +168,8 @@ def test_the_mask_is_one_bit_a_value(layout: str) -> None:
     x = tensors["x"].flatten(2)
     residual = tensors["residual"].flatten(2)
     mean, var = tensors["running_mean"], tensors["running_var"]
-    y, mask, _ = normalise(x, mean, var, None, None, None, residual, True, 0.0, True, "", False)
+    given = x, mean, var, None, None, None, residual, True, 0.0, True, "", False
+    y, mask, _ = normalise(*given, None, None, None, None)
     assert mask.numel() == plan.mask_bytes(x)
     if plan._channels_last(x):  # planes of 64 channels or, with small tiles, of 8
         rows = y.transpose(1, 2).reshape(-1, y.shape[1])
@@ -272,19 +287,21 @@ def test_an_empty_share_of_a_group_has_sums_of_zero() -> None:
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
 )
 def test_two_and_three_processes_equal_one(tmp_path: Path) -> None:
-    whole = synchronised.alone(torch.float32, DEVICE)
     found = synchronised.together(tmp_path, [torch.float32], DEVICE)
-    for parts in found[torch.float32].values():
-        synchronised.check_equal(parts, whole, 1e-6)
-        for part in parts:
-            assert part["forward"] == [("torch.float64", 2 * 6 + 1)]
-            assert part["backward"] == [("torch.float64", 2 * 6)]
+    for residual in (synchronised.ADDED, synchronised.NORMALISED):
+        whole = synchronised.alone(torch.float32, DEVICE, residual)
+        for share in synchronised.SHARES:
+            parts = found[torch.float32][f"{share}, {residual}"]
+            synchronised.check_equal(parts, whole, 1e-6)
+            synchronised.check_collectives(parts, residual)
 
 
 @TRAINING
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided pixels"])
 def test_compiles_in_one_graph(layout: str, training: bool) -> None:
-    tensors = example(layout, torch.bfloat16, residual=True, device=DEVICE)
+    normalised = layout == "channels_last"
+    given = {"residual": True, "normalised": normalised, "device": DEVICE}
+    tensors = example(layout, torch.bfloat16, **given)
     torch._dynamo.reset()
     compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
     ours = run(compiled, tensors, training=training)
@@ -304,18 +321,41 @@ def test_opcheck(layout: str) -> None:
     torch.library.opcheck(statistics_of, (x,))
     torch.library.opcheck(unpack, (statistics_of(x), x, *running, 0.1))
     count = torch.tensor([105.0], dtype=torch.float64, device=DEVICE)
+    as_it_is = (None,) * 4
     for frozen in (True, False):
         leaves = [t.clone().requires_grad_() for t in (weight, bias, residual)]
         call = (mean, var, None if frozen else count, *leaves, True, 1e-5, True, "", False)
-        torch.library.opcheck(normalise, (x.clone().requires_grad_(), *call))
-    call = (mean, var, None, weight, bias, residual, True, 1e-5, True, "", False)
+        torch.library.opcheck(normalise, (x.clone().requires_grad_(), *call, *as_it_is))
+    call = (mean, var, None, weight, bias, residual, True, 1e-5, True, "", False, *as_it_is)
     _, mask, _ = normalise(x, *call)
     backward = (torch.randn_like(x), x, mask, mean, var, weight, bias)
     for other in (None, torch.randn_like(x)):
-        torch.library.opcheck(backward_sums, (backward[0], other, *backward[1:], True, 1e-5))
+        given = backward[0], other, *backward[1:], True, 1e-5, *as_it_is
+        torch.library.opcheck(backward_sums, given)
     torch.library.opcheck(backward_frozen, (*backward, True, 1e-5, True))
     sums = torch.randn(2, x.shape[1], dtype=torch.float64, device=DEVICE)
-    torch.library.opcheck(backward_input, (*backward, sums, count, True, 1e-5, True))
+    torch.library.opcheck(backward_input, (*backward, sums, count, True, 1e-5, True, *as_it_is))
+
+
+def test_opcheck_where_the_residual_is_normalised() -> None:
+    given = {"residual": True, "normalised": True, "device": DEVICE}
+    tensors = example("channels_last", torch.float32, **given)
+    x, residual = (tensors[n].flatten(2) for n in ("x", "residual"))
+    mean, var, res_mean, res_var = (t for n, t in tensors.items() if "running" in n)
+    parameters = [tensors[n] for n in ("weight", "bias", "res_weight", "res_bias")]
+    count = torch.tensor([105.0], dtype=torch.float64, device=DEVICE)
+    leaves = [t.clone().requires_grad_() for t in (x, residual, *parameters)]
+    call = leaves[0], mean, var, count, *leaves[2:4], leaves[1], True, 1e-5, True, "", False
+    torch.library.opcheck(normalise, (*call, res_mean, res_var, *leaves[4:]))
+    mask = normalise(*call, res_mean, res_var, *leaves[4:])[1]
+    of_x, of_residual = (mean, var, *parameters[:2]), (residual, res_mean, res_var, parameters[2])
+    for other in (None, torch.randn_like(x)):
+        given = torch.randn_like(x), other, x, mask, *of_x, True, 1e-5, *of_residual
+        torch.library.opcheck(backward_sums, given)
+    sums = torch.randn(3, x.shape[1], dtype=torch.float64, device=DEVICE)
+    for need_residual in (False, True):
+        given = torch.randn_like(x), x, mask, *of_x, sums, count, True, 1e-5, need_residual
+        torch.library.opcheck(backward_input, (*given, *of_residual))
 
 
 def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +378,14 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     names.clear()
     run(batch_norm_act, tensors, training=False)
     assert names == ["normalise_kernel", "backward_sums_kernel", "finish_backward_kernel"]
+    names.clear()
+    given = {"residual": True, "normalised": True, "device": DEVICE}
+    run(batch_norm_act, example("channels_last", torch.float32, **given), training=True)
+    assert names == [
+        "statistics_kernel", "finish_statistics_kernel",
+        "statistics_kernel", "finish_statistics_kernel", "normalise_kernel",
+        "backward_sums_kernel", "finish_backward_kernel", "backward_input_kernel",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("channels, pixels", [(64, 14400), (64, 57600), (2048, 3600), (8, 9)])
