@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from encnet_triton.models.resnet import (
     ResNet,
     ResNetConfig,
 )
-from encnet_triton.nn import set_norm_impl
+from encnet_triton.nn import norm, set_norm_impl
 
 TINY = ResNetConfig(BasicBlock, (2, 2, 2, 2), widths=(4, 4, 8, 8), stem=(4, 4, 8))
 
@@ -216,3 +217,45 @@ def test_no_gradients_are_added_at_a_block_s_input(
     assert len(joined) == sum(TINY.depths) - 1
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_the_last_layer_of_a_block_normalises_the_projected_shortcut(
+    block: type[BasicBlock] | type[Bottleneck], recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the outputs, gradients and running statistics of two layers, each once."""
+    calls = []
+    for name in ("batch_norm_act", "batch_norm_act_forked"):
+        original = getattr(norm, name)
+
+        def counted(*given: Any, original: Any = original, **more: Any) -> Any:
+            calls.append(more["residual_norm"] is not None)
+            return original(*given, **more)
+
+        monkeypatch.setattr(norm, name, counted)
+    torch.manual_seed(0)
+    network = ResNet(replace(TINY, block=block)).double()
+    network.activation_checkpointing = recomputed
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for impl in ("fused", "torch"):
+        one = deepcopy(network)
+        set_norm_impl(one, impl)
+        outputs = one(x)
+        sum(c.square().mean() for c in outputs).backward()
+        grads = {name: parameter.grad for name, parameter in one.named_parameters()}
+        results.append((outputs, grads, one.state_dict()))
+    assert sum(calls) == (6 if recomputed else 4)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+def test_hooks_on_a_projected_shortcut_are_called() -> None:
+    network = ResNet(TINY)
+    set_norm_impl(network, "fused")
+    seen = []
+    shortcut = network.layer2[0].downsample
+    for layer in (shortcut, shortcut[1]):
+        layer.register_forward_hook(lambda layer, given, made: seen.append(layer))
+    network(torch.randn(2, 3, 32, 32))
+    assert seen == [shortcut[1], shortcut]

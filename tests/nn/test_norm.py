@@ -127,6 +127,40 @@ def test_group_reaches_the_operator_in_training_only(monkeypatch: pytest.MonkeyP
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("change", ["none", "eval", "eps", "relu", "impl", "hook", "one frozen"])
+def test_a_layer_that_the_residual_passes_first(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same call where that is the same, and else before it."""
+    folded = []
+    original = norm.batch_norm_act
+
+    def call(*given: Any, **more: Any) -> Tensor:
+        folded.append(more["residual_norm"] is not None)
+        return original(*given, **more)
+
+    monkeypatch.setattr(norm, "batch_norm_act", call)
+    last, first = (BatchNormAct2d(4, a, impl="fused") for a in ("relu", None))
+    last, first = randomised(last.double()), randomised(first.double())
+    if change == "eps":
+        first.eps = 1e-3
+    elif change == "relu":
+        first.activation = "relu"
+    elif change == "impl":
+        last.impl = first.impl = "torch"
+    elif change == "hook":
+        first.register_forward_hook(lambda *_: None)
+    last.train(change != "eval"), first.train(change not in ("eval", "one frozen"))
+    x, r = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    layers = stock(last), stock(first)
+    expected = layers[1](r)
+    expected = layers[0](x) + (expected.relu() if change == "relu" else expected)
+    torch.testing.assert_close(last(x, residual=r, residual_norm=first), expected.relu())
+    for ours, theirs in zip((last, first), layers, strict=True):
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    assert any(folded) == (change == "none")
+
+
 def test_torch_layers_cannot_be_synchronised() -> None:
     model = nn.Sequential(BatchNormAct2d(4), BatchNormAct2d(4, impl="torch"))
     group: Any = object()

@@ -32,6 +32,8 @@ from encnet_triton.kernels.encoding import fused
 from encnet_triton.kernels.runtime import launch, replay
 from encnet_triton.kernels.runtime.launch import Launch
 from encnet_triton.kernels.runtime.replay import Repeated
+from tests.support.batch_norm import OF_RESIDUAL
+from tests.support.batch_norm import call as called
 
 compiles = pytest.mark.skipif(launch.interpreting(), reason="the interpreter compiles nothing")
 pytestmark = compiles
@@ -59,9 +61,11 @@ def _norm(channels: int = 16, images: int = 2, size: int = 3, **options: Any) ->
         tensors[name] = torch.rand(channels)
     if residual:
         tensors["residual"] = _last(images, channels, size, size, dtype=dtype)
+    if options.pop("normalised", False):
+        tensors |= {name: torch.rand(channels) for name in OF_RESIDUAL}
     given: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, **options}
     function = batch_norm_act_forked if given.pop("forked", False) else batch_norm_act
-    return lambda **t: function(**t, **given), tensors
+    return lambda **t: called(function, t, **given), tensors
 
 
 def _encode(channels: int = 16, stats: bool = True, shake: bool = False) -> Case:
@@ -85,6 +89,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "norm residual": lambda: _norm(residual=True),
     "norm residual linear": lambda: _norm(residual=True, activation=None),
     "norm forked": lambda: _norm(residual=True, forked=True),
+    "norm, residual normalised": lambda: _norm(residual=True, normalised=True),
+    "norm forked, residual normalised": lambda: _norm(residual=True, normalised=True, forked=True),
     "norm frozen": lambda: _norm(training=False),
     "norm frozen residual": lambda: _norm(training=False, residual=True),
     "encode": lambda: _encode(stats=False),
@@ -208,7 +214,8 @@ def test_operators_that_compiled_code_calls_repeat_launches(launched: list[Launc
         launched.clear()
         x, rows = _planes(), [torch.rand(16) for _ in range(4)]
         mean, var, count = norm_library.moments(x, *rows[:2], 0.1)
-        norm_library.normalise(x, mean, var, count, *rows[2:], None, True, 1e-5, False, "", False)
+        given = x, mean, var, count, *rows[2:], None, True, 1e-5, False, "", False
+        norm_library.normalise(*given, None, None, None, None)
     assert len(launched) == 3 and not _by_triton(launched)
 
 
