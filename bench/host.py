@@ -87,17 +87,28 @@ def _map(device: torch.device, channels: int = CHANNELS) -> Tensor:
 
 
 class NormStep:
-    """Forward and backward of one layer of batch normalisation, fused or torch's."""
+    """Forward and backward of one layer of batch normalisation, fused or torch's.
 
-    def __init__(self, impl: Any, residual: bool, device: torch.device, relu: bool = True) -> None:
+    `projected`: with another one that normalises the residual.
+    """
+
+    def __init__(
+        self,
+        impl: Any,
+        residual: bool,
+        device: torch.device,
+        relu: bool = True,
+        projected: bool = False,
+    ) -> None:
         activation: Any = "relu" if relu else None
         self.layer = BatchNormAct2d(CHANNELS, activation=activation, impl=impl).to(device).train()
+        self.first = BatchNormAct2d(CHANNELS, None, impl=impl).to(device) if projected else None
         self.x = _map(device)
         self.residual = _map(device) if residual else None
         self.grad = torch.randn_like(self.x)
 
     def __call__(self) -> None:
-        self.layer(self.x, self.residual).backward(self.grad)
+        self.layer(self.x, self.residual, residual_norm=self.first).backward(self.grad)
 
 
 class EncodeStep:
@@ -185,15 +196,22 @@ def one_launch(device: torch.device) -> tuple[Call, Call]:
     return lambda: body(x, *of_channels), lambda: one.kernel[one.grid](**given)
 
 
-def layers_of_step(backbone: str) -> Counter[tuple[bool, bool]]:
-    """Batch normalisations of a training step of EncNet: how many with a residual, with a ReLU."""
+def layers_of_step(backbone: str) -> Counter[tuple[bool, bool, bool]]:
+    """Batch normalisations of a training step of EncNet: how many of each kind.
+
+    Whether there is a residual, whether a ReLU, and whether one more layer normalises the residual,
+    which is not counted by itself.
+    """
     with torch.device("meta"):
         model = create_model("encnet", 150, backbone=backbone, dropout=0.0).train()
-    found: Counter[tuple[bool, bool]] = Counter()
+    found: Counter[tuple[bool, bool, bool]] = Counter()
 
     def count(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         residual = given[1] if len(given) > 1 else named.get("residual")
-        found[residual is not None, layer.activation is not None] += 1
+        projected = named.get("residual_norm") is not None
+        found[residual is not None, layer.activation is not None, projected] += 1
+        if projected:  # on the meta device it is called
+            found[False, False, False] -= 1
 
     for layer in model.modules():
         if isinstance(layer, _BatchNormAct):
@@ -205,11 +223,11 @@ def layers_of_step(backbone: str) -> Counter[tuple[bool, bool]]:
 class OperatorsOfStep:
     """All operators of a training step, once each, ours or torch's in their place."""
 
-    def __init__(self, ours: bool, layers: Counter[tuple[bool, bool]], device: torch.device):
+    def __init__(self, ours: bool, layers: Counter[tuple[bool, bool, bool]], device: torch.device):
         impl = "fused" if ours else "torch"
         self.calls: list[Call] = [
-            NormStep(impl, residual, device, relu)
-            for (residual, relu), many in layers.items()
+            NormStep(impl, residual, device, relu, projected)
+            for (residual, relu, projected), many in layers.items()
             for _ in range(many)
         ]
         self.calls.append(EncodeStep(_encode if ours else peers.encode_matmul, device))
