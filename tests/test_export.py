@@ -155,7 +155,7 @@ def test_a_file_that_disagrees_is_not_written(
     assert path.read_text() == "the previous file" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["onnx", "pt2"])
+@pytest.mark.parametrize("name", [pytest.param("onnx", marks=pytest.mark.verify), "pt2"])
 def test_a_full_disk_is_one_sentence(
     checkpoint: Path, program: Program, tmp_path: Path, name: str,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
