@@ -9,7 +9,8 @@ shared memory from the first tile to the last. Where K x C is too much for the r
 programs share the channels of the sum and both make the weights.
 
 Backward: the same walk. The weights are recomputed from the tile and their gradients made, the
-tile's dx is stored, and sum_i w_ik x_i stays in registers.
+tile's dx is stored, and sum_i w_ik x_i stays in registers. The kernel here is for up to 128
+channels; that for more is in paired.py.
 
 Distances are those between x - c and d - c, where c is roughly the mean codeword (`center_of`), so
 an offset that x and d share costs no digits. Products still take x as it is, and d - c rounded to
@@ -67,7 +68,7 @@ def _column(part, j: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr, BC: 
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     base, rows, cols, in_rows, part, stride,
     C: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -255,12 +256,12 @@ def forward_kernel(
     base, step = X + b * sxb, tl.cast(sxn, tl.int64) * BN
     if AHEAD:
         first = base + begin * step
-        x = _load_tile(first, rows, cols, rows < N - begin * BN, part, sxn, C, BC, OWN, CHUNKS)
+        x = load_tile(first, rows, cols, rows < N - begin * BN, part, sxn, C, BC, OWN, CHUNKS)
     for t in range(begin, end):
         in_n = rows < N - t * BN
         if not AHEAD:
             tile = base + t * step
-            x = _load_tile(tile, rows, cols, in_n, part, sxn, C, BC, OWN, CHUNKS)
+            x = load_tile(tile, rows, cols, in_n, part, sxn, C, BC, OWN, CHUNKS)
         xr = tl.zeros((KP, BN), tl.float32)
         x2 = tl.zeros((BN,), tl.float32)
         for j in tl.static_range(CHUNKS):
@@ -279,7 +280,7 @@ def forward_kernel(
             # the softmax and the second product run.
             after = base + (t + 1) * step
             in_after = rows < tl.where(t + 1 < end, N - (t + 1) * BN, 0)
-            following = _load_tile(after, rows, cols, in_after, part, sxn, C, BC, OWN, CHUNKS)
+            following = load_tile(after, rows, cols, in_after, part, sxn, C, BC, OWN, CHUNKS)
         a = softmax(distances(x2, xr, m, q), scale, in_k, in_n)
         a = a.to(X.dtype.element_ty)
         mass += a.to(tl.float32)
@@ -336,7 +337,6 @@ def backward_kernel(
     PM,  # B x splits x 3 x K, float32: sums of a, of w and of dl |x - d|^2; not if WHOLE
     dD,  # K x C; this and the next two are written if WHOLE
     dS,  # K
-    Own,  # programs x (C + 3 KP), float32: c, m, q and dg, unless they stay in registers (HELD)
     Count,  # B + 1, int32, at zero: how many images, and groups of images, are done
     sxb,  # stride of X from image to image
     sxn,  # and from pixel to pixel
@@ -350,7 +350,6 @@ def backward_kernel(
     BN: tl.constexpr,  # pixels of a tile
     BC: tl.constexpr,  # channels of a chunk, which one product covers
     CHUNKS: tl.constexpr,  # chunks of all channels
-    HELD: tl.constexpr,  # c stays in registers
     BE: tl.constexpr,  # entries of a row of P that add_images takes at once
     NEED_X: tl.constexpr,  # write dX
     WHOLE: tl.constexpr,  # a program has all pixels of an image (splits is 1)
@@ -371,7 +370,6 @@ def backward_kernel(
     dr = tl.zeros((KP,), tl.float32)
     cr = tl.zeros((KP,), tl.float32)
     dg = tl.zeros((KP,), tl.float32)
-    own = Own + tl.program_id(0).to(tl.int64) * (C + 3 * KP)
     for j in tl.static_range(CHUNKS):
         d = load_rows(D, k, cols, in_k, j * BC, C, C, EVEN).to(tl.float32)
         g = load_rows(G + b * K * C, k, cols, in_k, j * BC, C, C, EVEN)
@@ -383,16 +381,8 @@ def backward_kernel(
         codewords = codewords + (r,)
         grads = grads + (h,)
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
-        if HELD:
-            centers = centers + (center,)
-        else:
-            tl.store(own + j * BC + cols, center, mask=cols + j * BC < C)
+        centers = centers + (center,)
     m, q = line_of(d2, dr, cr)
-    if not HELD:
-        tl.store(own + C + k, m)
-        tl.store(own + C + KP + k, q)
-        tl.store(own + C + 2 * KP + k, dg)
-        tl.debug_barrier()
     mass = tl.zeros((KP,), tl.float32)
     moment = tl.zeros((KP,), tl.float32)
     slope = tl.zeros((KP,), tl.float32)
@@ -402,7 +392,7 @@ def backward_kernel(
     for t in range(split * tiles // splits, (split + 1) * tiles // splits):
         in_n = rows < N - t * BN
         tile = X + b * sxb + t * step
-        x = _load_tile(tile, rows, cols, in_n, 0, sxn, C, BC, CHUNKS, CHUNKS)
+        x = load_tile(tile, rows, cols, in_n, 0, sxn, C, BC, CHUNKS, CHUNKS)
         xr = tl.zeros((KP, BN), tl.float32)
         xg = tl.zeros((KP, BN), tl.float32)
         x2 = tl.zeros((BN,), tl.float32)
@@ -410,12 +400,7 @@ def backward_kernel(
             xt = tl.trans(x[j])
             xr = tl.dot(codewords[j], xt, xr, input_precision=PRECISION)
             xg = tl.dot(grads[j], xt, xg, input_precision=PRECISION)
-            center = centers[j] if HELD else load_center(own, cols, j * BC, C, EVEN)
-            x2 += squares(x[j], center)
-        # Registers are scarce: values of one number per codeword are read where they are used.
-        if not HELD:
-            m, q = tl.load(own + C + k), tl.load(own + C + KP + k)
-            dg = tl.load(own + C + 2 * KP + k)
+            x2 += squares(x[j], centers[j])
         distance = distances(x2, xr, m, q)
         scale = tl.load(S + k, mask=in_k, other=0.0).to(tl.float32)
         a = softmax(distance, scale, in_k, in_n)
@@ -432,8 +417,7 @@ def backward_kernel(
             at, wt = tl.trans(a), tl.trans(-w)
             total = tl.sum(w.to(tl.float32), 0)
             for j in tl.static_range(CHUNKS):
-                center = centers[j] if HELD else load_center(own, cols, j * BC, C, EVEN)
-                dx = -total[:, None] * center[None, :]
+                dx = -total[:, None] * centers[j][None, :]
                 dx = tl.dot(wt, codewords[j], dx, input_precision=PRECISION)
                 dx = tl.dot(at, grads[j], dx, input_precision=PRECISION)
                 dx = (dx + total[:, None] * x[j].to(tl.float32)).to(X.dtype.element_ty)

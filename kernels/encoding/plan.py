@@ -1,7 +1,7 @@
 """Which kernels `encode` launches on a GPU; tiles.py says with what tiles.
 
-A pass is fused (fused.py: one kernel that keeps its sums in registers) or split (split.py: kernels
-that store the weights in between); finish.py adds up partial sums.
+A pass is fused (fused.py, paired.py: one kernel that keeps its sums in registers) or split
+(split.py: kernels that store the weights in between); finish.py adds up partial sums.
 
 x is B x C x N: images, channels, pixels; K codewords. A product of matrices needs 16 rows at least,
 so K is padded to a power of two from 16 on.
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from ..runtime.tuned import Problem, problem
-from . import finish, fused, split
-from .tiles import backward_configs, candidates, forward_configs, padded, parts
+from . import finish, fused, paired, split
+from .tiles import HELD_CHANNELS, backward_configs, candidates, forward_configs, padded, parts
 
 # Channels beyond which `encode` runs PyTorch code.
 MAX_CHANNELS = 2048
@@ -413,25 +413,25 @@ def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Ten
     else:
         splits = _splits(problem, problem.processors, config.block_n)
         partial, masses = problem.partial(splits), problem.masses(splits, 3)
+    arguments = dict(
+        problem.walk(), D=problem.codewords, S=problem.scale, R=gradient.factor, G=gradient.code,
+        dX=gradient.x, P=partial, PM=masses, splits=splits,
+    )  # fmt: skip
+    constants = problem.constants(config, CHUNKS=chunks, NEED_X=gradient.need_x)
+    if config.whole or problem.channels <= HELD_CHANNELS:
+        kernel = fused.backward_kernel
+        arguments.update(
+            dD=gradient.codewords, dS=gradient.scale, Count=gradient.counters, images=images,
+            group=_GROUP,
+        )  # fmt: skip
+        constants.update(BE=_ROW_ENTRIES, WHOLE=config.whole)
+    else:
+        kernel = paired.paired_backward_kernel
+        notes = (splits * images, problem.channels + 4 * padded(problem.num))
+        arguments.update(Own=problem.x.new_empty(notes, dtype=torch.float32))
+        constants.update(AHEAD=config.stages > 1)
     launch = Launch(
-        fused.backward_kernel,
-        (problem.images * splits,),
-        dict(
-            problem.walk(), D=problem.codewords, S=problem.scale, R=gradient.factor,
-            G=gradient.code, dX=gradient.x, P=partial, PM=masses, dD=gradient.codewords,
-            dS=gradient.scale,
-            Own=problem.notes(splits * images, chunks, problem.channels + 3 * padded(problem.num)),
-            Count=gradient.counters, splits=splits, images=images, group=_GROUP,
-        ),
-        problem.constants(
-            config,
-            CHUNKS=chunks,
-            HELD=problem.held(chunks),
-            BE=_ROW_ENTRIES,
-            NEED_X=gradient.need_x,
-            WHOLE=config.whole,
-        ),
-        config.num_warps,
+        kernel, (problem.images * splits,), arguments, constants, config.num_warps,
         max_registers=config.max_registers,
     )  # fmt: skip
     return launch, partial, masses

@@ -19,6 +19,9 @@ _MOST_REGISTERS = 255
 # Entries of an image's x, and its channels, up to which one program takes the whole image.
 _WHOLE_ENTRIES, _WHOLE_CHANNELS = 32768, 128
 
+# Channels up to which a fused backward program has what it knows of codewords in registers.
+HELD_CHANNELS = 128
+
 
 def padded(size: int) -> int:
     """Entries of a product's dimension: a power of two, 16 or more."""
@@ -124,14 +127,17 @@ def backward_configs(
 ) -> list[Config]:
     """Configurations of the backward pass, the preferred one first, the conservative one last."""
     split = _split_config(arch, dtype, channels, num)
-    # Compiled for sm_100, the fused kernel spills 16 bytes where there are 512 channels.
-    crowded = 100 <= arch < 120 and channels > 384
-    little = crowded or (_little_shared(arch) and channels > 128)
     if _is_small(dtype, channels, num):
         fused = [_small_config(dtype, channels, num, pixels), split]
-    elif dtype == torch.float32 or padded(num) > 32 or parts(channels, num) > 1 or little:
+    elif dtype == torch.float32 or padded(num) > 32 or parts(channels, num) > 1:
+        fused = [split]
+    elif channels <= HELD_CHANNELS:
+        fused = [Config(32, 64, 8), Config(16, 64, 8), split]
+    elif _little_shared(arch) and channels > 512:
         fused = [split]
     else:
-        # Triton 3.9 spills the first one where there are 512 channels.
-        fused = [Config(32, 64, 8), Config(16, 64, 8), split]
+        fused = [Config(16, 64, 8, stages=2), split]
+        # Compiled for sm_80, 32 pixels take 8 bytes of stack.
+        if arch >= 90 and not _little_shared(arch) and channels <= 512:
+            fused.insert(0, Config(32, 64, 8, stages=2))
     return _whole(fused, channels, num, pixels)

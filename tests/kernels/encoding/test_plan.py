@@ -234,6 +234,12 @@ def test_a_program_that_reads_ahead_reads_the_tile_that_follows(
     first = launches[0]
     assert first.constants["AHEAD"] and first.arguments["splits"] == 1
     assert x.shape[1] > 2 * first.constants["BN"]
+    if case == "read ahead both ways":
+        counters = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        back = plan.Backward(grad, x.transpose(1, 2), codewords, scale, scale, True, counters)
+        first = back.launches(one, back.configs(one)[0])[0][0]
+        assert first.constants["AHEAD"] and first.arguments["splits"] == 1
+        assert x.shape[1] > 2 * first.constants["BN"]
     with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
         ours = run(encode, *inputs, grad=grad)
     check([*inputs, grad], assert_accurate, ours)
