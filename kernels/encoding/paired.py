@@ -62,6 +62,7 @@ def paired_backward_kernel(
     C: tl.constexpr,  # channels
     K: tl.constexpr,  # codewords
     KP: tl.constexpr,  # K padded to a power of two, 16 at least
+    CP: tl.constexpr,  # C padded to a power of two
     BN: tl.constexpr,  # pixels of a tile
     BC: tl.constexpr,  # channels of a chunk, which one product covers
     CHUNKS: tl.constexpr,  # chunks of all channels
@@ -81,14 +82,23 @@ def paired_backward_kernel(
     row = tl.arange(0, 2 * KP)
     is_g, in_row = row % 2 == 1, row // 2 < K
     own = Own + tl.program_id(0).to(tl.int64) * (C + 4 * KP)
+    # A thread adds up its own channels: sums over the rows of a chunk would go through shared
+    # memory, with tenfold bank conflicts.
+    c = tl.arange(0, CP)
+    d_sum = tl.zeros((CP,), tl.float32)
+    d_sum2 = tl.zeros((CP,), tl.float32)
+    for i in range(K):
+        value = tl.load(D + i * C + c, mask=c < C, other=0.0).to(tl.float32)
+        d_sum, d_sum2 = d_sum + value, d_sum2 + value * value
+    tl.store(own + c, center_of(d_sum, d_sum2, K), mask=c < C)
+    tl.debug_barrier()
     exact2 = tl.zeros((2 * KP,), tl.float32)
     rounded2 = tl.zeros((2 * KP,), tl.float32)
     off = tl.zeros((2 * KP,), tl.float32)
     for j in tl.static_range(CHUNKS):
         d = load_rows(D, row // 2, cols, in_row, j * BC, C, C, EVEN).to(tl.float32)
         g = load_rows(G + b * K * C, row // 2, cols, in_row & is_g, j * BC, C, C, EVEN)
-        # Every codeword is there twice.
-        center = center_of(tl.sum(d, 0) / 2, tl.sum(d * d, 0) / 2, K)
+        center = load_center(own, cols, j * BC, C, EVEN)
         d = tl.where(in_row[:, None], d - center[None, :], 0.0)
         exact = tl.where(is_g[:, None], g, d)
         pair = exact.to(X.dtype.element_ty)
@@ -98,7 +108,6 @@ def paired_backward_kernel(
         off += tl.sum(rounded * center[None, :], 1)
         pairs = pairs + (pair,)
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
-        tl.store(own + j * BC + cols, center, mask=cols + j * BC < C)
     m, q = line_of(exact2, rounded2, off)
     tl.store(own + C + row, tl.where(is_g, -1.0, m))
     tl.store(own + C + 2 * KP + row, tl.where(is_g, -exact2 - off, q))
@@ -160,8 +169,8 @@ def paired_backward_kernel(
                 store_rows(out, rows, cols, in_n, j * BC, C, dx, C, EVEN)
         added = ()
         for j in tl.static_range(CHUNKS):
-            total = tl.dot(tl.trans(w), x[j], sums[j], input_precision=PRECISION)
-            added = added + (total,)
+            product = tl.dot(tl.trans(w), x[j], sums[j], input_precision=PRECISION)
+            added = added + (product,)
         sums = added
         if AHEAD:
             x = following

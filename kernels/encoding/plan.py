@@ -429,7 +429,7 @@ def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Ten
         kernel = paired.paired_backward_kernel
         notes = (splits * images, problem.channels + 4 * padded(problem.num))
         arguments.update(Own=problem.x.new_empty(notes, dtype=torch.float32))
-        constants.update(AHEAD=config.stages > 1)
+        constants.update(AHEAD=config.stages > 1, CP=next_power_of_2(problem.channels))
     launch = Launch(
         kernel, (problem.images * splits,), arguments, constants, config.num_warps,
         max_registers=config.max_registers,

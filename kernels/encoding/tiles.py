@@ -133,8 +133,8 @@ def backward_configs(
         fused = [split]
     elif channels <= HELD_CHANNELS:
         fused = [Config(32, 64, 8), Config(16, 64, 8), split]
-    elif _little_shared(arch) and channels > 512:
-        fused = [split]
+    elif arch >= 120 or (_little_shared(arch) and channels > 512):
+        fused = [split]  # Compiled for sm_120, 16 pixels take 8 bytes of stack.
     else:
         fused = [Config(16, 64, 8, stages=2), split]
         # Compiled for sm_80, 32 pixels take 8 bytes of stack.
