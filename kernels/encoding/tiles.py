@@ -136,8 +136,10 @@ def backward_configs(
     elif arch >= 120 or (_little_shared(arch) and channels > 512):
         fused = [split]  # Compiled for sm_120, 16 pixels take 8 bytes of stack.
     else:
-        fused = [Config(16, 64, 8, stages=2), split]
-        # Compiled for sm_80, 32 pixels take 8 bytes of stack.
-        if arch >= 90 and not _little_shared(arch) and channels <= 512:
+        fused = [split]
+        # Compiled for sm_100, 16 pixels take 40 bytes of stack, and for sm_80 32 pixels 8.
+        if arch < 100 or channels > 512:
+            fused.insert(0, Config(16, 64, 8, stages=2))
+        if arch >= 90 and channels <= 512:
             fused.insert(0, Config(32, 64, 8, stages=2))
     return _whole(fused, channels, num, pixels)
