@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from bench.static.interpreter import LaunchRecord
     from encnet_triton.kernels.runtime.launch import Launch
 
-# Arguments that come from memory once a program: their name, or how it begins.
+# Arguments that come from memory once per program.
 STREAMED = {
-    "encode": ("X", "dX", "P"),
-    "batch_norm_act": ("X", "R", "Y", "dY", "Other", "dX", "dR", "Bits", "P"),
+    "encode": ("X", "dX", "P", "PM", "PW"),
+    "batch_norm_act": ("X", "R", "Y", "dY", "Other", "dX", "dR", "Bits", "P", "PN"),
     # An image's logits, labels and lse are a few MB, and its programs follow one another: what one
     # of them read the others find in the L2 cache.
     "upsample": (),
@@ -175,7 +175,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 def _memory_bytes(launch: LaunchRecord, streamed: tuple[str, ...]) -> int:
     return sum(
-        traffic.by_program if name.startswith(streamed) else traffic.by_launch
+        traffic.by_program if name in streamed else traffic.by_launch
         for accesses in (launch.loads, launch.stores)
         for name, traffic in accesses.items()
     )
