@@ -1,4 +1,4 @@
-"""A peer: batch norm + residual + ReLU with one Triton program a channel, as attorch publishes it.
+"""A peer: batch norm + residual + ReLU, one Triton program per channel, as attorch publishes it.
 
 Written from its description, not from its code. A program owns a channel of a contiguous
 B x C x H x W and walks it twice: a pass that merges mean and variance tile by tile in float32

@@ -56,7 +56,7 @@ def is_compiled(variant: str) -> bool:
 
 def needs_gpu(variant: str) -> bool:
     """Whether a peer is a Triton kernel and nothing else."""
-    return variant == "one program a channel"
+    return variant == "one program per channel"
 
 
 def _made(variant: str, function: Function) -> Function:
@@ -68,7 +68,7 @@ BATCH_NORM = (
     "ours",
     "batch_norm + add + relu, eager",
     "batch_norm + add + relu, compiled",
-    "one program a channel",
+    "one program per channel",
 )
 UPSAMPLE = ("ours", "interpolate + cross_entropy, eager", "interpolate + cross_entropy, compiled")
 
@@ -126,7 +126,7 @@ def batch_norm_pass(
     """Batch norm, the addition of a residual if asked for, and ReLU on B x C x size x size.
 
     Ours alone can be `frozen`, on the running statistics. Channels last, but for the peer with a
-    program a channel, to which contiguous channels are best.
+    program per channel, to which contiguous channels are best.
     """
     torch.manual_seed(0)
     last = torch.contiguous_format if needs_gpu(variant) else torch.channels_last
@@ -141,7 +141,7 @@ def batch_norm_pass(
     one_of: dict[str, Function] = {
         "ours": ours,
         "batch_norm + add + relu": peer,
-        "one program a channel": _one_program_a_channel,
+        "one program per channel": _one_program_a_channel,
     }
     layer = one_of[variant.partition(",")[0]]
 

@@ -60,7 +60,7 @@ class Report:
     """One compiled kernel.
 
     Attributes:
-        num_warps: warps a block, those that the compiler added included.
+        num_warps: warps per block, those that the compiler added included.
         stack_bytes: local memory of a thread; where it spills, it spills to there.
         spill_bytes: stored and loaded, a thread.
         blocks_per_sm: resident at once, by registers, shared and tensor memory, warps and blocks.

@@ -105,7 +105,7 @@ class _Problem:
         return self.x.new_empty(size, dtype=torch.float32)
 
     def masses(self, slots: int, *kinds: int) -> Tensor:
-        """Room for sums of weights, K of each kind, one slot a program or tile."""
+        """Room for sums of weights, K of each kind, one slot per program or tile."""
         return self.x.new_empty((self.images, slots, *kinds, self.num), dtype=torch.float32)
 
 

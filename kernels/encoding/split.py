@@ -47,7 +47,7 @@ def weights_kernel(
     NEED_X: tl.constexpr,  # write dX
     PRECISION: tl.constexpr,  # of products: "tf32x3" where X is float32, else "tf32"
 ):
-    """Split form: one tile a program. Forward: PW = a. Backward: PW = w, and dX.
+    """Split form: one tile per program. Forward: PW = a. Backward: PW = w, and dX.
 
     Forward: T are the codewords. Backward: see tables_kernel.
     """

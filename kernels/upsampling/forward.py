@@ -37,7 +37,7 @@ def _chunk(
     image, i, h, w, left, right, share, chunk,
     C: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """`two_rows` of one thread a pixel, columns x classes."""
+    """`two_rows` of one thread per pixel, columns x classes."""
     above, step = two_rows(image, i, h, w, left, right, share, chunk, C, 1, VEC, G)
     shape: tl.constexpr = (above.shape[0], above.shape[2])
     return tl.reshape(above, shape), tl.reshape(step, shape)
@@ -199,7 +199,7 @@ def forward_kernel(
     wrong_sum = tl.zeros((BX,), tl.float32)
     at = labels + tl.cast(y, tl.int64) * W + x
     if tl.max(steepest) > STEEPEST:
-        # One exponential a value, about a maximum for each pixel.
+        # One exponential per value, about a maximum for each pixel.
         for row in range(rows):
             down = row_share(y + row, i, h, H, ALIGN)
             lse2 = _exact_lse(image, i, h, w, left, right, share, down, C, VEC, G)

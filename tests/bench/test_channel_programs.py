@@ -1,4 +1,4 @@
-"""The peer with one Triton program a channel computes what torch's layers do."""
+"""The peer with one Triton program per channel computes what torch's layers do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = "cpu" if launch.interpreting() else "cuda"
 def test_one_program_a_channel_is_a_batch_norm(
     residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel_programs, "_TILE", 64)  # several tiles a channel
+    monkeypatch.setattr(channel_programs, "_TILE", 64)  # several tiles per channel
     generator = torch.Generator().manual_seed(0)
     x, other, grad = (
         torch.randn(3, 4, 7, 9, generator=generator).to(DEVICE) + 3 * (i == 0) for i in range(3)

@@ -49,7 +49,7 @@ def test_large_tensors_are_accessed_16_bytes_wide(
 def test_enough_warps_are_resident_to_hide_memory(
     rows: list[Row], direction: str, arch: int
 ) -> None:
-    """16 warps with two loads of 16 bytes in flight a thread are 16 KiB a multiprocessor."""
+    """16 warps with two loads of 16 bytes in flight per thread are 16 KiB per multiprocessor."""
     few = {
         row["config"]: row["blocks_per_sm"]
         for row in select(rows, direction, "bfloat16", arch)

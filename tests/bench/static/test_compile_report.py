@@ -86,7 +86,7 @@ def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, arch, direction
         for row in select(rows, direction, dtype, arch)
         if row["blocks_per_sm"] < (1 if row["num_warps"] >= 8 else 2)
     }
-    assert not few, "blocks and warps a block"
+    assert not few, "blocks and warps per block"
 
 
 @needs_triton
