@@ -138,7 +138,7 @@ def paired_backward_kernel(
             if AHEAD:
                 chunk = load_rows(tile + step, rows, cols, in_after, j * BC, sxn, C, EVEN)
                 following = following + (chunk,)
-        # Registers are scarce: what is one number a codeword is read where it is used.
+        # Registers are scarce: numbers per codeword are read where they are used.
         m, q = tl.load(own + C + row), tl.load(own + C + 2 * KP + row)
         both = tl.where(is_g[None, :], 0.0, x2[:, None]) - both * m[None, :] + q[None, :]
         distance, da = tl.split(tl.reshape(both, (BN, KP, 2)))
