@@ -15,6 +15,7 @@ from encnet_triton.scoring.metrics import Scores
 from encnet_triton.train import distributed, trainer
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.segmentation import Segmentation
+from tests.support.scores import scores_of
 from tests.support.tolerance import assert_alike_in_float32, assert_equal_in_float64
 from tests.train import launch
 
@@ -63,7 +64,7 @@ def test_a_validation_without_synchronised_statistics_is_of_those_that_are_saved
 
     def validate(task: Segmentation, *_: Any) -> Scores:
         seen.append(task.evaluated)
-        return Scores(0.5, 0.5, (None, None, None), (), 1)
+        return scores_of(0.5)
 
     monkeypatch.setattr(Segmentation, "validate", validate)
     monkeypatch.setattr(trainer, "send_buffers", seen.append)
