@@ -102,10 +102,8 @@ def shapes(graph: fx.Graph) -> set[tuple[int, ...]]:
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "backbone", ["resnet50", pytest.param("resnet101", marks=pytest.mark.verify)]
-)
+@pytest.mark.verify  # `test_training_step_is_one_graph` has a small backbone
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
 def test_training_step_of_the_paper_is_one_graph_without_full_resolution_logits(
     backbone: str,
 ) -> None:
