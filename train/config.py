@@ -1,4 +1,4 @@
-"""The configuration of a training run: dataclasses, and their values from text.
+"""The configuration of a training run, as dataclasses.
 
 Field names are unique over all sections, so ``--lr 0.01`` needs no section. A wrong key or value
 raises a `ConfigError` that names it.
@@ -7,16 +7,12 @@ raises a `ConfigError` that names it.
 from __future__ import annotations
 
 import ast
-import contextlib
-import difflib
 import inspect
 import math
 import textwrap
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any, Union
+from typing import Any
 
 from encnet_triton.data.loader import MAX_WORKERS
 
@@ -440,62 +436,3 @@ def field_docs() -> dict[str, str]:
                 assert isinstance(node.target, ast.Name) and isinstance(after.value, ast.Constant)
                 docs[node.target.id] = str(after.value.value)
     return docs
-
-
-def closest(given: str, allowed: typing.Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest known one, and all of them."""
-    names = list(allowed)
-    near = difflib.get_close_matches(given, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{hint} Known: {', '.join(names)}" if hint else f"; known: {', '.join(names)}"
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
-
-
-def convert(key: str, value: Any, hint: Any) -> Any:
-    """Turn a TOML value or command-line text into the field's type.
-
-    Raises:
-        ConfigError: the value is of another kind.
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        *others, last = (a for a in arguments if a is not type(None))
-        for other in others:  # bool | str: the words for true and false, or any text
-            with contextlib.suppress(ConfigError):
-                return convert(key, value, other)
-        return convert(key, value, last)
-    if origin is tuple:
-        any_count = arguments[-1] is Ellipsis
-        parts = value if any_count or not isinstance(value, str) else value.replace("x", ",")
-        parts = parts.split(",") if isinstance(parts, str) else parts
-        parts = list(parts) if isinstance(parts, list | tuple) else [parts]
-        if any_count:
-            arguments = arguments[:1] * len(parts)
-        if len(parts) == 1:
-            parts *= len(arguments)
-        try:
-            return tuple(convert(key, p, a) for p, a in zip(parts, arguments, strict=True))
-        except ValueError:  # of one of them, or of their number
-            number = _KINDS[arguments[0]].removeprefix("a ")
-            many = f"{number}s joined by commas" if any_count else f"{len(arguments)} {number}s"
-            raise ConfigError(f"{key} = {value!r} is not allowed; it must be {many}") from None
-    if hint is bool:
-        names = {"true": True, "yes": True, "on": True, "1": True}
-        names |= {"false": False, "no": False, "off": False, "0": False}
-        found = value if isinstance(value, bool) else names.get(str(value).lower())
-        require(found is not None, key, value, "true or false")
-        return found
-    wrong = isinstance(value, bool) or (hint is int and isinstance(value, float))
-    try:
-        if wrong or (hint is str and not isinstance(value, str)):
-            raise ValueError
-        found = hint(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{key} = {value!r} is not allowed; it must be {_KINDS[hint]}") from None
-    if hint is int:  # more than torch can hold
-        require(abs(found) < 10**18, key, value, "a whole number of at most 18 digits")
-    return found

@@ -22,12 +22,11 @@ from encnet_triton.train.config import (
     Config,
     ConfigError,
     all_fields,
-    closest,
-    convert,
     one_of,
     require,
 )
 from encnet_triton.train.segmentation import Segmentation
+from encnet_triton.train.values import closest, convert
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
@@ -62,34 +63,26 @@ def check_devices(x: Tensor, others: dict[str, Optional[Tensor]]) -> None:
             )
 
 
+_OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
+
+
 def check_arguments(
     x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    running_mean: Optional[Tensor],
-    running_var: Optional[Tensor],
+    of_channels: Sequence[Optional[Tensor]],
     residual: Optional[Tensor],
-    res_weight: Optional[Tensor],
-    res_bias: Optional[Tensor],
-    res_running_mean: Optional[Tensor],
-    res_running_var: Optional[Tensor],
     training: bool,
     eps: float,
     activation: Optional[str],
     group: Optional[ProcessGroup],
     statistics: Optional[tuple[Tensor, Tensor]],
 ) -> None:
-    of_channels = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight of residual_norm": res_weight,
-        "bias of residual_norm": res_bias,
-        "running_mean of residual_norm": res_running_mean,
-        "running_var of residual_norm": res_running_var,
-    }
-    _check_inputs(x, of_channels, residual, activation)
+    """Refuse what `batch_norm_act` cannot take.
+
+    `of_channels` are weight, bias and running statistics of x, then those of the residual.
+    """
+    names = *_OF_CHANNELS, *(f"{name} of residual_norm" for name in _OF_CHANNELS)
+    weight, bias, running_mean, running_var, res_weight, res_bias, *_ = of_channels
+    _check_inputs(x, dict(zip(names, of_channels)), residual, activation)
     _check_options(training, eps, group)
     _check_statistics(x, statistics)
     differentiable = x, weight, bias, residual, res_weight, res_bias

@@ -1,13 +1,11 @@
-"""The torch.library operators that a batch normalisation is made of, and their gradients; see
-operator.py.
+"""The torch.library operators that a batch normalisation is made of; see operator.py.
 
 The collectives of a synchronised one stand between them, where a compiler sees them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -424,115 +422,6 @@ def all_reduce(packed: Tensor, group_name: str) -> Tensor:
 # The operators as eager code calls them.
 direct_moments, direct_unpack = Direct(moments, changes=(1, 2)), Direct(unpack, changes=(2, 3))
 direct_statistics_of, direct_normalise = Direct(statistics_of), Direct(normalise)
-_backward_sums, _backward_input = Direct(backward_sums), Direct(backward_input)
-_backward_frozen = Direct(backward_frozen)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    y, mask, twin = output
-    x, mean, var, count, weight, bias, residual, relu, eps, pack, group_name, forked, *more = inputs
-    res_mean, res_var, res_weight, _ = more
-    ctx.options = relu, eps, group_name
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((mask,) if forked else (mask, twin)))
-    kept = kept_of(x, y, mask, relu, pack)
-    read = None if res_mean is None else residual
-    of_residual = read, res_mean, res_var, res_weight
-    ctx.save_for_backward(x, kept, mean, var, count, weight, bias, *of_residual)
-
-
-def kept_of(x: Tensor, y: Tensor, mask: Tensor, relu: bool, pack: bool) -> Optional[Tensor]:
-    """What the backward pass needs beside x to know which values the ReLU let pass."""
-    if relu and not plan_of(__package__, x):
-        return y
-    return mask if pack else None
-
-
-def _autograd_backward(
-    ctx: Any, grad: Optional[Tensor], _: Any, other: Optional[Tensor]
-) -> tuple[Optional[Tensor], ...]:
-    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 14, 15)]
-    made = needed_gradients(gradients_of, grad, other, ctx.saved_tensors, ctx.options, needs)
-    none = [None] * 7
-    return (made[0], None, None, None, *made[1:4], *none, *made[4:])
-
-
-def needed_gradients(
-    gradients: Callable[..., Any],
-    grad: Optional[Tensor],
-    other: Optional[Tensor],
-    saved: Sequence[Any],
-    options: tuple[bool, float, str],
-    needs: Sequence[bool],
-) -> tuple[Optional[Tensor], ...]:
-    """Of x, weight, bias, residual, its weight and bias; y or its twin may have no gradient."""
-    if grad is None:
-        grad, other = other, None
-    if grad is None:
-        return (None,) * 6
-    need_x, need_weight, need_bias, need_residual, need_res_weight, need_res_bias = needs
-    # Without a ReLU the residual's gradient is dy itself, if it is added as it is.
-    normalised = saved[7] is not None
-    write = need_residual and (options[0] or other is not None or normalised)
-    made = gradients(grad, other, *saved, *options, need_x, write)
-    grad_x, grad_weight, grad_bias, grad_residual, grad_res_weight = made
-    return (
-        grad_x,
-        grad_weight if need_weight else None,
-        grad_bias if need_bias else None,
-        (grad_residual if write else grad) if need_residual else None,
-        grad_res_weight if need_res_weight else None,
-        grad_bias if need_res_bias else None,  # the same sum
-    )
-
-
-normalise.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-def gradients_of(
-    grad: Tensor,
-    other: Optional[Tensor],
-    x: Tensor,
-    kept: Optional[Tensor],
-    mean: Tensor,
-    var: Tensor,
-    count: Optional[Tensor],
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    residual: Optional[Tensor],
-    res_mean: Optional[Tensor],
-    res_var: Optional[Tensor],
-    res_weight: Optional[Tensor],
-    relu: bool,
-    eps: float,
-    group_name: str,
-    need_x: bool,
-    write_residual: bool,
-) -> tuple[Optional[Tensor], Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
-    """Of x, weight, bias, residual and its weight; x, grads and kept (if it is y) are B x C x N.
-
-    `other` and `residual`, which is given where it was normalised, are None where the statistics
-    are frozen.
-    """
-    call = (x, kept, mean, var, weight, bias)
-    if count is None:
-        grad_x, grad_weight, grad_bias, grad_residual = _backward_frozen(
-            grad, *call, relu, eps, write_residual
-        )
-        return grad_x if need_x else None, grad_weight, grad_bias, grad_residual, None
-    of_residual = residual, res_mean, res_var, res_weight
-    made = _backward_sums(grad, other, *call, relu, eps, *of_residual)
-    sums, grad_weight, grad_bias, masked, grad_res_weight = made
-    if not need_x and not write_residual:
-        return None, grad_weight, grad_bias, None, grad_res_weight
-    if group_name:
-        sums = all_reduce(sums, group_name)
-    # The PyTorch code has made g where it has y.
-    if other is not None or (kept is not None and not plan_of(__package__, x)):
-        grad, kept, relu = masked, None, False
-    normalised = residual is not None
-    g_is_made = grad is masked and not normalised
-    given = grad, x, kept, *call[2:], sums, count, relu, eps
-    grad_x, grad_residual = _backward_input(*given, write_residual and not g_is_made, *of_residual)
-    grad_residual = masked if g_is_made else grad_residual
-    return grad_x if need_x else None, grad_weight, grad_bias, grad_residual, grad_res_weight
+direct_backward_sums = Direct(backward_sums)
+direct_backward_input = Direct(backward_input)
+direct_backward_frozen = Direct(backward_frozen)

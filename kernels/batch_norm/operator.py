@@ -40,15 +40,13 @@ from ..runtime.eager import applied, changed, quiet, undisturbed
 from ..runtime.replay import Repeated
 from ..runtime.tiling import accumulation_dtype
 from .checks import ResidualNorm, check_arguments, check_residual_norm, checked_momentum
+from .gradients import SAVED, Saved, gradients_of, kept_of, needed_gradients
 from .library import (
     all_reduce,
     direct_moments,
     direct_normalise,
     direct_statistics_of,
     direct_unpack,
-    gradients_of,
-    kept_of,
-    needed_gradients,
 )
 
 if TYPE_CHECKING:
@@ -163,36 +161,22 @@ def _normalised(
     return y, kept, *moments, *res_moments
 
 
-def _derived(
-    grad: Tensor,
-    other: Optional[Tensor],
-    x: Tensor,
-    kept: Optional[Tensor],
-    mean: Tensor,
-    var: Tensor,
-    count: Optional[Tensor],
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    residual: Optional[Tensor],
-    res_mean: Optional[Tensor],
-    res_var: Optional[Tensor],
-    res_weight: Optional[Tensor],
-    *options: Any,
-) -> tuple[Optional[Tensor], ...]:
+def _derived(grad: Tensor, other: Optional[Tensor], *given: Any) -> tuple[Optional[Tensor], ...]:
     """`gradients_of` in x's own shape, None where there is no gradient."""
+    saved, options = Saved(*given[:SAVED]), given[SAVED:]
+    x, kept = saved.x, saved.kept
     if kept is not None and kept.dim() > 1:  # y, and not a mask
         kept = _as_planes(kept)
-    twin, read = (None if t is None else _as_planes(t) for t in (other, residual))
-    given = _as_planes(grad), twin, _as_planes(x), kept, mean, var, count, weight, bias
-    of_residual = read, res_mean, res_var, res_weight
-    made = gradients_of(*given, *of_residual, *options)
+    twin, residual = (None if t is None else _as_planes(t) for t in (other, saved.residual))
+    planes = saved._replace(x=_as_planes(x), kept=kept, residual=residual)
+    made = gradients_of(_as_planes(grad), twin, *planes, *options)
     grad_x, grad_weight, grad_bias, grad_residual, grad_res_weight = made
     return (
         None if grad_x is None else grad_x.reshape(x.shape),
-        None if weight is None else grad_weight,
-        None if bias is None else grad_bias,
+        None if saved.weight is None else grad_weight,
+        None if saved.bias is None else grad_bias,
         grad_residual.reshape(x.shape) if grad_residual is not None and options[-1] else None,
-        None if res_weight is None else grad_res_weight,
+        None if saved.res_weight is None else grad_res_weight,
     )
 
 
@@ -225,6 +209,7 @@ class _Normalise(torch.autograd.Function):
         ctx.options = options
         read = None if res_moments[0] is None else residual
         of_residual = read, *res_moments, res_weight
+        # The fields of `Saved`; making one would take a microsecond of each call.
         ctx.save_for_backward(x, kept, mean, var, count, weight, bias, *of_residual)
         if not forked:
             return y
@@ -395,7 +380,8 @@ def _normalise_all(
         again = _forward.again(*given)
         if again is not None:
             return _normalise_by(again, forked, given)
-    check_arguments(*tensors, training, eps, activation, group, statistics)
+    of_channels = weight, bias, running_mean, running_var, *of_residual
+    check_arguments(x, of_channels, residual, training, eps, activation, group, statistics)
     eps, momentum = float(eps), checked_momentum(training, momentum, running_mean, running_var)
     if residual_norm is not None:
         res_momentum = checked_momentum(training, res_momentum, *of_residual[2:])

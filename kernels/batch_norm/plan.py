@@ -1,4 +1,4 @@
-"""Which kernels `batch_norm_act` launches on a GPU; they are in kernels.py.
+"""Which kernels `batch_norm_act` launches on a GPU; they are in kernels.py and finish.py.
 
 x is B x C x N (images, channels, pixels) and dense, contiguous or with the channels innermost.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from ..runtime.tuned import Problem, problem
-from . import kernels
+from . import finish, kernels
 
 # Bytes of a tile, and warps: one load of 16 bytes per thread. With more bytes, or with 4 warps, the
 # compiler aims for register counts that spill a few bytes in some kernels.
@@ -261,8 +261,8 @@ class Statistics(_Pass):
         packed = x.new_empty(2 * channels + 1, dtype=torch.float64)
         moved = running or Running(None, None, 0.0)
         arguments, constants = _moments_arguments(mean, var, count, moved)
-        finish = _finish(
-            kernels.finish_statistics_kernel,
+        last = _finish(
+            finish.finish_statistics_kernel,
             channels,
             walk.splits,
             dict(arguments, P=sums_of_runs, PN=counts, Packed=packed),
@@ -270,7 +270,7 @@ class Statistics(_Pass):
             ALONE=running is not None,
         )
         first = walk.launch(kernels.statistics_kernel, {"X": x, "P": sums_of_runs, "PN": counts})
-        return [first, finish], (packed,) if running is None else (mean, var, count)
+        return [first, last], (packed,) if running is None else (mean, var, count)
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class Moments:
         made = _new_moments(self.packed, channels)
         arguments, constants = _moments_arguments(*made, self.running)
         launch = Launch(
-            kernels.moments_kernel,
+            finish.moments_kernel,
             (cdiv(channels, _FINISH[0]),),
             dict(arguments, Packed=self.packed, C=channels),
             dict(constants, BC=_FINISH[0]),
@@ -424,8 +424,8 @@ class BackwardSums(_BackwardPass):
             TWO=self.other is not None,
             NORM=normalised,
         )
-        finish = _finish(
-            kernels.finish_backward_kernel,
+        last = _finish(
+            finish.finish_backward_kernel,
             channels,
             walk.splits,
             {
@@ -442,7 +442,7 @@ class BackwardSums(_BackwardPass):
             NORM=normalised,
         )
         made = sums, grad_weight, grad_bias, grad_x, grad_residual, grad_of_residual
-        return [first, finish], made
+        return [first, last], made
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from encnet_triton.train import run_state
-from encnet_triton.train.config import Config, ConfigError, closest
+from encnet_triton.train.config import Config, ConfigError
 from encnet_triton.train.recipe import build_stages
 from encnet_triton.train.run_folder import folder_of
+from encnet_triton.train.values import closest
 
 SWEEPS = Path(__file__).parent
 
