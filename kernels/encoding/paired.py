@@ -45,6 +45,50 @@ def _add_both(a, b, c, d):
 
 
 @triton.jit
+def _load_pairs(
+    X, D, G, own, K: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr,
+    BC: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Chunks of the pairs in X's dtype: a codeword less the center and, below it, its row of G.
+
+    Writes c, and m and q of the pairs, to `own`; G is that of the program's image.
+    """
+    cols, row = tl.arange(0, BC), tl.arange(0, 2 * KP)
+    is_g, in_row = row % 2 == 1, row // 2 < K
+    # A thread adds up its own channels: sums over the rows of a chunk would go through shared
+    # memory, with tenfold bank conflicts.
+    c = tl.arange(0, CP)
+    d_sum = tl.zeros((CP,), tl.float32)
+    d_sum2 = tl.zeros((CP,), tl.float32)
+    for i in range(K):
+        value = tl.load(D + i * C + c, mask=c < C, other=0.0).to(tl.float32)
+        d_sum, d_sum2 = d_sum + value, d_sum2 + value * value
+    tl.store(own + c, center_of(d_sum, d_sum2, K), mask=c < C)
+    tl.debug_barrier()
+    pairs = ()
+    exact2 = tl.zeros((2 * KP,), tl.float32)
+    rounded2 = tl.zeros((2 * KP,), tl.float32)
+    off = tl.zeros((2 * KP,), tl.float32)
+    for j in tl.static_range(CHUNKS):
+        d = load_rows(D, row // 2, cols, in_row, j * BC, C, C, EVEN).to(tl.float32)
+        g = load_rows(G, row // 2, cols, in_row & is_g, j * BC, C, C, EVEN)
+        center = load_center(own, cols, j * BC, C, EVEN)
+        d = tl.where(in_row[:, None], d - center[None, :], 0.0)
+        exact = tl.where(is_g[:, None], g, d)
+        pair = exact.to(X.dtype.element_ty)
+        rounded = pair.to(tl.float32)
+        exact2 += tl.sum(exact * d, 1)
+        rounded2 += tl.sum(rounded * d, 1)
+        off += tl.sum(rounded * center[None, :], 1)
+        pairs = pairs + (pair,)
+    m, q = line_of(exact2, rounded2, off)
+    tl.store(own + C + row, tl.where(is_g, -1.0, m))
+    tl.store(own + C + 2 * KP + row, tl.where(is_g, -exact2 - off, q))
+    tl.debug_barrier()
+    return pairs
+
+
+@triton.jit
 def paired_backward_kernel(
     X,  # B x N x C, channels innermost
     D,  # K x C, the codewords d
@@ -77,41 +121,13 @@ def paired_backward_kernel(
     rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
     in_k = k < K
 
-    pairs, sums = (), ()
-    # Rows of pairs: a codeword and, below it, its row of G.
-    row = tl.arange(0, 2 * KP)
-    is_g, in_row = row % 2 == 1, row // 2 < K
     own = Own + tl.program_id(0).to(tl.int64) * (C + 4 * KP)
-    # A thread adds up its own channels: sums over the rows of a chunk would go through shared
-    # memory, with tenfold bank conflicts.
-    c = tl.arange(0, CP)
-    d_sum = tl.zeros((CP,), tl.float32)
-    d_sum2 = tl.zeros((CP,), tl.float32)
-    for i in range(K):
-        value = tl.load(D + i * C + c, mask=c < C, other=0.0).to(tl.float32)
-        d_sum, d_sum2 = d_sum + value, d_sum2 + value * value
-    tl.store(own + c, center_of(d_sum, d_sum2, K), mask=c < C)
-    tl.debug_barrier()
-    exact2 = tl.zeros((2 * KP,), tl.float32)
-    rounded2 = tl.zeros((2 * KP,), tl.float32)
-    off = tl.zeros((2 * KP,), tl.float32)
-    for j in tl.static_range(CHUNKS):
-        d = load_rows(D, row // 2, cols, in_row, j * BC, C, C, EVEN).to(tl.float32)
-        g = load_rows(G + b * K * C, row // 2, cols, in_row & is_g, j * BC, C, C, EVEN)
-        center = load_center(own, cols, j * BC, C, EVEN)
-        d = tl.where(in_row[:, None], d - center[None, :], 0.0)
-        exact = tl.where(is_g[:, None], g, d)
-        pair = exact.to(X.dtype.element_ty)
-        rounded = pair.to(tl.float32)
-        exact2 += tl.sum(exact * d, 1)
-        rounded2 += tl.sum(rounded * d, 1)
-        off += tl.sum(rounded * center[None, :], 1)
-        pairs = pairs + (pair,)
+    pairs = _load_pairs(X, D, G + b * K * C, own, K, C, KP, CP, BC, CHUNKS, EVEN)
+    row = tl.arange(0, 2 * KP)
+    is_g = row % 2 == 1
+    sums = ()
+    for _ in tl.static_range(CHUNKS):
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
-    m, q = line_of(exact2, rounded2, off)
-    tl.store(own + C + row, tl.where(is_g, -1.0, m))
-    tl.store(own + C + 2 * KP + row, tl.where(is_g, -exact2 - off, q))
-    tl.debug_barrier()
     mass = tl.zeros((KP,), tl.float32)
     moment = tl.zeros((KP,), tl.float32)
     slope = tl.zeros((KP,), tl.float32)
