@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encnet_triton.kernels.batch_norm import library as norms
+from encnet_triton.kernels.batch_norm import gradients
 from encnet_triton.models.backbones import create_backbone
 from encnet_triton.models.resnet import (
     BACKBONES,
@@ -193,14 +193,14 @@ def test_no_gradients_are_added_at_a_block_s_input(
 ) -> None:
     """The batch norm before takes both, and the gradients are those of blocks in a row."""
     joined = []
-    original = norms._backward_sums
+    original = gradients.direct_backward_sums
 
     def backward_sums(grad: Tensor, other: Tensor | None, *rest: Any) -> Any:
         if other is not None:
             joined.append(other.shape)
         return original(grad, other, *rest)
 
-    monkeypatch.setattr(norms, "_backward_sums", backward_sums)
+    monkeypatch.setattr(gradients, "direct_backward_sums", backward_sums)
     torch.manual_seed(0)
     network = ResNet(replace(TINY, block=block)).double()
     set_norm_impl(network, "fused")
