@@ -10,10 +10,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .._namespace import add_op_namespace_prefix
+from .._ops import add_op_namespace_prefix
 from ..runtime.dispatch import plan_of
 from ..runtime.eager import Direct
-from ..runtime.inductor import register_fake
+from ..runtime.inductor import fake_of
 from ..runtime.launch import run
 from ..runtime.tiling import accumulation_dtype
 from . import pytorch
@@ -95,7 +95,7 @@ def moments(
     return mean.to(dtype, copy=True), (m2 / count).to(dtype), count.clone()
 
 
-@register_fake(moments)
+@fake_of(moments)
 def _moments_fake(
     x: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def statistics_of(x: Tensor) -> Tensor:
     return _pack(*pytorch.statistics(x))
 
 
-@register_fake(statistics_of)
+@fake_of(statistics_of)
 def _statistics_fake(x: Tensor) -> Tensor:
     return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float64)
 
@@ -144,7 +144,7 @@ def unpack(
     return mean.to(dtype, copy=True), (m2 / count).to(dtype), count
 
 
-@register_fake(unpack)
+@fake_of(unpack)
 def _unpack_fake(
     packed: Tensor,
     x: Tensor,
@@ -202,7 +202,7 @@ def _twin(x: Tensor, forked: bool) -> Tensor:
     return x.new_empty(1).expand(x.shape) if forked else x.new_empty(0)
 
 
-@register_fake(normalise)
+@fake_of(normalise)
 def _normalise_fake(
     x: Tensor,
     mean: Tensor,
@@ -272,7 +272,7 @@ def backward_sums(
     return sums, grad_weight, grad_bias, masked, grad_res
 
 
-@register_fake(backward_sums)
+@fake_of(backward_sums)
 def _backward_sums_fake(
     grad: Tensor,
     other: Optional[Tensor],
@@ -344,7 +344,7 @@ def backward_input(
     return grad_x, _like(pytorch.backward_input(grad, residual, *of_residual), x)
 
 
-@register_fake(backward_input)
+@fake_of(backward_input)
 def _backward_input_fake(
     grad: Tensor,
     x: Tensor,
@@ -394,7 +394,7 @@ def backward_frozen(
     return grad_x, grad_weight, grad_bias, masked
 
 
-@register_fake(backward_frozen)
+@fake_of(backward_frozen)
 def _backward_frozen_fake(
     grad: Tensor,
     x: Tensor,

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._namespace import add_op_namespace_prefix
+from .._ops import add_op_namespace_prefix
 from ..runtime.arguments import check_dense, check_derivatives, check_flag
 from ..runtime.dispatch import plan_of
 from ..runtime.eager import Direct, applied, quiet, undisturbed
-from ..runtime.inductor import register_fake
+from ..runtime.inductor import fake_of
 from ..runtime.launch import run
 from ..runtime.replay import Repeated
 from ..runtime.tiling import accumulation_dtype, laid_out_as
@@ -108,7 +108,7 @@ def _encode_forward(
     return code, code.new_empty(0), code.new_empty(0), _counters(x)
 
 
-@register_fake(_encode_forward)
+@fake_of(_encode_forward)
 def _encode_forward_fake(
     x: Tensor,
     codewords: Tensor,
@@ -150,7 +150,7 @@ def _encode_backward(
         return pytorch.backward(grad, x, codewords, scale, backward_scale, need_x, need_codewords)
 
 
-@register_fake(_encode_backward)
+@fake_of(_encode_backward)
 def _encode_backward_fake(
     grad: Tensor,
     x: Tensor,

@@ -8,8 +8,11 @@ import sys
 from typing import Any, Callable
 
 
-def register_fake(operator: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fake_of(operator: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`operator.register_fake`, of an operator that Inductor calls as it is.
+
+    Not of the same name: the build of the kernel hub takes a decorator called register_fake for
+    torch's, and asks it for the operator's full name.
 
     Inductor finds this out when it first meets the operator, but in torch 2.11 it then writes
     down everything that the arguments are computed from: eight times more text with every batch

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._namespace import add_op_namespace_prefix
+from .._ops import add_op_namespace_prefix
 from ..runtime.dispatch import plan_of, takes_triton
 from ..runtime.eager import Direct, applied
-from ..runtime.inductor import register_fake
+from ..runtime.inductor import fake_of
 from ..runtime.launch import run
 from ..runtime.tiling import laid_out_as
 from . import pytorch
@@ -57,7 +57,7 @@ def losses_of_pixels(
     return loss, lse
 
 
-@register_fake(losses_of_pixels)
+@fake_of(losses_of_pixels)
 def _map_fake(
     logits: Tensor, target: Tensor, weight: Optional[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def backward(
         return pytorch.backward(grad_loss, logits, target, lse, *options)
 
 
-@register_fake(backward)
+@fake_of(backward)
 def _backward_fake(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
@@ -168,7 +168,7 @@ def reduced(
     return loss, rates, lse if grad is None else grad
 
 
-@register_fake(reduced)
+@fake_of(reduced)
 def _reduced_fake(
     logits: Tensor,
     target: Tensor,
@@ -200,7 +200,7 @@ def scale_gradient(
     return torch.mul(grad, grad_loss).to(dtype, copy=False)
 
 
-@register_fake(scale_gradient)
+@fake_of(scale_gradient)
 def _scale_fake(
     grad_loss: Tensor, rates: Optional[Tensor], grad: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -276,7 +276,7 @@ def most_likely(
         return pytorch.argmax(logits, height, width, align_corners, with_prob)
 
 
-@register_fake(most_likely)
+@fake_of(most_likely)
 def _argmax_fake(
     logits: Tensor, height: int, width: int, align_corners: bool, with_prob: bool
 ) -> tuple[Tensor, Tensor]:
