@@ -69,17 +69,21 @@ class Kernel:
 Row = dict[str, Any]
 
 
-def kernels(calls: Iterable[Call]) -> dict[Kernel, str]:
+def kernels(calls: Iterable[Call], fullest: bool = False) -> dict[Kernel, str]:
     """Every kernel of these calls with what identifies its program.
 
     A program that several configurations of a call share is listed once, as a default if it is one
-    of the default's; the same program in calls of two shapes is listed for both.
+    of the default's; the same program in calls of two shapes is listed for both. `fullest` leaves
+    of each kernel function the launch with the most options on.
     """
     found: dict[Kernel, str] = {}
     seen: set[tuple[object, ...]] = set()
     for call in sorted(calls, key=lambda call: call.config):
         names: Counter[str] = Counter()
-        for place, launch in enumerate(call.launches()):
+        launches = call.launches()
+        chosen = _fullest(launches) if fullest else range(len(launches))
+        for place in chosen:
+            launch = launches[place]
             program = identity(launch, call.arch)
             key = (call.direction, call.dtype, call.arch, call.shape, program)
             if key in seen:
@@ -91,6 +95,16 @@ def kernels(calls: Iterable[Call]) -> dict[Kernel, str]:
             label = f"{name}{variant} {call.shape} {call.configs()[call.config]}"
             found[Kernel(call, place, label, default=call.config == 0)] = program
     return found
+
+
+def _fullest(launches: Sequence[Launch]) -> list[int]:
+    """Places of the launches with the most options on, one a kernel function."""
+    most: dict[str, tuple[int, int]] = {}
+    for place, launch in enumerate(launches):
+        options = sum(value is True for value in launch.constants.values())
+        name = launch.kernel.__name__
+        most[name] = max(most.get(name, (-1, 0)), (options, -place))
+    return sorted(-place for _, place in most.values())
 
 
 def parse_shape(text: str) -> EncodeShape:
@@ -220,7 +234,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--all", action="store_true", help="all shapes and configurations")
-    amount.add_argument("--quick", action="store_true", help="a shape an operator and layout")
+    amount.add_argument(
+        "--quick",
+        action="store_true",
+        help="a shape an operator and layout; of each kernel the launch with the most options",
+    )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS, help="compute capabilities"
     )
@@ -244,7 +262,7 @@ def run(options: argparse.Namespace) -> int:
         f"{compiler_versions(archs)}; compiled for {', '.join(f'sm_{a}' for a in archs)}, not run",
         highlight=False,
     )
-    rows = reports(kernels(_calls(options)))
+    rows = reports(kernels(_calls(options), fullest=options.quick))
     console.print(table(rows, archs), highlight=False)
     for row in rows:
         if row["note"]:

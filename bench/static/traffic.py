@@ -150,11 +150,11 @@ def upsample_cases(size: UpsampleShape, dtype: torch.dtype = torch.bfloat16) -> 
 def cases(quick: bool) -> Iterator[Case]:
     """What the table lists."""
     if quick:
-        yield from upsample_cases(UpsampleShape(1, 20, 3, 6, 24, 48))
+        yield from upsample_cases(UpsampleShape(1, 20, 2, 6, 8, 48))
         yield from encode_cases(EncodeShape(128, 32, 300, 2))
         yield from encode_cases(EncodeShape(128, 32, 100, 2), torch.float32)
         yield from encode_cases(EncodeShape(16, 16, 1024, 2))
-        for variant in VARIANTS:
+        for variant in (VARIANTS[1], VARIANTS[-1]):
             yield from batch_norm_cases(BatchNormShape(2, 64, 300), variant)
         yield from batch_norm_cases(BatchNormShape(2, 16, 900, channels_last=False), Variant())
         return

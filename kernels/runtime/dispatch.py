@@ -23,7 +23,6 @@ def interpreting() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_sm_80_or_newer(index: Optional[int]) -> bool:
     # Without an index it is the current device, which can change.
     if index is None:
@@ -31,6 +30,11 @@ def _is_sm_80_or_newer(index: Optional[int]) -> bool:
     if index not in _new_enough:
         _new_enough[index] = torch.cuda.get_device_capability(index) >= (8, 0)
     return _new_enough[index]
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole of torch._dynamo,
+# which takes as long as that of torch.
+_is_sm_80_or_newer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes_triton(x: Tensor) -> bool:

@@ -37,7 +37,7 @@ class TrainingStep(nn.Module):
         pytest.param(options, impl, id=f"{name}-{impl}", marks=[pytest.mark.verify] * repeats)
         for name, options, impl, repeats in (
             ("paper", PAPER, "fused", False),
-            ("released", RELEASED, "fused", False),
+            ("released", RELEASED, "fused", True),
             ("pooling", POOLING, "torch", False),
             ("paper", PAPER, "torch", True),
             ("released", RELEASED, "torch", True),

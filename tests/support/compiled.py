@@ -18,9 +18,6 @@ from bench.static.compile import bad
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
 
-# One architecture by default; `make verify` compiles for the others too.
-ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.verify) for arch in (80, 89, 100, 120))]
-
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -68,10 +65,10 @@ def faults(rows: list[Row]) -> dict[str, str]:
     }
 
 
-def select(rows: list[Row], direction: str, dtype: str, arch: int) -> list[Row]:
-    """Rows of one call; every one is of a default configuration."""
-    wanted = (direction, dtype, arch)
-    found = [row for row in rows if (row["direction"], row["dtype"], row["arch"]) == wanted]
+def select(rows: list[Row], op: str, direction: str, *dtypes: str) -> list[Row]:
+    """Rows of one operator's calls; every one is of a default configuration."""
+    wanted = (op, direction)
+    found = [r for r in rows if (r["op"], r["direction"]) == wanted and r["dtype"] in dtypes]
     assert found
     assert all(row["default"] for row in found)
     return found

@@ -24,11 +24,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 @pytest.mark.skipif(compile_obstacle(CPU) is not None, reason="no C++ compiler for torch.compile")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("", marks=pytest.mark.verify)])
 def test_compiled_in_two_processes_equals_eager_in_one(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float64: None
+    backend: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float64: None
 ) -> None:
     """With synchronised batch normalisation, whose collectives are then in the compiled graph."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPILED_BY", backend)
     arguments = ["--recipe", str(recipe), "--stop-at", "3", "--epochs", "3", "--val-every", "0",
                  "--dropout", "0", "--name"]  # fmt: skip
     assert main([*arguments, "eager"]) == 0

@@ -151,6 +151,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(recipe: Path) -> Non
     assert_equal_in_float64(floating("two", "momentum."), floating("one", "momentum."))
 
 
+@pytest.mark.verify  # test_compile.py has two processes, compiled, against one that is not
 @pytest.mark.usefixtures("float64")
 def test_two_processes_equal_one(recipe: Path) -> None:
     """Ignored areas differ from image to image, so a mean of per-process means would not pass."""

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from bench.__main__ import main
 from bench.static import compile as compile_report
 from bench.static.resources import LIMITS, accesses, blocks_per_sm, local_memory, widths
-from tests.support.compiled import ARCHS, Row, compiled, faults, needs_triton, run_apart, select
+from tests.support.compiled import Row, faults, needs_triton, run_apart, select
 
 
 @pytest.fixture(scope="session")
@@ -23,68 +24,50 @@ def planted() -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="session", params=ARCHS)
-def arch(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
-@pytest.fixture(
-    scope="session", params=["bfloat16", pytest.param("float32", marks=pytest.mark.verify)]
-)
-def dtype(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="session")
-def rows(arch: int, dtype: str, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Default configurations, as the command says; of small images too."""
-    shapes = ("--shape", "512x32", "16x16x1024", "48x17x256")
-    which = ("--op", "encode", "--dtype", dtype, "--arch", str(arch))
-    return compiled(tmp_path_factory, *which, *shapes)
-
-
 each_call = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
-@needs_triton
-@pytest.mark.slow
-@each_call
-def test_defaults_fit_and_do_not_spill(rows, direction, dtype, arch) -> None:
-    assert not faults(select(rows, direction, dtype, arch)), f"sm_{arch} {dtype}"
+def of_calls(rows: list[Row], direction: str) -> list[Row]:
+    return select(rows, "encode", direction, "bfloat16", "float32")
 
 
 @needs_triton
 @pytest.mark.slow
 @each_call
-def test_products_use_matrix_units(rows, direction, dtype, arch) -> None:
-    products = [row for row in select(rows, direction, dtype, arch) if row["dots"]]
+def test_defaults_fit_and_do_not_spill(rows, direction) -> None:
+    assert not faults(of_calls(rows, direction))
+
+
+@needs_triton
+@pytest.mark.slow
+@each_call
+def test_products_use_matrix_units(rows, direction) -> None:
+    products = [row for row in of_calls(rows, direction) if row["dots"]]
     assert products
-    without = [row["config"] for row in products if not row["mma"]]
-    assert not without, f"sm_{arch} {dtype}"
+    assert not [row["config"] for row in products if not row["mma"]]
 
 
 @needs_triton
 @pytest.mark.slow
 @each_call
-def test_pixels_are_read_and_written_16_bytes_wide(rows, direction, dtype, arch) -> None:
+def test_pixels_are_read_and_written_16_bytes_wide(rows, direction) -> None:
     narrow = {
         (row["config"], name): counted
-        for row in select(rows, direction, dtype, arch)
+        for row in of_calls(rows, direction)
         for name, counted in row["accesses"].items()
         if name in ("X", "dX") and min(map(int, counted)) < 16
     }
-    assert not narrow, f"sm_{arch} {dtype}"
+    assert not narrow
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [90], indirect=True)
 @each_call
-def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, arch, direction, dtype) -> None:
+def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, direction) -> None:
     few = {
         row["config"]: (row["blocks_per_sm"], row["num_warps"])
-        for row in select(rows, direction, dtype, arch)
-        if row["blocks_per_sm"] < (1 if row["num_warps"] >= 8 else 2)
+        for row in of_calls(rows, direction)
+        if row["arch"] == 90 and row["blocks_per_sm"] < (1 if row["num_warps"] >= 8 else 2)
     }
     assert not few, "blocks and warps per block"
 
@@ -157,10 +140,10 @@ def test_sizes_are_specialised_as_in_a_launch(planted) -> None:
 
 
 @needs_triton
-def test_an_interpreting_process_says_so() -> None:
-    run = run_apart("-m", "bench", "static", "compile", "--arch", "90", TRITON_INTERPRET="1")
-    assert run.returncode == 2
-    assert run.stderr.splitlines() == [
+def test_an_interpreting_process_says_so(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["static", "compile", "--arch", "90"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
         "error: TRITON_INTERPRET is set, so Triton compiles nothing here; unset it"
     ]
 

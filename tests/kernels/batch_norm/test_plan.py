@@ -39,6 +39,7 @@ from tests.support.batch_norm import (
     run,
     torch_formula,
 )
+from tests.support.opcheck import opcheck
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -317,24 +318,24 @@ def test_opcheck(layout: str) -> None:
         tensors[n] for n in ("running_mean", "running_var", "weight", "bias")
     )
     running = mean.clone(), var.clone()
-    torch.library.opcheck(moments, (x, *running, 0.1))
-    torch.library.opcheck(statistics_of, (x,))
-    torch.library.opcheck(unpack, (statistics_of(x), x, *running, 0.1))
+    opcheck(moments, (x, *running, 0.1))
+    opcheck(statistics_of, (x,))
+    opcheck(unpack, (statistics_of(x), x, *running, 0.1))
     count = torch.tensor([105.0], dtype=torch.float64, device=DEVICE)
     as_it_is = (None,) * 4
     for frozen in (True, False):
         leaves = [t.clone().requires_grad_() for t in (weight, bias, residual)]
         call = (mean, var, None if frozen else count, *leaves, True, 1e-5, True, "", False)
-        torch.library.opcheck(normalise, (x.clone().requires_grad_(), *call, *as_it_is))
+        opcheck(normalise, (x.clone().requires_grad_(), *call, *as_it_is))
     call = (mean, var, None, weight, bias, residual, True, 1e-5, True, "", False, *as_it_is)
     _, mask, _ = normalise(x, *call)
     backward = (torch.randn_like(x), x, mask, mean, var, weight, bias)
     for other in (None, torch.randn_like(x)):
         given = backward[0], other, *backward[1:], True, 1e-5, *as_it_is
-        torch.library.opcheck(backward_sums, given)
-    torch.library.opcheck(backward_frozen, (*backward, True, 1e-5, True))
+        opcheck(backward_sums, given)
+    opcheck(backward_frozen, (*backward, True, 1e-5, True))
     sums = torch.randn(2, x.shape[1], dtype=torch.float64, device=DEVICE)
-    torch.library.opcheck(backward_input, (*backward, sums, count, True, 1e-5, True, *as_it_is))
+    opcheck(backward_input, (*backward, sums, count, True, 1e-5, True, *as_it_is))
 
 
 def test_opcheck_where_the_residual_is_normalised() -> None:
@@ -346,16 +347,16 @@ def test_opcheck_where_the_residual_is_normalised() -> None:
     count = torch.tensor([105.0], dtype=torch.float64, device=DEVICE)
     leaves = [t.clone().requires_grad_() for t in (x, residual, *parameters)]
     call = leaves[0], mean, var, count, *leaves[2:4], leaves[1], True, 1e-5, True, "", False
-    torch.library.opcheck(normalise, (*call, res_mean, res_var, *leaves[4:]))
+    opcheck(normalise, (*call, res_mean, res_var, *leaves[4:]))
     mask = normalise(*call, res_mean, res_var, *leaves[4:])[1]
     of_x, of_residual = (mean, var, *parameters[:2]), (residual, res_mean, res_var, parameters[2])
     for other in (None, torch.randn_like(x)):
         given = torch.randn_like(x), other, x, mask, *of_x, True, 1e-5, *of_residual
-        torch.library.opcheck(backward_sums, given)
+        opcheck(backward_sums, given)
     sums = torch.randn(3, x.shape[1], dtype=torch.float64, device=DEVICE)
     for need_residual in (False, True):
         given = torch.randn_like(x), x, mask, *of_x, sums, count, True, 1e-5, need_residual
-        torch.library.opcheck(backward_input, (*given, *of_residual))
+        opcheck(backward_input, (*given, *of_residual))
 
 
 def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from encnet_triton.kernels.encoding import plan
 from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
 from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.runtime.launch import Config, Machine
+from tests.support.opcheck import opcheck
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -419,10 +420,10 @@ def test_too_many_codewords_take_the_pytorch_code() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     x, codewords, scale, grad = example("nothing fits a tile", dtype)
     leaves = [t.requires_grad_() for t in (x.transpose(1, 2), codewords, scale)]
-    torch.library.opcheck(_encode_forward._opoverload, (*leaves, None, True))
+    opcheck(_encode_forward._opoverload, (*leaves, None, True))
     inputs = [t.detach() for t in (grad, *leaves)]
     counters = torch.zeros(len(x) + 1, dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(_encode_backward._opoverload, (*inputs, None, True, True, counters))
+    opcheck(_encode_backward._opoverload, (*inputs, None, True, True, counters))
 
 
 def test_compiles_in_one_graph() -> None:

@@ -17,6 +17,13 @@ def test_float64_and_cpu_tensors_take_the_pytorch_code() -> None:
     assert dispatch.plan_of(f"{PACKAGE}.encoding", X.double(), CODEWORDS) is None
 
 
+def test_the_capability_is_a_constant_to_the_compiler_as_torch_marks_one() -> None:
+    def marked() -> None: ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked).items() <= vars(dispatch._is_sm_80_or_newer).items()
+
+
 def test_without_triton_the_pytorch_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "triton", None)
     assert not dispatch.interpreting()

@@ -83,11 +83,14 @@ def test_every_operator_is_a_fallback_once_its_fake_function_has_run(
     assert all(lowering.maybe_layout_constraints(operator) is exact for operator in OPERATORS)
 
 
-def test_fake_tensors_alone_do_not_load_inductor() -> None:
+def test_a_call_loads_no_compiler_and_fake_tensors_not_inductor() -> None:
+    """torch._dynamo takes as long to import as torch."""
     code = """
 import sys, torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from encnet_triton.kernels import encode
+encode(torch.randn(1, 3, 2, 2), torch.randn(2, 3), torch.ones(2))
+assert "torch._dynamo" not in sys.modules
+from torch._subclasses.fake_tensor import FakeTensorMode
 with FakeTensorMode():
     encode(torch.randn(1, 3, 2, 2), torch.randn(2, 3), torch.ones(2))
 sys.exit("torch._inductor.lowering" in sys.modules)

@@ -21,6 +21,7 @@ from encnet_triton.kernels import upsample_argmax, upsample_cross_entropy
 from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.upsampling import library, plan
 from encnet_triton.kernels.upsampling.plan import Axis
+from tests.support.opcheck import opcheck
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -30,14 +31,14 @@ CORNERS = pytest.mark.parametrize("align_corners", [True, False], ids=["corners"
 # (B, C, h, w, H, W) and dtypes, with the reason for the case
 CASES = {
     "ratio 8": ((2, 6, 2, 3, 16, 24), (FP32, BF16, FP16)),
-    "as 60 to 480": ((1, 10, 3, 9, 18, 66), (FP32, BF16)),
-    "odd ratios": ((1, 21, 4, 5, 11, 23), (FP32, FP16)),
+    "as 60 to 480": ((1, 10, 2, 9, 10, 66), (FP32, BF16)),
+    "odd ratios": ((1, 21, 3, 5, 7, 23), (FP32, FP16)),
     "equal size": ((1, 4, 5, 4, 5, 4), (BF16,)),
     "smaller target": ((2, 3, 7, 6, 4, 3), (FP32,)),
     "one low pixel": ((1, 3, 1, 1, 12, 5), (FP32, FP16)),
     "one output pixel": ((2, 3, 4, 4, 1, 1), (BF16,)),
     "two classes": ((1, 2, 3, 3, 7, 7), (FP16,)),
-    "several chunks of classes": ((1, 50, 2, 3, 5, 6), (FP32, BF16)),
+    "several chunks of classes": ((1, 50, 2, 2, 3, 4), (FP32, BF16)),
     "two strips of columns": ((1, 4, 2, 36, 3, 72), (FP32,)),
 }
 cases = pytest.mark.parametrize(
@@ -169,8 +170,8 @@ def test_error_is_at_most_twice_that_of_torch(
 def test_every_option(
     reduction: str, smoothing: float, weighted: bool, assert_accurate: Callable[..., None]
 ) -> None:
-    logits, target = example((2, 7, 3, 4, 13, 17))
-    weight = torch.linspace(0, 2, 7, device=DEVICE) if weighted else None
+    logits, target = example((2, 3, 2, 3, 6, 9))
+    weight = torch.linspace(0, 2, 3, device=DEVICE) if weighted else None
     check(
         logits,
         target,
@@ -186,14 +187,18 @@ def test_every_option(
 def test_programs_may_run_in_any_order(
     reduction: str, assert_accurate: Callable[..., None]
 ) -> None:
-    logits, target = example((2, 18, 9, 4, 18, 20))
+    logits, target = example((2, 18, 4, 3, 8, 7))
     check(logits, target, assert_accurate, reduction=reduction)
 
 
-@pytest.mark.parametrize("ignore_index", [255, 3, -100, 7], ids="ignored {}".format)
+@pytest.mark.parametrize(
+    "ignore_index",
+    [3, -100, *(pytest.param(other, marks=pytest.mark.verify) for other in (255, 7))],
+    ids="ignored {}".format,
+)
 def test_labels_of_eight_bytes(ignore_index: int, assert_accurate: Callable[..., None]) -> None:
     """Also where the ignored label is a class, or just not one."""
-    logits, target = example((1, 5, 3, 3, 12, 12))
+    logits, target = example((1, 5, 2, 2, 6, 7))
     target = target.long()
     target[target == 255] = ignore_index
     check(logits, target, assert_accurate, reduction="mean", ignore_index=ignore_index)
@@ -209,7 +214,7 @@ def test_labels_of_eight_bytes(ignore_index: int, assert_accurate: Callable[...,
     ids=["contiguous", "transposed", "part of a tensor"],
 )
 def test_any_memory_format(view: Callable[[Tensor], Tensor]) -> None:
-    logits, target = example((2, 6, 3, 4, 12, 16))
+    logits, target = example((2, 6, 2, 3, 5, 9))
     expected = value_and_gradient(upsample_cross_entropy, logits, target)
     ours = value_and_gradient(upsample_cross_entropy, view(logits), target)
     for a, b in zip(ours, expected, strict=True):
@@ -229,7 +234,7 @@ def test_logits_that_begin_anywhere(
     classes: int, dtype: torch.dtype, assert_accurate: Callable[..., None]
 ) -> None:
     """Two classes read at once must not begin between two multiples of four bytes."""
-    logits, target = example((1, classes, 2, 3, 5, 9), dtype)
+    logits, target = example((1, classes, 2, 3, 4, 9), dtype)
     view = begins_at(1, logits)
     with watching():
         check(view, target, assert_accurate, reduction="sum")
@@ -249,7 +254,7 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_other_arguments_that_begin_anywhere(
     part: Callable[[Tensor], Tensor], label: torch.dtype
 ) -> None:
-    logits, target = example((2, 6, 1, 3, 4, 9), BF16)
+    logits, target = example((2, 6, 1, 3, 2, 9), BF16)
     weight = torch.linspace(0.2, 2, 6, device=DEVICE).to(BF16)
     grad = torch.linspace(-0.5, 1.5, target.numel(), device=DEVICE).view(target.shape)
 
@@ -269,7 +274,11 @@ def test_other_arguments_that_begin_anywhere(
 
 @pytest.mark.parametrize(
     ("sizes", "align_corners"),
-    [((24, 70, 1, 1), True), ((24, 70, 1, 1), False), ((40, 70, 2, 3), False)],
+    [
+        ((40, 70, 2, 3), False),
+        pytest.param((24, 70, 1, 1), True, marks=pytest.mark.verify),
+        pytest.param((24, 70, 1, 1), False, marks=pytest.mark.verify),
+    ],
     ids=str,
 )
 def test_a_much_smaller_target(sizes: tuple[int, ...], align_corners: bool) -> None:
@@ -285,12 +294,14 @@ def test_a_much_smaller_target(sizes: tuple[int, ...], align_corners: bool) -> N
         torch.testing.assert_close(a.double(), b, rtol=0.0, atol=bound)
 
 
-@pytest.mark.parametrize("gap", [12.0, 80.0, 300.0, 1e4])
+@pytest.mark.parametrize(
+    "gap", [12.0, 1e4, *(pytest.param(other, marks=pytest.mark.verify) for other in (80.0, 300.0))]
+)
 def test_neighbours_that_are_sure_of_different_classes(
     gap: float, assert_accurate: Callable[..., None]
 ) -> None:
     """Between them both classes are far below the maxima: exp underflows about those."""
-    logits, target = example((1, 5, 3, 3, 25, 25))
+    logits, target = example((1, 5, 3, 3, 13, 13))
     rows = torch.arange(3, device=DEVICE)
     logits[0, rows, rows] += gap
     logits[0, (rows + 1) % 3, rows] -= gap
@@ -302,7 +313,7 @@ def test_neighbours_that_are_sure_of_different_classes(
 
 
 def test_nothing_labelled() -> None:
-    logits, target = example((2, 4, 3, 3, 9, 9))
+    logits, target = example((2, 4, 2, 2, 4, 4))
     loss, gradient = value_and_gradient(
         upsample_cross_entropy, logits, torch.full_like(target, 255)
     )
@@ -310,12 +321,12 @@ def test_nothing_labelled() -> None:
 
 
 def test_one_class_has_no_loss() -> None:
-    logits, target = example((1, 1, 3, 3, 9, 9))
+    logits, target = example((1, 1, 2, 2, 4, 4))
     loss, gradient = value_and_gradient(upsample_cross_entropy, logits, target, reduction="none")
     assert loss.abs().max() < 1e-5 and gradient.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 3, 3, 9, 9), (2, 4, 3, 3, 9, 9)])
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2, 4, 4), (2, 4, 2, 2, 4, 4)])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_an_empty_batch_has_no_loss(shape: tuple[int, ...], reduction: str) -> None:
     logits, target = example((2, *shape[1:]))
@@ -328,9 +339,9 @@ def test_an_empty_batch_has_no_loss(shape: tuple[int, ...], reduction: str) -> N
 @pytest.mark.skipif(not launch.interpreting(), reason="on a GPU the context is lost")
 @pytest.mark.parametrize("value", [5, -1])
 def test_a_label_that_is_no_class_fails(value: int) -> None:
-    logits, target = example((1, 5, 3, 3, 9, 9))
+    logits, target = example((1, 5, 2, 2, 4, 4))
     target = target.long()
-    target[0, 4, 4] = value
+    target[0, 3, 3] = value
     with pytest.raises(Exception, match="neither a class nor ignore_index"):
         upsample_cross_entropy(logits, target)
 
@@ -423,7 +434,7 @@ def test_where_a_low_column_touches_too_many_pixels_pytorch_runs(launched: list[
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_in_one_graph(reduction: str) -> None:
-    logits, target = example((2, 6, 3, 4, 12, 16), torch.bfloat16)
+    logits, target = example((2, 6, 2, 2, 4, 5), torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(upsample_cross_entropy, fullgraph=True, backend="aot_eager")
     ours = value_and_gradient(compiled, logits, target, reduction=reduction)
@@ -436,15 +447,15 @@ def test_opcheck() -> None:
     logits, target = example((1, 3, 2, 2, 4, 3))
     options = (torch.rand(3, device=DEVICE), 255, True, 0.1)
     leaf = logits.clone().requires_grad_()
-    torch.library.opcheck(library.losses_of_pixels, (leaf, target, *options))
-    torch.library.opcheck(library.reduced, (leaf, target, *options, True, True))
-    torch.library.opcheck(library.reduced, (logits, target, *options, False, False))
+    opcheck(library.losses_of_pixels, (leaf, target, *options))
+    opcheck(library.reduced, (leaf, target, *options, True, True))
+    opcheck(library.reduced, (logits, target, *options, False, False))
     loss, lse = library.losses_of_pixels(logits, target, *options)
     one, rates = (torch.ones((), dtype=dtype, device=DEVICE) for dtype in (None, torch.float64))
     for grad in ((torch.rand_like(loss), None), (one, None), (one, rates)):
         given = grad[0], logits, target, lse, grad[1], *options
-        torch.library.opcheck(library.backward, given)
-    torch.library.opcheck(library.most_likely, (logits, 4, 3, False, True))
+        opcheck(library.backward, given)
+    opcheck(library.most_likely, (logits, 4, 3, False, True))
 
 
 @CORNERS
