@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "put runs side by side",
     "convert": "convert weights trained elsewhere, or export a backbone",
     "export": "write a network as ONNX or .pt2",
+    "hub": "write a model as a folder, or upload it to the Hugging Face Hub",
     "submit": "write the archive of predictions that a test server takes",
     "data": "check a data set, or prepare its labels",
     "environment": "print what a bug report needs",
@@ -25,7 +26,7 @@ COMMANDS = {
 
 def module_of(command: str) -> str:
     """The module that runs a command."""
-    return f"encnet_triton.{'train.compare' if command == 'compare' else command}"
+    return f"encnet_triton.{'train.' if command in ('compare', 'hub') else ''}{command}"
 
 
 def main(arguments: list[str] | None = None) -> int:

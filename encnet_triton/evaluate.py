@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Score a checkpoint on a data set.",
         formatter_class=options.Help,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
+    options.add_checkpoint(parser)
     parser.add_argument("--dataset", help="name of the data set (default: the training run's)")
     parser.add_argument("--data", help="its folder (default: the training run's)")
     parser.add_argument("--split", help="split to score (default: the training run's validation)")

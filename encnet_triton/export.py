@@ -24,7 +24,10 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write a network as a file for ONNX Runtime and others, or for any torch.",
         formatter_class=options.Help,
     )
-    parser.add_argument("checkpoint", type=Path, help="best.safetensors of a run")
+    parser.add_argument(
+        "checkpoint", type=options.checkpoint,
+        help="best.safetensors of a run, a model's folder, or hf://user/name",
+    )  # fmt: skip
     parser.add_argument(
         "--format", choices=tuple(WRITERS), required=True,
         help="ONNX, or torch.export's .pt2",
@@ -51,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(given: argparse.Namespace, console: Console) -> None:
     """Load, trace, write, compare."""
     model, info = load_model(given.checkpoint)
-    output = given.output or given.checkpoint.with_suffix(f".{given.format}")
+    output = given.output or _beside(given.checkpoint, given.format)
     if output.suffix != f".{given.format}":
         raise ValueError(f"--output {output} must be a .{given.format} file")
     options.refuse_place(output, "--output")
@@ -70,6 +73,13 @@ def run(given: argparse.Namespace, console: Console) -> None:
     )
     if given.size is None:
         console.print("give it windows of {}x{}, as in training".format(*info.crop))
+
+
+def _beside(checkpoint: Path | str, form: str) -> Path:
+    """The file to write by default; of a model on the Hub, in the current folder."""
+    if isinstance(checkpoint, str):
+        checkpoint = Path(Path(checkpoint.partition("@")[0]).name)
+    return checkpoint.with_suffix(f".{form}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from encnet_triton.data.loader import MAX_WORKERS, worker_failure
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views
 from encnet_triton.inference.precision import PRECISIONS, compute_dtype
 from encnet_triton.weights import CheckpointError, ModelInfo
+from encnet_triton.weights.remote import SCHEME
 
 _NO_MEMORY = re.compile(
     "DefaultCPUAllocator|not enough memory|can't allocate memory|Storage size .* overflowed"
@@ -182,6 +183,11 @@ def size(text: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[-1])
 
 
+def checkpoint(text: str) -> Path | str:
+    """The type of an option that names a model, as `encnet_triton.weights.load_model` takes it."""
+    return text if text.startswith(SCHEME) else Path(text)
+
+
 def refuse_place(path: Path, option: str) -> None:
     """Raise a ValueError if a file cannot be written, before the work rather than after it."""
     if path.is_dir():
@@ -190,6 +196,14 @@ def refuse_place(path: Path, option: str) -> None:
         raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{option} {path}: the folder {path.parent} cannot be written to")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint`, which `encnet_triton.weights.load_model` reads."""
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, required=True,
+        help="best.safetensors of a run, a model's folder, or hf://user/name",
+    )  # fmt: skip
 
 
 def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = True) -> None:

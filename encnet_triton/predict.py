@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         "inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER",
         help="a folder stands for its images, without subfolders",
     )  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
+    options.add_checkpoint(parser)
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write")
     options.add_predictor_options(parser)
     return parser

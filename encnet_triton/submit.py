@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Predict a test split and write the archive that its server takes.",
         formatter_class=options.Help,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.safetensors of a run")
+    options.add_checkpoint(parser)
     parser.add_argument("--dataset", choices=tuple(SERVERS), help="default: the training run's")
     parser.add_argument("--data", help="its folder (default: the training run's)")
     parser.add_argument("--split", default="test", help="split to predict")

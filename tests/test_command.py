@@ -75,7 +75,7 @@ def test_the_trainer_runs_by_name(
     assert "ade20k_encnet_r101" in capsys.readouterr().out
 
 
-WITH_OPTIONS = ("train", "evaluate", "predict", "convert", "export", "submit", "data")
+WITH_OPTIONS = ("train", "evaluate", "predict", "convert", "export", "hub", "submit", "data")
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str]]:
@@ -100,7 +100,7 @@ def test_help_says_what_every_option_is_and_its_default(
         raise SystemExit
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", seen)
-    package = f"encnet_triton.{name}" + (".__main__" if name in ("train", "data") else "")
+    package = module_of(name) + (".__main__" if name in ("train", "data") else "")
     with pytest.raises(SystemExit):
         importlib.import_module(package).main([])
     found = list(actions(parsers[0]))

@@ -312,7 +312,7 @@ class RunConfig:
     stop_at: int | None = free(None)
     """Save and stop after this many steps; the schedule stays that of the whole run."""
     init_from: str | None = None
-    """Start from the weights of this encnet-triton checkpoint."""
+    """Start from the weights of this checkpoint, folder or model on the Hub (hf://user/name)."""
     new_head: bool = False
     """With init_from: leave out the tensors that depend on the number of classes."""
     val_every: int = free(5)

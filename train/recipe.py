@@ -176,16 +176,21 @@ def _configuration(name: str, values: Mapping[str, Any], overrides: Mapping[str,
     return config
 
 
-def as_toml(config: Config) -> str:
-    """Every field that the run reads, as a recipe that makes this configuration."""
+def as_toml(config: Config, brief: bool = False) -> str:
+    """Every field that the run reads, as a recipe that makes this configuration.
+
+    With ``brief``, without fields that do not alter what is computed, and those that default to
+    none and are.
+    """
     lines = [f"# {config.run.name}, from the recipe {config.recipe}"]
     task = task_of(config)
     read = task.reads(config) | {n for n, kept in task.fixed.items() if config.value(n) == kept}
     for section, cls in SECTIONS.items():
         lines.append(f"[{section}]")
         for f in dataclasses.fields(cls):
-            if f.name in read:
-                value = getattr(getattr(config, section), f.name)
+            value = getattr(getattr(config, section), f.name)
+            left_out = brief and (f.metadata.get("free") or (value is None and f.default is None))
+            if f.name in read and not left_out:
                 # What JSON writes of texts, numbers, lists and booleans is TOML as well.
                 lines.append(f"{f.name} = {json.dumps('none' if value is None else value)}")
     return "\n".join(lines) + "\n"

@@ -219,7 +219,7 @@ def load(
     return progress
 
 
-def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -> list[str]:
+def initialise(path: Path | str, model: nn.Module, num_classes: int, new_head: bool) -> list[str]:
     """Start from another run's weights; returns the names of tensors that kept their initial
     values.
 
@@ -229,8 +229,7 @@ def initialise(path: Path, model: nn.Module, num_classes: int, new_head: bool) -
     Raises:
         CheckpointError: tensors do not fit, or the class count differs without new_head.
     """
-    tensors, metadata = checkpoint.read(path, checkpoint.MODEL_PREFIX)
-    info = checkpoint.model_info(metadata, path)
+    tensors, info = checkpoint.read_model(path)
     wanted: Any = model.options
     kind, own = (of.get("name", "classifier") for of in (info.options, wanted))
     if kind != own:

@@ -279,8 +279,8 @@ def make_model(config: Config, num_classes: int) -> nn.Module:
     if config.model.pretrained:
         load_backbone(model, config.model.pretrained)
     if config.run.init_from:
-        path = Path(config.run.init_from)
-        run_state.initialise(path, model, num_classes, config.run.new_head)
+        start = config.run.init_from
+        run_state.initialise(start, model, num_classes, config.run.new_head)
     return model
 
 

@@ -1,6 +1,7 @@
 """Networks for segmentation, by name with `create_model` or by class, and for CIFAR-10."""
 
 from encnet_triton.models.backbones import create_backbone
+from encnet_triton.models.base import SegmentationModel
 from encnet_triton.models.cifar import CifarNet
 from encnet_triton.models.deeplab import DeepLabV3
 from encnet_triton.models.encnet import EncNet
@@ -19,6 +20,7 @@ __all__ = [
     "EncNet",
     "PSPNet",
     "ResNet",
+    "SegmentationModel",
     "SegmentationOutput",
     "create_backbone",
     "create_model",

@@ -8,12 +8,13 @@ from torch import nn
 
 from encnet_triton.models.backbones import create_backbone
 from encnet_triton.models.layers import parameters_of
+from encnet_triton.models.pretrained import Pretrained
 from encnet_triton.models.resnet import ResNet
 from encnet_triton.models.trunk import TimmTrunk
 from encnet_triton.nn.arguments import check_count, check_flags
 
 
-class SegmentationModel(nn.Module):
+class SegmentationModel(Pretrained):
     """A backbone and a head.
 
     Attributes:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encnet_triton.models.layers import check_images, conv3x3, parameters_of
+from encnet_triton.models.pretrained import Pretrained
 from encnet_triton.nn.arguments import check_choice, check_count, check_flags
 from encnet_triton.nn.encoding import Encoding, ShakeEncoding
 from encnet_triton.nn.norm import BatchNormAct2d
@@ -114,7 +115,7 @@ class CifarBlock(nn.Module):
         return identity + y if self.pre else F.relu(identity + y)
 
 
-class CifarNet(nn.Module):
+class CifarNet(Pretrained):
     """ResNet-14, SE-ResNet-14 or EncNet-14.
 
     Args:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +19,31 @@ from torch import Tensor, nn
 
 from encnet_triton.files import without_nan, write_tensors
 from encnet_triton.models import CifarNet, create_model
+from encnet_triton.models.pretrained import Pretrained
 from encnet_triton.weights.fitting import misfit
+from encnet_triton.weights.folder import read_folder
+from encnet_triton.weights.info import CheckpointError, ModelInfo, model_info
+from encnet_triton.weights.remote import place_of
+
+__all__ = [
+    "FORMAT",
+    "MODEL_PREFIX",
+    "CheckpointError",
+    "ModelInfo",
+    "checksums",
+    "fitting_weights",
+    "load_model",
+    "load_weights",
+    "model_info",
+    "model_tensors",
+    "read",
+    "read_model",
+    "save_model",
+    "write",
+]
 
 FORMAT = "encnet-triton 1"
 MODEL_PREFIX = "model."
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, read, or does not fit."""
-
-
-_DATA: dict[str, Any] = {"name": "", "split": "val", "root": None, "options": {}}  # of none
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What evaluate and predict need to run a model on new images.
-
-    Attributes:
-        options: arguments of ``create_model``, or of `CifarNet` for a classifier.
-        classes, palette: names, and RGB triples (0..255), one per class.
-        mean, std: of the RGB input in 0..1.
-        crop: (height, width) the network was trained on, in pixels; the size of its windows.
-        base_size: length in pixels that images are resized to before windows are taken
-            (None: their own size), along ``scale_by`` ("short", "long" or "image").
-        ignore_index: label value that is no class.
-        data: name, split, root and options of the data set it was trained on.
-    """
-
-    options: dict[str, Any]
-    classes: list[str]
-    palette: list[list[int]]
-    mean: list[float]
-    std: list[float]
-    crop: list[int]
-    base_size: int | None = None
-    scale_by: str = "short"
-    ignore_index: int = 255
-    data: dict[str, Any] = field(default_factory=lambda: dict(_DATA))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -159,106 +146,61 @@ def save_model(path: Path, model: nn.Module, info: ModelInfo, **metadata: Any) -
     write(path, model_tensors(model), {"model": asdict(info), **metadata})
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelInfo]:
-    """Rebuild a model from its file, in evaluation mode.
+def read_model(source: Path | str) -> tuple[dict[str, Tensor], ModelInfo]:
+    """The ``model.`` tensors (CPU) of a model, and what it is.
+
+    Args:
+        source: a file made by `save_model`, a folder made by ``save_pretrained``, or the name of
+            one on the Hugging Face Hub: ``hf://user/name``, with ``@revision`` if need be.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or does not fit its own description.
+        CheckpointError: it is missing, damaged or out of reach.
     """
-    path = Path(path)
-    tensors, metadata = read(path, MODEL_PREFIX)
-    info = model_info(metadata, path)
+    place = place_of(source)
+    if place.is_dir():
+        tensors, info = read_folder(place)
+        return {MODEL_PREFIX + name: tensor for name, tensor in tensors.items()}, info
+    tensors, metadata = read(place, MODEL_PREFIX)
+    return tensors, model_info(metadata, place)
+
+
+def load_model(
+    source: Path | str, device: torch.device | str = "cpu"
+) -> tuple[Pretrained, ModelInfo]:
+    """Rebuild a model, in evaluation mode; ``source`` is as in `read_model`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, out of reach, or does not fit its own description.
+    """
+    tensors, info = read_model(source)
     # A damaged number may describe a network too large for memory; its own weights are not needed.
     with torch.device("meta"):
-        model = _build(info, path)
+        model = _build(info, source)
     own = model.state_dict()
-    state = fitting_weights(model, tensors, path)
+    state = fitting_weights(model, tensors, source)
     model.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()}, assign=True)
+    model.info = info
     return model.to(device).eval(), info
 
 
-def _build(info: ModelInfo, path: Path) -> nn.Module:
-    make = CifarNet if "unit" in info.options else create_model
+def _build(info: ModelInfo, source: Path | str) -> Pretrained:
     try:
-        model: nn.Module = make(**info.options)
+        if "unit" in info.options:
+            return CifarNet(**info.options)
+        return create_model(**info.options)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} describes a network that cannot be made: {str(error).splitlines()[0]}"
+            f"{source} describes a network that cannot be made: {str(error).splitlines()[0]}"
         ) from error
-    return model
 
 
-_MAX_OPTION = 100_000  # channels, codewords: beyond any network
-
-
-def model_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:
-    """What a file says about its model; the type and range of each field are checked.
-
-    Raises:
-        CheckpointError: names the field that is missing or wrong.
-    """
-    found = metadata.get("model")
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it does not describe its model")
-    required = {"options", "classes", "palette", "mean", "std", "crop"}
-    known = {one.name for one in fields(ModelInfo)}
-    for name in sorted((required - found.keys()) | (found.keys() - known)):
-        what = "is missing" if name in required else "is unknown"
-        raise CheckpointError(f"{path} is damaged: the field {name!r} of its model {what}")
-    if isinstance(data := found.get("data"), dict):
-        found = {**found, "data": {**_DATA, **data}}
-    info = ModelInfo(**found)
-    for name, right in _right(info).items():
-        if not right:
-            raise CheckpointError(
-                f"{path} is damaged: the field {name!r} of its model is "
-                f"{str(getattr(info, name))[:100]!r}"
-            )
-    return info
-
-
-def _right(info: ModelInfo) -> dict[str, bool]:
-    """Whether each field has a value that it can have."""
-    count = len(info.classes) if isinstance(info.classes, list) else -1
-    return {
-        "options": isinstance(info.options, dict)
-        and all(
-            not isinstance(value, int) or 0 <= value <= _MAX_OPTION
-            for value in info.options.values()
-        ),
-        "classes": count >= 0 and all(isinstance(name, str) for name in info.classes),
-        "palette": isinstance(info.palette, list)
-        and len(info.palette) == count
-        and all(_numbers(colour, 3, 0, 255, int) for colour in info.palette),
-        "mean": _numbers(info.mean, 3, 0, 1),
-        "std": _numbers(info.std, 3, 1e-6, 100),
-        "crop": _numbers(info.crop, 2, 1, 2**20, int),
-        "base_size": info.base_size is None or _numbers([info.base_size], 1, 1, 2**20, int),
-        "scale_by": info.scale_by in ("short", "long", "image"),
-        "ignore_index": _numbers([info.ignore_index], 1, -1, 255, int),
-        "data": isinstance(info.data, dict)
-        and all(isinstance(info.data[name], str) for name in ("name", "split"))
-        and isinstance(info.data["root"], str | None)
-        and isinstance(info.data["options"], dict),
-    }
-
-
-def _numbers(given: Any, count: int, low: float, high: float, kind: Any = (int, float)) -> bool:
-    """Whether it is a list of so many numbers of a kind, all within a range."""
-    return (
-        isinstance(given, Sequence)
-        and len(given) == count
-        and all(isinstance(n, kind) and not isinstance(n, bool) and low <= n <= high for n in given)
-    )
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Copy the ``model.`` tensors of a file into a model, strictly; raises as `fitting_weights`."""
-    model.load_state_dict(fitting_weights(model, tensors, path))
+    model.load_state_dict(fitting_weights(model, tensors, source))
 
 
 def fitting_weights(
-    model: nn.Module, tensors: Mapping[str, Tensor], path: Path
+    model: nn.Module, tensors: Mapping[str, Tensor], source: Path | str
 ) -> dict[str, Tensor]:
     """The ``model.`` tensors of a file under the names of a model's state dict.
 
@@ -271,5 +213,5 @@ def fitting_weights(
         if name.startswith(MODEL_PREFIX)
     }
     if (found := misfit(state, model.state_dict())) is not None:
-        raise CheckpointError(f"{path} {found}")
+        raise CheckpointError(f"{source} {found}")
     return state
