@@ -8,7 +8,7 @@ from encnet_triton.machine import report
 def main() -> None:
     """Print the report, one fact per line, ready to paste."""
     for name, value in report():
-        print(f"{name + ':':<15}{value}")
+        print(f"{name + ':':<17}{value}")
 
 
 if __name__ == "__main__":

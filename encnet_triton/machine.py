@@ -12,7 +12,10 @@ import encnet_triton
 from encnet_triton import kernels
 from encnet_triton.cores import usable_cores
 
-PACKAGES = ("torch", "triton", "numpy", "pillow", "rich", "safetensors", "matplotlib", "timm")
+PACKAGES = (
+    "torch", "triton", "numpy", "pillow", "rich", "safetensors", "matplotlib", "timm",
+    "huggingface_hub",
+)  # fmt: skip
 MINIMUM_CAPABILITY = (8, 0)  # the oldest architecture that the Triton kernels are compiled for
 
 

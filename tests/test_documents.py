@@ -19,7 +19,7 @@ from encnet_triton import __main__ as console
 from encnet_triton import convert, evaluate, export, predict, submit
 from encnet_triton.data import __main__ as data
 from encnet_triton.train import __main__ as train_main
-from encnet_triton.train import cli, compare, segmentation
+from encnet_triton.train import cli, compare, hub, segmentation
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -103,6 +103,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "submit": lambda given: submit.make_parser().parse_args(given),
     "convert": convert.parse,
     "export": lambda given: export.make_parser().parse_args(given),
+    "hub": lambda given: hub.make_parser().parse_args(given),
     "data": data.parse,
 }
 

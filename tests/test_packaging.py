@@ -229,6 +229,8 @@ def test_processes_that_tests_start_run_this_checkout(tmp_path: Path) -> None:
 
 def test_tests_are_collected_without_optional_packages() -> None:
     """They ask for those with pytest.importorskip."""
-    optional = {"hypothesis", "matplotlib", "pycocotools", "scipy", "torchvision"}
+    optional = {
+        "huggingface_hub", "hypothesis", "matplotlib", "pycocotools", "scipy", "torchvision"
+    }  # fmt: skip
     for path in (ROOT / "tests").rglob("*.py"):
         assert not optional & {name.split(".")[0] for name in _imports(path)}, path

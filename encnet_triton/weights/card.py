@@ -10,6 +10,7 @@ from typing import Any
 import encnet_triton
 from encnet_triton.models import CifarNet
 from encnet_triton.models.pretrained import Pretrained
+from encnet_triton.models.trunk import PREFIX
 from encnet_triton.weights.info import ModelInfo
 
 __all__ = ["make_card"]
@@ -39,7 +40,7 @@ def make_card(
         recipe: TOML that the network was trained by.
     """
     scores = scores or {}
-    terms = license or ("mit" if info.data["name"] == _DRAWN else "unknown")
+    terms = license or ("mit" if info.data.get("name") == _DRAWN else "unknown")
     metadata = _metadata(model, info, name, terms, scores)
     lines = [
         "---",
@@ -75,11 +76,12 @@ def _metadata(
 ) -> Iterable[tuple[str, Any]]:
     classifies = isinstance(model, CifarNet)
     task = "image-classification" if classifies else "image-segmentation"
-    data = info.data["name"]
+    data = info.data.get("name", "")
     yield "license", terms
     yield "library_name", "encnet-triton"
     yield "pipeline_tag", task
-    yield "tags", ["pytorch", "encnet", *([] if classifies else ["semantic-segmentation"])]
+    kind = [] if classifies else ["semantic-segmentation", model.options["name"]]
+    yield "tags", ["pytorch", *kind]
     if data not in _PRIVATE:
         yield "datasets", [data]
     if not (metrics := list(_metrics(scores))):
@@ -108,7 +110,7 @@ def _metrics(scores: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
 def _summary(model: Pretrained, info: ModelInfo) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     trunk = model.options.get("backbone")
-    data = info.data["name"]
+    data = info.data.get("name", "")
     where = {"": "", "folder": " on a folder of images"}.get(data, f" on {_text(data)}")
     return (
         f"{type(model).__name__}{f' with the backbone {_text(trunk)}' if trunk else ''}, "
@@ -160,10 +162,17 @@ def _use(model: Pretrained, info: ModelInfo, name: str) -> Iterable[str]:
     place = f"hf://{name}" if "/" in name else name
     yield text.format(kind=type(model).__name__, name=_json(name), place=place)
     mean, std = (", ".join(f"{value:g}" for value in of) for of in (info.mean, info.std))
+    scaled = (
+        f" scaled to a {info.scale_by} edge of {info.base_size} pixels and"
+        if info.base_size
+        else ""
+    )
     yield (
-        f"\nIts input is RGB / 255, less ({mean}), divided by ({std}), in windows of "
+        f"\nIts input is RGB / 255, less ({mean}), divided by ({std}),{scaled} cut into windows of "
         f"{info.crop[0]} x {info.crop[1]} pixels as in training."
     )
+    if str(model.options.get("backbone")).startswith(PREFIX):
+        yield "The backbone needs the package timm."
 
 
 def _classes(info: ModelInfo, scores: Mapping[str, Any]) -> Iterable[str]:

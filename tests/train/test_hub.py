@@ -23,6 +23,7 @@ from encnet_triton.weights.folder import CARD, CONFIG, WEIGHTS
 from tests.conftest import CLASSES
 from tests.support.hub_client import HubInFolder, stand_in
 
+ROOT = Path(__file__).parents[2]
 SCORES = {"miou": 0.5, "pixel_accuracy": 0.75, "iou": dict.fromkeys(CLASSES, 0.5)}
 
 
@@ -136,6 +137,18 @@ def test_a_run_is_uploaded_and_used_by_name(
             assert torch.equal(tensor, expected.state_dict()[name]), name
     with pytest.raises(CheckpointError, match="hf://user/name was trained for 3 classes"):
         run_state.initialise("hf://user/name", model, 4, False)
+
+    # What the card and the document say, as it stands there.
+    photo = next((tmp_path / "data" / "val").glob("*.jpg"))
+    shutil.copy(photo, "photo.jpg")
+    document = (ROOT / "docs" / "hub.md").read_text()
+    for text in (uploaded(there), document):
+        names: dict[str, Any] = {}
+        (snippet,) = re.findall(r"^```py(?:thon)?\n(.*?)^```$", text, re.M | re.S)
+        exec(snippet, names)
+        assert names["labels"].shape == (64, 64) and names["labels"].max() < 3
+    assert {path.name for path in Path("copy").iterdir()} == {WEIGHTS, CONFIG, CARD}
+    assert (there.root / "user" / "other" / "commit" / WEIGHTS).exists()
 
     # A folder goes as it is, with the card that its owner has written.
     said(capsys, [best, "--folder", "shared"])

@@ -92,6 +92,14 @@ def test_every_network_goes_through_a_folder(name: str, tmp_path: Path) -> None:
         EncNet.from_pretrained(tmp_path)
 
 
+def test_a_trunk_of_timm_goes_through_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    model = create_model(**{**OPTIONS, "backbone": "timm:test_efficientnet"}).eval()
+    model.save_pretrained(tmp_path, info=ModelInfo(options=model.options, **SAID))
+    assert torch.equal(logits(EncNet.from_pretrained(tmp_path)), logits(model))
+    assert "needs the package timm" in (tmp_path / CARD).read_text()
+
+
 def test_half_precision_is_loaded_as_float32(checkpoint: Path, tmp_path: Path) -> None:
     model, _ = load_model(checkpoint)
     model.bfloat16().save_pretrained(tmp_path)
@@ -169,6 +177,8 @@ def test_the_card_says_what_is_known(folder: Path, tmp_path: Path) -> None:
     assert "## Scores" not in text and "## Recipe" not in text
     assert r"| 1 | a\|b &lt;i&gt; | #090807 |" in text
     assert 'EncNet.from_pretrained("shared")' in text and "40 x 48 pixels" in text
+    assert "scaled to a short edge of 60 pixels" in text
+    assert about["tags"] == ["pytorch", "semantic-segmentation", "encnet"]
 
     scores = {
         "dataset": "voc", "split": "val", "miou": 0.51234567, "pixel_accuracy": 0.9,
