@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from encnet_triton.files import without_nan, write_tensors
 from encnet_triton.models import CifarNet, create_model
 from encnet_triton.models.pretrained import Pretrained
+from encnet_triton.unpickle import printable
 from encnet_triton.weights.fitting import misfit
 from encnet_triton.weights.folder import read_folder
 from encnet_triton.weights.info import CheckpointError, ModelInfo, model_info
@@ -189,8 +190,9 @@ def _build(info: ModelInfo, source: Path | str) -> Pretrained:
             return CifarNet(**info.options)
         return create_model(**info.options)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = printable((str(error) or type(error).__name__).splitlines()[0], 500)
         raise CheckpointError(
-            f"{source} describes a network that cannot be made: {str(error).splitlines()[0]}"
+            f"{source} describes a network that cannot be made: {reason}"
         ) from error
 
 
