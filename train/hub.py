@@ -22,7 +22,7 @@ from encnet_triton.train.config import SECTIONS, Config
 from encnet_triton.train.log import is_number, read_records
 from encnet_triton.train.recipe import as_toml
 from encnet_triton.weights import CheckpointError, load_model
-from encnet_triton.weights.card import make_card
+from encnet_triton.weights.card import UNKNOWN, default_license, make_card
 from encnet_triton.weights.checkpoint import read
 from encnet_triton.weights.folder import CARD, CONFIG, WEIGHTS, write_folder
 from encnet_triton.weights.remote import SCHEME, client, upload
@@ -91,7 +91,7 @@ def write(folder: Path, given: argparse.Namespace, console: Console) -> None:
     write_folder(folder, model, info, card, keep_card=not given.overwrite)
     if given.folder:
         console.print(f"wrote {folder}: {WEIGHTS}, {CONFIG}, {CARD}")
-    if given.license is None and info.data["name"] != "scenes":
+    if (given.license or default_license(info)) == UNKNOWN:
         console.print("note: the card states no licence; --license names one")
     if not scores:
         console.print("note: the card has no scores; --scores takes those of evaluate --json")
@@ -116,9 +116,17 @@ def read_scores(path: Path) -> dict[str, Any]:
         ValueError: it is something else.
     """
     found = read_json(path, "file of scores")
-    if not isinstance(found, dict) or not any(is_number(found.get(k)) for k in ("miou", "error")):
+    if not _are_scores(found):
         raise ValueError(f"{path} holds no scores as evaluate --json writes them")
     return found
+
+
+def _are_scores(found: dict[str, Any]) -> bool:
+    """Whether there are figures, and all of them are numbers; null is that of an absent class."""
+    iou = found.get("iou")
+    shares = list(iou.values()) if isinstance(iou, dict) else []
+    figures = [found[key] for key in ("miou", "pixel_accuracy", "error") if key in found]
+    return bool(figures) and all(one is None or is_number(one) for one in (*figures, *shares))
 
 
 def of_run(checkpoint: Path | str) -> tuple[dict[str, Any] | None, str | None]:
@@ -144,7 +152,7 @@ def _validated(
     if step is None and not config.optim.ema:  # else the average was validated
         step = metadata.get("progress", {}).get("step")
     for record in reversed(records):
-        if record["kind"] == "val" and record["step"] == step:
+        if record["kind"] == "val" and record["step"] == step and _are_scores(record):
             return {"dataset": config.data.dataset, "split": config.data.val_split, **record}
     return None
 

@@ -18,7 +18,7 @@ from torch import nn
 if TYPE_CHECKING:
     from encnet_triton.weights.info import ModelInfo
 
-_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # on the Hub
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")  # on the Hub
 
 
 class Pretrained(nn.Module):
@@ -50,7 +50,7 @@ class Pretrained(nn.Module):
 
         Args:
             source: a folder, a checkpoint, or the name of a model on the Hub, ``user/name``. What
-                is on this machine comes first.
+                is on this machine comes first; ``hf://user/name`` is never here.
             revision: branch, tag or commit on the Hub.
             map_location: device to load to.
             token, cache_dir, force_download, local_files_only: as
@@ -62,19 +62,19 @@ class Pretrained(nn.Module):
         """
         from encnet_triton.weights import checkpoint, remote
 
-        place: str | Path = source
-        if not Path(source).exists() and _NAME.fullmatch(str(source)):
-            try:
-                place = remote.download(
-                    str(source),
-                    revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                )
-            except checkpoint.CheckpointError as error:
-                raise checkpoint.CheckpointError(f"{source} is not here, and {error}") from error
+        distant = not Path(source).exists() and _NAME.fullmatch(str(source))
+        try:
+            place = remote.place_of(
+                f"{remote.SCHEME}{source}" if distant else source,
+                revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        except checkpoint.CheckpointError as error:
+            said = f"{source} is not here, and {error}" if distant else str(error)
+            raise checkpoint.CheckpointError(said) from error
         model, _ = checkpoint.load_model(place, map_location)
         if not isinstance(model, cls):
             kind = type(model).__name__

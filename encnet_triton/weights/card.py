@@ -13,7 +13,10 @@ from encnet_triton.models.pretrained import Pretrained
 from encnet_triton.models.trunk import PREFIX
 from encnet_triton.weights.info import ModelInfo
 
-__all__ = ["make_card"]
+__all__ = ["UNKNOWN", "default_license", "make_card"]
+
+UNKNOWN = "unknown"
+"""The Hub's word for a licence that is not stated."""
 
 _PAPER = "https://arxiv.org/abs/1803.08904"
 _DRAWN = "scenes"  # by this package, under its own licence
@@ -34,13 +37,14 @@ def make_card(
     Args:
         model, info: as `encnet_triton.weights.load_model` returns them.
         name: the model's, or that of its folder.
-        license: as the Hub spells it, "cc-by-4.0" for example. Default: that of this package for
-            data that it draws itself, else "unknown": the data's owners have a say.
+        license: of the weights, as the Hub spells it, "cc-by-4.0" for example. Default: that of
+            this package for data that it draws itself, else `UNKNOWN`: the data's owners have a
+            say.
         scores: as ``encnet evaluate --json`` writes them.
         recipe: TOML that the network was trained by.
     """
     scores = scores or {}
-    terms = license or ("mit" if info.data.get("name") == _DRAWN else "unknown")
+    terms = license or default_license(info)
     metadata = _metadata(model, info, name, terms, scores)
     lines = [
         "---",
@@ -58,6 +62,11 @@ def make_card(
         _licence(terms),
     ]
     return "\n".join(lines) + "\n"
+
+
+def default_license(info: ModelInfo) -> str:
+    """That of the weights, if nobody says which; as the Hub spells it."""
+    return "mit" if info.data.get("name") == _DRAWN else UNKNOWN
 
 
 def _json(value: Any) -> str:
@@ -124,7 +133,7 @@ def _scored(scores: Mapping[str, Any]) -> Iterable[str]:
     if not (metrics := list(_metrics(scores))):
         return
     said = [str(scores[key]) for key in ("dataset", "split", "views") if scores.get(key)]
-    said += [f"step {scores['step']:,}"] if "step" in scores else []
+    said += [f"step {scores['step']}"] if "step" in scores else []
     yield "\n## Scores\n"
     yield f"On {_text(', '.join(said))}.\n"
     yield from ("| | |", "| --- | --- |")
@@ -187,6 +196,6 @@ def _classes(info: ModelInfo, scores: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _licence(terms: str) -> str:
-    if terms == "unknown":
+    if terms == UNKNOWN:
         terms = "not stated; terms of the data that they were learnt from may apply"
     return f"Of the weights: {_text(terms)}. Of the code that runs them: MIT."

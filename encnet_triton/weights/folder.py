@@ -1,7 +1,7 @@
 """A model as a folder, as repositories of the Hugging Face Hub have it.
 
 The names of the files, those of the tensors and the constructor's arguments in the configuration
-are those of huggingface_hub's PyTorchModelHubMixin, so each reads what the other needs.
+are those of huggingface_hub's PyTorchModelHubMixin, which can read it too.
 """
 
 from __future__ import annotations

@@ -29,14 +29,14 @@ _WHY = {
 }
 
 
-def place_of(source: Path | str) -> Path:
+def place_of(source: Path | str, revision: str | None = None, **options: Any) -> Path:
     """Where a model is on this machine: ``hf://user/name`` or ``hf://user/name@revision`` is
-    downloaded into the Hub's cache, anything else is a path."""
+    downloaded into the Hub's cache, see `download`; anything else is a path."""
     text = str(source)
     if not text.startswith(SCHEME):
         return Path(source)
-    name, _, revision = text.removeprefix(SCHEME).partition("@")
-    return download(name, revision or None)
+    name, _, named = text.removeprefix(SCHEME).partition("@")
+    return download(name, revision or named or None, **options)
 
 
 def download(name: str, revision: str | None = None, **options: Any) -> Path:

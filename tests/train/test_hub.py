@@ -169,12 +169,14 @@ def test_what_cannot_be_shared_is_one_sentence(
     best = run / run_state.BEST
     EncNet.from_pretrained(best).save_pretrained("shared")
     (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "text.json").write_text('{"miou": 0.5, "iou": {"sky": "0.5"}}')
     there.error = OSError("no route")
     cases = {
         (best,): "give --folder DIR, --repo user/name, or both",
         (best, "--folder", tmp_path / "shared"): "holds a model: give --overwrite",
         (best, "--folder", best): "cannot be made",
         (best, "--folder", "new", "--scores", "empty.json"): "holds no scores",
+        (best, "--folder", "new", "--scores", "text.json"): "holds no scores",
         (best, "--folder", "new", "--scores", "none.json"): "none.json does not exist",
         ("shared", "--folder", "new"): "--folder is for a checkpoint; shared is a folder",
         ("shared", "--repo", "u/n", "--license", "mit"): "--license is for a checkpoint",

@@ -238,7 +238,12 @@ def test_a_network_goes_to_the_hub_and_back(folder: Path, hub: HubInFolder) -> N
     assert other["revision"] == "commit", "both files are of one commit"
     hub.calls.clear()
     assert load_model("hf://user/name@v1")[1] == loaded.info
-    assert hub.calls[0][2]["revision"] == "v1"
+    for named in ("user/name@v1", "hf://user/name@v1", "hf://user/name"):
+        EncNet.from_pretrained(named, revision=None if "@" in named else "v1", token="t")
+        assert hub.calls[-2][2]["token"] == hub.calls[-1][2]["token"] == "t"
+    assert [options["revision"] for _, (_, file), options in hub.calls if file == CONFIG] == [
+        "v1"
+    ] * 4
 
     (place / CARD).write_text("mine")
     loaded.push_to_hub("user/name")
