@@ -171,14 +171,12 @@ def _use(model: Pretrained, info: ModelInfo, name: str) -> Iterable[str]:
     place = f"hf://{name}" if "/" in name else name
     yield text.format(kind=type(model).__name__, name=_json(name), place=place)
     mean, std = (", ".join(f"{value:g}" for value in of) for of in (info.mean, info.std))
-    scaled = (
-        f" scaled to a {info.scale_by} edge of {info.base_size} pixels and"
-        if info.base_size
-        else ""
-    )
+    cut = "resized to" if text is _CLASSIFY else "cut into windows of"
+    if info.base_size:
+        cut = f"scaled to a {info.scale_by} edge of {info.base_size} pixels and {cut}"
     yield (
-        f"\nIts input is RGB / 255, less ({mean}), divided by ({std}),{scaled} cut into windows of "
-        f"{info.crop[0]} x {info.crop[1]} pixels as in training."
+        f"\nIts input is RGB / 255, less ({mean}), divided by ({std}), {cut} {info.crop[0]} x "
+        f"{info.crop[1]} pixels as in training."
     )
     if str(model.options.get("backbone")).startswith(PREFIX):
         yield "The backbone needs the package timm."

@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(recipe, monkeypatch, capsys) -
     ("options", "sentence"),
     [
         (["--init-from", "fcn.safetensors", "--new-head"], "another kind: fcn, not encnet"),
-        (["--init-from", "."], "checkpoint . is not a file"),
+        (["--init-from", "."], ". holds no model: config.json is not there"),
         (["--runs", "fcn.safetensors"], "the run's folder fcn.safetensors/x cannot be made (Not a"),
         (["--name", "x" * 300], "(File name too long)"),
         (["--recipe", "none.toml"], "recipe none.toml does not exist"),

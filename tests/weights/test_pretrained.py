@@ -86,6 +86,8 @@ def test_every_network_goes_through_a_folder(name: str, tmp_path: Path) -> None:
     model.eval().save_pretrained(tmp_path, info=info)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model)) and loaded.info == info
+    cut = "resized to" if name == "cifar" else "cut into windows of"
+    assert f"{cut} 40 x 48 pixels" in (tmp_path / CARD).read_text()
     loaded.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again" / WEIGHTS).keys() == model.state_dict().keys()
     with pytest.raises(CheckpointError, match=rf"class {type(model).__name__}, not EncNet: "):
