@@ -29,7 +29,7 @@ from tests.support.tolerance import assert_equal_in_float64
 from tests.train.launch import IN_FLOAT64, assert_same_state, floating, run, torchrun
 
 SMALL = (
-    "--width", "16", "--epochs", "4", "--batch-size", "16", "--device", "cpu", "--lr", "0.05",
+    "--width", "4", "--epochs", "4", "--batch-size", "16", "--device", "cpu", "--lr", "0.05",
     "--amp", "off", "--report", "false",
 )  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_augmented_images_are_cut_from_padded_ones_and_mirrored() -> None:
 
 
 def test_a_run_learns_and_reports_the_last_epoch(data: Path, capsys) -> None:
-    assert train(data, "--report", "true") == 0
+    assert train(data, "--width", "16", "--report", "true") == 0
     folder = Path("runs/cifar10_encnet_16k64d")
     assert "Curves" in (folder / "report.html").read_text()
     result = json.loads((folder / "result.json").read_text())

@@ -116,17 +116,14 @@ class Chain(nn.Module):
         return sum(one.square().sum() for one in ((made,) if isinstance(made, Tensor) else made))
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     reason="Inductor needs a C++ compiler on a CPU",
 )
 @pytest.mark.parametrize(
     ("depth", "head"),
-    [
-        (1, partial(Encoding, 8, 4)),
-        pytest.param(6, partial(ContextEncoding, 8, 3, num_codewords=4), marks=pytest.mark.verify),
-    ],
+    [(1, partial(Encoding, 8, 4)), (6, partial(ContextEncoding, 8, 3, num_codewords=4))],
     ids=["encode", "context, deep"],
 )
 def test_a_deep_synchronised_chain_compiles_without_implicit_fallbacks(
