@@ -102,14 +102,20 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Modules are compiled by all cores at once, where pip does it one by one; some of other packages'
+# are of older Pythons and do not.
+comma := ,
+define INSTALL
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt setuptools -e '.[$(1)]'
+@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+endef
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt setuptools -e '.[plots]'
+	$(call INSTALL,plots)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt setuptools -e '.[plots,test]'
+	$(call INSTALL,plots$(comma)test)
 	@touch $(VENV)/.installed $@
 
 clean:
