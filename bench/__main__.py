@@ -1,4 +1,4 @@
-"""``python -m bench NAME [options]``; without a name, the list."""
+"""``python -m bench NAME [options]``; without a name, prints the list of commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _list(group: str) -> None:
     width = max(map(len, names)) + 2
     for name in names:
         print(f"{name:<{width}}{COMMANDS[name].title}")
-    print(f"\npython -m bench {group}NAME --help says more")
+    print(f"\npython -m bench {group}NAME --help shows the options of a command")
 
 
 def _refuse(group: str, name: str) -> int:
@@ -34,7 +34,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if COMMANDS[name].interpreted and os.environ.get("TRITON_INTERPRET") != "1":
         command = [sys.executable, "-m", "bench", *name.split(), *arguments]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
-    from encnet_triton.options import exit_status  # imports torch, which the list does without
+    from encnet_triton.options import exit_status  # not at the top: imports torch, which is slow
 
     return exit_status(lambda: module_of(name).run(options), less="")
 

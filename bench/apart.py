@@ -1,4 +1,4 @@
-"""Work in fresh processes, and what they printed."""
+"""Run work in fresh processes and read what they print."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 
 class Failed(ValueError):
-    """A process of a command ended with an error; the message is the last line of it."""
+    """A process ended with an error; the message is the last line it printed."""
 
 
 def first_line(text: object) -> str:
-    """Of an error, or of what was printed; "no message" if there is none."""
+    """The first line of an error or of printed text; "no message" if there is none."""
     return (str(text).strip().splitlines() or ["no message"])[0][:300]
 
 
 def last_line(text: object) -> str:
-    """As `first_line`."""
+    """The last line; otherwise as `first_line`."""
     return (str(text).strip().splitlines() or ["no message"])[-1][:300]
 
 
 def complaint(printed: str) -> str:
-    """The first line about an error, else the last one."""
+    """The first line that mentions an error, else the last line."""
     lines = printed.splitlines()
     return next((line.strip()[:300] for line in lines if "rror" in line), last_line(printed))
 
 
 def measured(arguments: Sequence[str]) -> dict[str, Any]:
-    """What `python -m bench` with these arguments finds in a fresh process: its last line, JSON.
+    """Run `python -m bench` with these arguments in a fresh process; its last line is JSON.
 
     Raises:
         Failed: it ended with an error.

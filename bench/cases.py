@@ -1,4 +1,4 @@
-"""What is measured: inputs, our side and the peers; each variant runs in its own process."""
+"""The comparisons: inputs, our side and the peers; each variant runs in its own process."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ class Case:
 
     Attributes:
         title: what is computed, with its shapes.
-        variants: names in the order of the table; "ours" is first, the peer that ratios refer to
-            second.
-        build: makes the call of a variant on a device.
-        per_call: things done a call (images), for a rate; 0 for none.
+        variants: names in the order of the table; "ours" is first.
+        build: returns the function to time, for a variant, a device and a folder of images.
+        per_call: images per call, for the column images/s; 0 leaves it out.
         threads: CPU threads, None for all.
-        gpu_bytes: bytes a call must move at least, at the shape used on a GPU; 0 for none.
-        reads_files: takes the images of a folder data set, on the CPU alone.
+        gpu_bytes: the least bytes a call must move, at the shape used on a GPU; 0 if not known.
+        reads_files: can read the images of a folder data set; runs on the CPU only.
     """
 
     title: str
@@ -61,7 +60,7 @@ def _build_operator(
 
 
 def build_crop(variant: str, _: torch.device, data: str | None) -> Callable[[], object]:
-    """Decode and augment `CROP_IMAGES` images to 480 x 480, from `data` or made here."""
+    """Decode and augment `CROP_IMAGES` images to 480 x 480, from `data` or generated."""
     files = _folder_files(Path(data)) if data else [made_files(i) for i in range(CROP_IMAGES)]
     augment = Augment(480, base_size=520, scale=(0.5, 2.0), rotation=10.0, flip=0.5, fill=FILL)
     order = np.random.default_rng(0)
@@ -81,7 +80,7 @@ CROP_IMAGES = 24
 
 
 def _folder_files(root: Path) -> list[tuple[bytes, bytes]]:
-    """The first images of a folder data set's list, brought to 683 x 512 JPEGs and label PNGs."""
+    """Images from all over a folder data set, as JPEGs and label PNGs of 683 x 512."""
     dataset = create_dataset("folder", "train", root, ignore_label=11)
     chosen = np.linspace(0, len(dataset) - 1, CROP_IMAGES).astype(int).tolist()
     samples = [dataset[i] for i in chosen]
@@ -89,7 +88,7 @@ def _folder_files(root: Path) -> list[tuple[bytes, bytes]]:
 
 
 def made_files(seed: int) -> tuple[bytes, bytes]:
-    """A smooth picture with grain, and a label of blobs: about the entropy of a photo."""
+    """A smooth image with noise, about the entropy of a photo, and a label map of blobs."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (16, 22, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((683, 512), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -108,7 +107,7 @@ def _encoded(image: Image.Image, label: Image.Image) -> tuple[bytes, bytes]:
 
 
 class MaterialisedEncoding(nn.Module):
-    """The Encoding layer of a network, replaced by the formula that materialises B x N x K x C."""
+    """Replaces an Encoding layer by the formula that materialises B x N x K x C."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -149,7 +148,7 @@ def build_cifar(variant: str, device: torch.device, _: str | None) -> Pass:
     return Pass(loss, list(model.parameters()))
 
 
-# The shapes of the budgets: a training crop of 480 x 480, 16 images, of the networks of the paper.
+# The shapes that have a time budget: 16 training crops of 480 x 480 in the paper's networks.
 BUDGET: dict[str, dict[str, Any]] = {
     "encode": {"B": 16, "C": 512, "size": 60, "K": 32},
     "batch_norm": {"B": 16, "C": 256, "size": 120, "residual": True},

@@ -1,9 +1,10 @@
 """A peer: batch norm + residual + ReLU, one Triton program per channel, as attorch publishes it.
 
 Written from its description, not from its code. A program owns a channel of a contiguous
-B x C x H x W and walks it twice: a pass that merges mean and variance tile by tile in float32
-(Welford), and one that normalises, adds and activates; backward likewise, sums first. It launches
-once each way, and occupies as many multiprocessors as there are channels.
+B x C x H x W and walks it twice: the first pass merges mean and variance tile by tile in float32
+(Welford), the second normalises, adds and activates. The backward pass makes its sums first, then
+the gradients. There is one launch each way, and it uses as many multiprocessors as there are
+channels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _TILE, _WARPS = 4096, 8
 
 @triton.jit
 def _offsets(t, channel, B, C, N, TILE: tl.constexpr):
-    """Where values t .. t + TILE of a channel lie, its images one after the other."""
+    """Offsets of values t .. t + TILE of a channel, image after image, and which exist."""
     at = t + tl.arange(0, TILE).to(tl.int64)
     return at // N * C * N + channel * N + at % N, at < B * N
 
@@ -122,5 +123,5 @@ class _BatchNormAddReLU(torch.autograd.Function):
 def batch_norm_add_relu(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """x and residual contiguous, the rest C values in float32; momentum 0.1 and eps 1e-5."""
+    """x and residual are contiguous, the rest holds C float32 values; momentum 0.1, eps 1e-5."""
     return _BatchNormAddReLU.apply(x, weight, bias, mean, var, residual)  # type: ignore[no-any-return, no-untyped-call]

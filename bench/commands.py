@@ -18,7 +18,7 @@ class Command:
         module: has `add_options` and `run`, see `Module`. Imported when the command runs, so that a
             command needs only what it uses.
         interpreted: runs in a process with TRITON_INTERPRET=1, which triton reads when imported.
-        passes_on: the command that gets the options it does not know, from `options.extra`.
+        passes_on: the command that gets the options this one does not know (`options.extra`).
     """
 
     title: str
@@ -28,10 +28,10 @@ class Command:
 
 
 class Module(Protocol):
-    """What the module of a command has."""
+    """What a command's module must define."""
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add what only this command has; `parser.get_default("command")` is its name."""
+        """Add the command's own options; `parser.get_default("command")` is its name."""
 
     def run(self, options: argparse.Namespace) -> int:
         """Run the command named `options.command`; returns the exit status."""
@@ -41,27 +41,23 @@ COMMANDS = {
     "encode": Command("the Encoding layer against plain PyTorch", "bench.compare"),
     "batch_norm": Command("batch norm + residual + ReLU against torch's layers", "bench.compare"),
     "upsample": Command("upsampling + cross-entropy against torch's functions", "bench.compare"),
-    "crop": Command("decoding and augmenting against one transform a step", "bench.compare"),
+    "crop": Command("decoding and augmenting against one transform at a time", "bench.compare"),
     "cifar": Command("a CIFAR-10 network against the materialising formula", "bench.compare"),
     "step": Command(
         "a training step of the network, phase by phase, against stock code", "bench.step"
     ),
-    "host": Command("the host's time of a call and of a step, ours against torch's", "bench.host"),
-    "loader": Command("training batches per second from JPEGs, two workers", "bench.loader"),
-    "evaluate": Command(
-        "scoring a data set in windows, against a window at a time", "bench.evaluate"
-    ),
+    "host": Command("host time per call and per step, ours against torch's", "bench.host"),
+    "loader": Command("images per second from JPEGs to training batches", "bench.loader"),
+    "evaluate": Command("scoring a data set, against one window at a time", "bench.evaluate"),
     "context": Command(
         "FCN, EncNet, EncNet+SE on the embedded data set, several seeds each",
         "bench.context",
         passes_on="python -m encnet_triton.train",
     ),
     "versions": Command(
-        "the kernels with other versions of Triton and torch; no GPU", "bench.versions"
+        "tries the kernels with other versions of Triton and torch; no GPU", "bench.versions"
     ),
-    "gpu": Command(
-        "everything worth measuring on a GPU, in the time there is", "bench.gpu.session"
-    ),
+    "gpu": Command("everything worth measuring on a GPU, within a time limit", "bench.gpu.session"),
     "tune": Command(
         "the fastest configuration of every kernel on a GPU, for the launcher", "bench.gpu.session"
     ),
@@ -71,32 +67,32 @@ COMMANDS = {
     "static traffic": Command(
         "bytes the Triton kernels move, counted", "bench.static.traffic", interpreted=True
     ),
-    # Interpreted, fake CPU tensors take the GPU's code paths.
+    # In interpreter mode fake CPU tensors take the GPU's code paths.
     "static memory": Command(
         "peak memory of a training step on a GPU, predicted",
         "bench.static.memory",
         interpreted=True,
     ),
     "static cost": Command(
-        "multiply-accumulates of each form of EncNet over those of FCN", "bench.static.cost"
+        "multiply-accumulates of each form of EncNet and of the FCN", "bench.static.cost"
     ),
 }
 
 
 def module_of(name: str) -> Module:
-    """The module of a command, imported."""
+    """Import the module of a command."""
     return cast(Module, importlib.import_module(COMMANDS[name].module))
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The options of a command and no others."""
-    from encnet_triton.options import Parser  # imports torch, which the list does without
+    """The parser of a command's own options."""
+    from encnet_triton.options import Parser  # not at the top: imports torch, which is slow
 
     module, other = module_of(name), COMMANDS[name].passes_on
     made = Parser(
         prog=f"python -m bench {name}",
         description=module.__doc__,
-        epilog=f"Other options go to {other}." if other else None,
+        epilog=f"Other options are passed to {other}." if other else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.set_defaults(command=name)
@@ -105,7 +101,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command; exits with one sentence and status 2 where they are wrong."""
+    """Parse a command's options; a wrong one ends the process with one sentence and status 2."""
     parser = parser_of(name)
     if not COMMANDS[name].passes_on:
         return parser.parse_args(arguments)

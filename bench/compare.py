@@ -1,4 +1,6 @@
-"""Ours against what people use today: checked, then each variant timed in a fresh process."""
+"""Ours against the usual code: results are compared first, then each variant is timed in a process
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure one variant, as `measure_apart` asks for, or compare all; returns the exit status."""
+    """Compare all variants, or measure one for `measure_apart`; returns the exit status."""
     name = options.command
     device, data = torch.device("cpu"), None
     if CASES[name].reads_files:
@@ -51,7 +53,7 @@ def worker(case: Case, variant: str, device: torch.device, data: str | None) -> 
     """Measure one variant in this process and print it as JSON."""
     if case.threads is not None:
         torch.set_num_threads(case.threads)
-    # Making an optimiser imports this, 80 MiB, in every training process; it is no step's memory.
+    # Every training process imports this (80 MiB) when it makes an optimiser: not to be counted.
     importlib.import_module("torch._dynamo")
     call = case.build(variant, device, data)
     print(json.dumps(measure(call, device).as_dict()))
@@ -60,9 +62,9 @@ def worker(case: Case, variant: str, device: torch.device, data: str | None) -> 
 def measure_apart(
     name: str, variant: str, device: torch.device, data: str | None
 ) -> Measurement | str:
-    """Measure one variant in a fresh process; a sentence if that fails."""
+    """Measure one variant in a fresh process; returns a sentence if that fails."""
     if is_compiled(variant) and compile_obstacle(device):
-        return "no compiled peer: there is no compiler for torch.compile here"
+        return "no compiled peer: torch.compile finds no compiler here"
     if needs_gpu(variant) and device.type == "cpu":
         return f"{variant}: a Triton kernel, which needs a GPU"
     arguments = [name, "--worker", variant]

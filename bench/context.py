@@ -1,7 +1,7 @@
 """What context is worth: FCN, EncNet and EncNet+SE on the embedded data set, several seeds each.
 
-The three recipes differ in the network's head alone: trunk, data, order of samples and steps are
-the same. Each run is an ordinary run of the trainer, resumed if it was cut off.
+The three recipes differ only in the network's head: trunk, data, order of samples and number of
+steps are the same. Each run is an ordinary training run; one that was interrupted is resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"
 
 
 def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> dict[str, float]:
-    """Run one training to its end and return its last validation."""
+    """Run one training to its end; returns its last validation record."""
     name = f"{recipe}-seed{seed}"
     command = [sys.executable, "-m", "encnet_triton.train", "--recipe", recipe, "--resume"]
     command += ["--seed", str(seed), "--runs", str(folder), "--name", name, *extra]
@@ -47,15 +47,15 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of this command; the trainer has more."""
+    """The options of this command; all others go to the trainer."""
     parser.add_argument(
-        "--seeds", type=whole(1), default=3, help="runs of each network (%(default)s)"
+        "--seeds", type=whole(1), default=3, help="runs of each network (default %(default)s)"
     )
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/context"), help="their folder (%(default)s)"
+        "--runs", type=Path, default=Path("runs/context"), help="their folder (default %(default)s)"
     )
     parser.add_argument(
-        "--picture", type=place, help="also draw what FCN and EncNet+SE of seed 0 predict (PNG)"
+        "--picture", type=place, help="also draw what FCN and EncNet+SE predict (seed 0), a PNG"
     )
     add_json(parser)
 
@@ -72,7 +72,7 @@ def draw(folder: Path, file: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train every recipe with every seed and print the table; differences are seed by seed."""
+    """Train every recipe with every seed and print the table, with differences per seed."""
     console = Console()
     scores: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):

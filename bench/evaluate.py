@@ -4,11 +4,12 @@ EncNet, 150 classes, 8 images of 683 x 512 in windows of 480 x 480, one scale, f
 confusion matrix: R18 in float32 on a CPU, R50 under bfloat16 autocast on a GPU.
 
 - ours: `encnet_triton.scoring.confusion`, as the command evaluate calls it.
-- a window at a time: reads in the loop, runs each window in channels_last, interpolates its logits,
-  takes the softmax, adds it to the scores of the image, and then the arg-max.
+- a window at a time: reads each image in the loop, runs each window in channels_last, interpolates
+  its logits, adds their softmax to the scores of the image, and takes the arg-max at the end.
 
-Each in a fresh process, in turns; the fastest round of each counts. The label maps of the first two
-images are compared: where they differ, the two best scores must be as close as rounding.
+The two take turns, each time in a fresh process, and the fastest round of each counts. First the
+label maps of two images are compared: where they differ, the two best scores must be equal up to
+rounding.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ from encnet_triton.weights import ModelInfo
 CLASSES, CROP, IMAGES, CHECKED = 150, 480, 8, 2
 BACKBONES = {"cpu": "resnet18", "cuda": "resnet50"}
 VARIANTS = ("ours", "a window at a time")
-# Of the best score. In float32 the two ways round apart by 1e-6, through 20 layers perhaps 1e-5;
-# bfloat16 keeps eight bits.
+# As a share of the best score. In float32 the two ways differ by rounding, 1e-6, after 20 layers
+# perhaps 1e-5; bfloat16 keeps eight bits.
 TIE = {"cpu": 1e-4, "cuda": 5e-2}
 
 
@@ -57,10 +58,10 @@ class Result:
     """Time and memory for all images.
 
     Attributes:
-        seconds: by the clock.
-        busy: seconds of processors in this process; others that compute change it less.
-        extra_mib: peak of memory above the state before the first image: resident in this process
-            on a CPU, allocated on a GPU.
+        seconds: wall-clock time.
+        busy: processor time of this process, which other work on the machine changes less.
+        extra_mib: peak memory above what was in use before the first image: resident memory of this
+            process on a CPU, allocated memory on a GPU.
     """
 
     seconds: float
@@ -69,7 +70,7 @@ class Result:
 
 
 def make_predictor(device: torch.device) -> Predictor:
-    """The network both sides use, in evaluation, with weights that give clear classes."""
+    """The network of both sides, in evaluation mode, with weights that give clear winners."""
     torch.manual_seed(0)
     model = create_model("encnet", CLASSES, backbone=BACKBONES[device.type]).eval()
     head: Any = model.head
@@ -104,7 +105,7 @@ def plain_confusion(predictor: Predictor, dataset: Dataset) -> ConfusionMatrix:
 
 
 def measure(variant: str, dataset: Dataset, device: torch.device) -> Result:
-    """One image to warm up, then all."""
+    """Predict one image to warm up, then time all of them."""
     predictor = make_predictor(device)
     ours = variant == "ours"
     count = partial(confusion, workers=1) if ours else plain_confusion
@@ -125,8 +126,8 @@ def measure(variant: str, dataset: Dataset, device: torch.device) -> Result:
 
 
 def differing(dataset: Dataset, device: torch.device) -> Iterator[tuple[int, float]]:
-    """Of each of the first images: how many labels differ, and the largest distance of the two best
-    scores there, as a share of the best."""
+    """For each of the first images: how many labels differ, and the largest gap between the two
+    best scores there, as a share of the best."""
     predictor = make_predictor(device)
     for index in range(CHECKED):
         image = np.asarray(dataset[index].image)
@@ -152,8 +153,8 @@ def table(results: dict[str, Result], device: torch.device, ties: str) -> Table:
         caption=ties,
     )
     made.add_column("", no_wrap=True)
-    columns = ("images/s", "seconds", "of processors", "extra MiB")
-    for column in (*columns, "time / ours", "processors / ours", "memory / ours"):
+    columns = ("images/s", "seconds", "CPU seconds", "extra MiB")
+    for column in (*columns, "time / ours", "CPU / ours", "memory / ours"):
         made.add_column(column, justify="right", no_wrap=True)
     for name, one in results.items():
         cells = [f"{IMAGES / one.seconds:.2f}", f"{one.seconds:.1f}", f"{one.busy:.1f}"]
@@ -165,7 +166,9 @@ def table(results: dict[str, Result], device: torch.device, ties: str) -> Table:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     add_device(parser)
-    parser.add_argument("--rounds", type=whole(1), default=2, help="times each is measured")
+    parser.add_argument(
+        "--rounds", type=whole(1), default=2, help="how often each side is measured (default 2)"
+    )
     add_json(parser)
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -186,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
         if distance > TIE[device.type]:
             print(
                 f"error: the label maps differ, so no speed is given: at {count} pixels, where the "
-                f"best score is up to {distance:.1e} of itself above the next",
+                f"two best scores are up to {distance:.1e} of the best apart",
                 file=sys.stderr,
             )
             return 1
@@ -194,7 +197,8 @@ def run(options: argparse.Namespace) -> int:
             for variant in VARIANTS:
                 rounds[variant].append(measure_apart(variant, folder, device))
     ties = (
-        f"of {CHECKED} images {count} labels differ, at ties up to {distance:.0e} of the best score"
+        f"in {CHECKED} images {count} labels differ, where the two best scores are at most "
+        f"{distance:.0e} of the best apart"
     )
     results = {
         name: Result(

@@ -12,8 +12,8 @@ from bench.cases import cifar_network
 from encnet_triton import kernels
 from encnet_triton.kernels import reference
 
-# Of the largest value, float32 against float64: 800 units in the last place, which is 100 times the
-# rounding of sums as short as these on any processor, and far below what a wrong term makes.
+# Relative to the largest value, float32 against float64: 800 units in the last place. That is 100
+# times the rounding of such short sums on any processor, and far below the error of a wrong term.
 TOLERANCE = 1e-4
 
 
@@ -50,7 +50,7 @@ def check_encode(device: torch.device) -> str | None:
     wrong = _compare(kernels.encode, reference.encode, [x, codewords, scale], [])
     if wrong or device.type == "cpu":
         return wrong
-    # A GPU is timed in bfloat16, by other kernels than float32; dx alone is rounded by 0.4 %.
+    # On a GPU bfloat16 is timed, which has kernels of its own; rounding dx alone costs 0.4 %.
     x = torch.randn(2, 512, 9, 7, device=device).bfloat16()
     codewords = torch.randn(32, 512, device=device)
     scale = -torch.rand(32, device=device) / 256
@@ -68,7 +68,7 @@ def check_upsample(device: torch.device) -> str | None:
 
 
 def _batch_norm(operator: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """On the batch's statistics, with a residual and ReLU."""
+    """With the batch's statistics, a residual and ReLU."""
     x, weight, bias, residual = tensors
     return operator(
         x, weight, bias, None, None, training=True, momentum=0.1, eps=1e-5, residual=residual
@@ -81,7 +81,7 @@ def check_batch_norm(device: torch.device) -> str | None:
     weight, bias = torch.rand(40, device=device) + 0.5, torch.randn(40, device=device)
     ours = partial(_batch_norm, kernels.batch_norm_act)
     truth = partial(_batch_norm, reference.batch_norm_act)
-    # A sum of y has a gradient of nearly nothing in x; weights of the sum give it one.
+    # The sum of y hardly depends on x, so its gradient is nearly 0; a weighted sum has one.
     factor = torch.randn(3, 40, 9, 7, device=device)
     return _compare(
         lambda *tensors: ours(*tensors[:4]) * tensors[4],
@@ -92,7 +92,7 @@ def check_batch_norm(device: torch.device) -> str | None:
 
 
 def check_cifar(device: torch.device) -> str | None:
-    """Logits of both networks on the CPU, in float32: the same weights, the same images."""
+    """Compare the logits of both networks, with equal weights and images, in float32 on the CPU."""
     images = torch.randn(4, 3, 32, 32)
     cpu = torch.device("cpu")
     with torch.no_grad():

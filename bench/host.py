@@ -1,10 +1,10 @@
-"""Microseconds of the host for each call, forward and backward: ours over torch's layers.
+"""Host time of each call in microseconds, forward and backward: ours over torch's layers.
 
-All inputs are small, so that Python and dispatch are measured, not work. On a GPU calls
-are whole; without one the kernels are compiled for sm_90, the call of the driver that would launch
-them is left out, and all else counts: checks, plan, choice, buffers, packing of the arguments.
-Torch's layers run on the same device. Each line is the least of several rounds, ours and the peer's
-in turn. Where nothing runs, values mean nothing.
+All inputs are small, so that Python and dispatch are measured, not the work on the device. On a GPU
+whole calls are timed. Without one the kernels are compiled for sm_90 and only the driver call that
+would launch them is left out; everything else counts: checks, plan, choice of configuration,
+buffers, packing of arguments. Torch's layers run on the same device. Each line is the least of
+several rounds in which ours and the peer take turns. Without a GPU the results hold no meaning.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from encnet_triton.options import pick_device, whole
 from encnet_triton.train.compiling import compile_obstacle
 
 Call = Callable[[], object]
-# Calls of a round: as many as take this long, in seconds.
+# A round makes as many calls as fit into ROUND seconds.
 ROUND, WARM_UP = 2e-3, 5
 IMAGES, CHANNELS, EDGE, CODEWORDS, CLASSES = 2, 16, 2, 8, 8
-# Layers of the compiled step: blocks of a layer without and one with a residual.
+# Blocks of the compiled step, each of a layer without and a layer with a residual.
 BLOCKS = 4
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line: what, microseconds of ours and of the peer, and which peer."""
+    """A line: what is called, microseconds of ours and of the peer, and which peer."""
 
     name: str
     ours: float
@@ -57,13 +57,14 @@ class Row:
 
 
 def best(ours: Call, peer: Call, rounds: int, device: torch.device) -> tuple[float, float]:
-    """Microseconds of a call of either until it returns, the least over rounds that take turns."""
+    """Microseconds until a call of each returns: the least over rounds in which they take turns."""
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    # On a machine that others use, the time this process had; on a GPU, autograd has a thread more.
+    # Processor time, since others may use the machine. On a GPU autograd runs in a second thread,
+    # so there it is wall-clock time.
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     least = [float("inf"), float("inf")]
     for call in (ours, peer):
@@ -89,7 +90,7 @@ def _map(device: torch.device, channels: int = CHANNELS) -> Tensor:
 class NormStep:
     """Forward and backward of one layer of batch normalisation, fused or torch's.
 
-    `projected`: with another one that normalises the residual.
+    `projected`: another layer normalises the residual.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class NormStep:
 
 
 class EncodeStep:
-    """`encode` with statistics, or a peer of the same arguments."""
+    """`encode` with statistics, or a peer with the same arguments."""
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function = function
@@ -126,7 +127,7 @@ class EncodeStep:
 
 
 class LossStep:
-    """`upsample_cross_entropy`, or a peer of the same arguments."""
+    """`upsample_cross_entropy`, or a peer with the same arguments."""
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function = function
@@ -180,7 +181,7 @@ def _bare_encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
 
 
 def one_launch(device: torch.device) -> tuple[Call, Call]:
-    """The pass that normalises, its output included, and the launch it makes by Triton's own."""
+    """The normalising pass with its output, and the launch in it made by Triton's own launcher."""
     x = torch.zeros(IMAGES, EDGE * EDGE, CHANNELS, device=device).transpose(1, 2)
     of_channels = [torch.zeros(CHANNELS, device=device) for _ in range(4)]
 
@@ -197,10 +198,10 @@ def one_launch(device: torch.device) -> tuple[Call, Call]:
 
 
 def layers_of_step(backbone: str) -> Counter[tuple[bool, bool, bool]]:
-    """Batch normalisations of a training step of EncNet: how many of each kind.
+    """Count the batch norms in a training step of EncNet, by kind.
 
-    Whether there is a residual, whether a ReLU, and whether one more layer normalises the residual,
-    which is not counted by itself.
+    A kind says whether there is a residual, a ReLU, and another layer that normalises the residual;
+    that layer is not counted separately.
     """
     with torch.device("meta"):
         model = create_model("encnet", 150, backbone=backbone, dropout=0.0).train()
@@ -210,7 +211,7 @@ def layers_of_step(backbone: str) -> Counter[tuple[bool, bool, bool]]:
         residual = given[1] if len(given) > 1 else named.get("residual")
         projected = named.get("residual_norm") is not None
         found[residual is not None, layer.activation is not None, projected] += 1
-        if projected:  # on the meta device it is called
+        if projected:  # on the meta device that layer is called too
             found[False, False, False] -= 1
 
     for layer in model.modules():
@@ -221,7 +222,7 @@ def layers_of_step(backbone: str) -> Counter[tuple[bool, bool, bool]]:
 
 
 class OperatorsOfStep:
-    """All operators of a training step, once each, ours or torch's in their place."""
+    """All operators of a training step, once each, ours or torch's counterparts."""
 
     def __init__(self, ours: bool, layers: Counter[tuple[bool, bool, bool]], device: torch.device):
         impl = "fused" if ours else "torch"
@@ -240,7 +241,7 @@ class OperatorsOfStep:
 
 
 class Blocks(nn.Module):
-    """Residual blocks without their convolutions, a scaling in the place of each."""
+    """Residual blocks with a scaling in place of each convolution."""
 
     def __init__(self, impl: Any) -> None:
         super().__init__()
@@ -253,7 +254,7 @@ class Blocks(nn.Module):
 
 
 class CompiledStep:
-    """Forward and backward of `Blocks`, compiled in one graph."""
+    """Forward and backward of `Blocks`, compiled as one graph."""
 
     def __init__(self, impl: Any, device: torch.device) -> None:
         self.model = torch.compile(Blocks(impl).to(device).train(), fullgraph=True)
@@ -288,7 +289,7 @@ def _compiled(device: torch.device) -> Iterator[tuple[str, Call, Call, str]]:
 
 
 def rows(device: torch.device, rounds: int, backbone: str, compiled: bool) -> list[Row]:
-    """All lines; the compiled ones where asked for."""
+    """All lines, with the compiled ones if asked for."""
     pairs = chain(_pairs(device, backbone), _compiled(device) if compiled else ())
     return [
         Row(name, *best(ours, peer, rounds, device), against) for name, ours, peer, against in pairs
@@ -311,8 +312,8 @@ def table(found: list[Row], title: str) -> Table:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     add_device(parser)
-    parser.add_argument("--rounds", type=whole(1), default=60, help="default 60")
-    parser.add_argument("--backbone", default="resnet50", help="of the step, default resnet50")
+    parser.add_argument("--rounds", type=whole(1), default=60, help="rounds (default 60)")
+    parser.add_argument("--backbone", default="resnet50", help="of the step (default resnet50)")
     parser.add_argument("--eager", action="store_true", help="leave the compiled step out")
     add_json(parser)
 

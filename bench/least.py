@@ -1,13 +1,17 @@
-"""Bytes that a forward and a backward pass of each operator must move at least.
+"""The least bytes that a forward and a backward pass of each operator must move.
 
-Inputs are read and outputs written once a pass over the data. `size` is the bytes of a value of x.
+Each pass over the data reads its inputs and writes its outputs once. `size` is bytes per value of
+x.
 """
 
 from __future__ import annotations
 
 
 def encode(*, B: int, C: int, N: int, K: int, size: int) -> tuple[int, int]:
-    """x, E and codewords; x, dx, dE, codewords and their gradient. E and codewords are float32."""
+    """Forward x, E and codewords; backward x, dx, dE, codewords and their gradient.
+
+    E and codewords are float32.
+    """
     x, code, codewords = size * B * N * C, 4 * B * K * C, 4 * K * C
     return x + code + codewords, 2 * x + code + 2 * codewords
 
@@ -25,11 +29,12 @@ def batch_norm(
     forked: bool = False,
     projected: bool = False,
 ) -> tuple[int, int]:
-    """Tensors of x's size: x twice, residual, y; dy and x twice, dx, dresidual; a mask of bits.
+    """Tensors of x's size: forward x twice, residual, y; backward dy and x twice, dx, dresidual.
 
-    Frozen statistics need x, and dy and x, once. A result that has two uses (`forked`) needs both
-    gradients and x, g written; g and x, dx. A residual that is normalised (`projected`), in
-    training, is read once more forward, and by both passes backward.
+    A ReLU after a residual adds a bit mask. With frozen statistics one pass suffices, so dy and x
+    are read once. If the result has two uses (`forked`), the first backward pass reads both
+    gradients and x and writes g, the second reads g and x and writes dx. In training a normalised
+    residual (`projected`) is read once more forward, and in both passes backward.
     """
     whole = size * B * C * N
     rows, width = (B * N, C) if channels_last else (B * C, N)
@@ -45,9 +50,9 @@ def batch_norm(
 
 
 def upsample(*, B: int, C: int, low: int, high: int, size: int) -> tuple[int, int]:
-    """Logits, labels of a byte and a float32 per pixel; the gradient as well.
+    """Logits and, per pixel, a label of one byte and a float32; backward the gradient as well.
 
-    `low` and `high` are pixels of an image before and after.
+    `low` and `high` count the pixels of an image before and after upsampling.
     """
     logits, pixels = size * B * C * low, B * high
     return logits + 5 * pixels, 2 * logits + 5 * pixels

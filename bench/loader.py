@@ -1,13 +1,15 @@
-"""Training batches per second, from JPEGs to bytes: ``python -m bench loader [--data DIR]``.
+"""Images per second from JPEGs to training batches: ``python -m bench loader [--data DIR]``.
 
-Crops of 480 x 480 in batches of 8, as a trainer takes them one after the other, by two worker
-processes:
+Two worker processes make batches of 8 crops of 480 x 480, taken one after the other as a trainer
+does:
 
-- ours: `TrainLoader` with the augmentation in one warp; bytes, normalised on the device.
-- sequential: resize, flip, rotate, pad and crop one after the other, then float32, normalised and
-  stacked in the worker, in torch's DataLoader.
+- ours: `TrainLoader`, with the augmentation in one warp; batches are bytes, normalised on the
+  device.
+- sequential: torch's DataLoader, whose workers resize, flip, rotate, pad and crop one after the
+  other, convert to float32, normalise and stack.
 
-Images are a folder data set's, or made here: 96 JPEGs of 683 x 512 with the entropy of photos.
+The images are those of a folder data set, or generated: 96 JPEGs of 683 x 512 with the entropy of
+photos.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ WARM_UP, MEASURED, REPEATS = 4, 12, 3
 
 
 class Sequential(torch_data.Dataset[tuple[Tensor, Tensor]]):
-    """What frameworks do with one image."""
+    """Prepares one image as frameworks do."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
@@ -104,7 +106,7 @@ def rate(batches: Iterator[object]) -> float:
 
 
 def write_folder(root: Path, images: int, classes: int = 11) -> None:
-    """A folder data set of made images, whose labels are the first 11 of the classes."""
+    """Write a folder data set of generated images, labelled with the first 11 of the classes."""
     lines = []
     for number in range(images):
         image, label = made_files(number)
@@ -135,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(report.machine(torch.device("cpu")), highlight=False)
     table = Table(title=f"batches of {BATCH} crops of {CROP} x {CROP}", title_justify="left")
-    for column in ("", "images/s", "ours is"):
+    for column in ("", "images/s", "ours / this"):
         table.add_column(column, no_wrap=True, justify="right" if column else "left")
     best = found["ours, 2 workers"]
     for name, value in found.items():

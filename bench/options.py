@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def place(text: str) -> Path:
-    """The type of an option that names a file to be written after all the work."""
+    """The type of an option for a file that is written last: refuses a bad place at once."""
     try:
         refuse_place(Path(text), "file")
     except ValueError as error:

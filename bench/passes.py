@@ -20,12 +20,13 @@ Function = Callable[..., Tensor]
 class Pass:
     """A function on fixed tensors: `forward()` runs it, calling the pass runs backward as well.
 
-    Gradients are returned and not accumulated, so that calls are alike and can be captured.
+    Gradients are returned and not accumulated, so that all calls do the same and can be captured in
+    a CUDA graph.
 
     Attributes:
         inputs: arguments that get gradients.
         rest: further arguments.
-        frozen: a batch norm with the running statistics.
+        frozen: a batch norm that uses the running statistics.
     """
 
     function: Function
@@ -38,7 +39,7 @@ class Pass:
 
     @cached_property
     def grad(self) -> Tensor:
-        """The gradient that a backward pass begins with."""
+        """The gradient of the output, from which the backward pass starts."""
         out = self.forward().detach()
         return torch.randn_like(out) if out.dim() else torch.ones_like(out)
 
@@ -55,7 +56,7 @@ def is_compiled(variant: str) -> bool:
 
 
 def needs_gpu(variant: str) -> bool:
-    """Whether a peer is a Triton kernel and nothing else."""
+    """Whether a peer exists only as a Triton kernel."""
     return variant == "one program per channel"
 
 
@@ -125,8 +126,8 @@ def batch_norm_pass(
 ) -> Pass:
     """Batch norm, the addition of a residual if asked for, and ReLU on B x C x size x size.
 
-    Ours alone can be `frozen`, on the running statistics. Channels last, but for the peer with a
-    program per channel, to which contiguous channels are best.
+    Only ours can be `frozen`, with the running statistics. Channels last, except for the peer with
+    one program per channel, which is fastest on contiguous tensors.
     """
     torch.manual_seed(0)
     last = torch.contiguous_format if needs_gpu(variant) else torch.channels_last
@@ -175,7 +176,7 @@ VARIANTS = {"encode": ENCODE, "batch_norm": BATCH_NORM, "upsample": UPSAMPLE}
 
 
 def least_bytes(operator: str, itemsize: int, shape: dict[str, Any]) -> tuple[int, int]:
-    """See `bench.least`; `shape` are the arguments of the operator's pass."""
+    """See `bench.least`; `shape` holds the arguments of the operator's pass."""
     common = {"B": shape["B"], "C": shape["C"], "size": itemsize}
     if operator == "encode":
         return least.encode(**common, N=shape["size"] ** 2, K=shape["K"])

@@ -1,4 +1,4 @@
-"""What today's frameworks do, written their way: the peer of every comparison."""
+"""The peers of the comparisons, written the way today's frameworks do it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from encnet_triton.inference import window_starts
 
 
 def encode_materialised(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
-    """Encoding Layer with all B x N x K x C residuals, twice: distances, then aggregation."""
+    """Encoding with all B x N x K x C residuals, made twice: for distances and for aggregation."""
     batch, channels = x.shape[:2]
     num = codewords.shape[0]
     pixels = x.flatten(2).transpose(1, 2).contiguous()
@@ -73,7 +73,7 @@ def sequential_crop(
     fill: tuple[int, int, int],
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Resize, flip, rotate, pad, crop, one after the other, as in the paper's code."""
+    """Resize, flip, rotate, pad, crop, one after the other, as in the published code."""
     bilinear, nearest = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
     short = int(rng.integers(base // 2, 2 * base, endpoint=True))
     factor = short / min(image.size)

@@ -29,7 +29,7 @@ def machine(device: torch.device) -> str:
 def revision() -> str:
     """The commit that is checked out, "unknown" without git or a repository.
 
-    ENCNET_REVISION names it where the checkout was copied without its history.
+    ENCNET_REVISION can name it where the checkout was copied without its history.
     """
     if given := os.environ.get("ENCNET_REVISION"):
         return given
@@ -58,8 +58,8 @@ def filled(document: Path, markers: tuple[str, str], made: str) -> str:
 def table(case: Case, results: Results, bandwidth: float = 0.0) -> Table:
     """Times, extra memory, and both as multiples of ours.
 
-    With `bandwidth`, bytes per second of the device's memory, also the rate at which the bytes that
-    must move at least were moved, and its share of that limit.
+    Given `bandwidth`, the bytes per second of the device's memory, also the rate at which the least
+    possible bytes were moved, and that rate as a share of the bandwidth.
     """
     made = Table(title=case.title, title_justify="left")
     made.add_column("", no_wrap=True)

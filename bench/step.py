@@ -3,13 +3,14 @@
 Four variants, each in a fresh process, with the same weights, batch and optimiser:
 
 - stock: the formula that materialises B x N x K x C in the Encoding layer, torch's batch norm, add
-  and ReLU, and interpolate + cross_entropy to full resolution; compiled with its loss. On a GPU
-  channels_last under bfloat16 autocast; on a CPU contiguous float32, as frameworks run there.
-- ours: the operators of this project behind the same modules, channels_last under bfloat16
-  autocast; compiled as ``--compile`` does. ``--precision float32`` does without autocast.
+  and ReLU, and interpolate + cross_entropy at full resolution; the loss is compiled with the
+  network. On a GPU in channels_last under bfloat16 autocast, on a CPU in contiguous float32, as
+  frameworks run there.
+- ours: this project's operators behind the same modules, in channels_last under bfloat16 autocast;
+  compiled as ``--compile`` does. ``--precision float32`` turns autocast off.
 
-Dropout is 0, so that all variants compute the same: the losses of the first steps are compared,
-and no speed is shown if they differ.
+Dropout is 0, so that all variants compute the same. The losses of the first steps are compared, and
+no speed is shown if they differ.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from encnet_triton.train.optim import make_optimizer
 VARIANTS = ("ours, eager", "ours, compiled", "stock, eager", "stock, compiled")
 PHASES = ("data", "forward", "loss", "backward", "optimiser")
 COMPARED, WARM_UP = 3, 3
-# Steps that follow one another on a GPU without waiting, as they do in a training.
+# Steps that follow one another on a GPU without waiting, as in training.
 RUN = 5
 # Relative difference of the losses of the first steps; bfloat16 keeps eight bits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -82,10 +83,10 @@ class StepTimes:
         phases: median milliseconds of each phase.
         total: median milliseconds of a step.
         first: seconds of the first step, compilation included.
-        host: median milliseconds until a step returned to Python with nothing waiting before it;
-            the GPU's time where its queue was full.
+        host: median milliseconds until a step returns to Python, starting from an empty queue; it
+            includes the GPU's time if the step fills the queue.
         peak_mib: peak memory of the timed steps above the network and its weights: allocated on a
-            GPU; resident on a CPU (with the compiler's own, where it compiled).
+            GPU, resident on a CPU (where compiled variants include the compiler's own memory).
     """
 
     losses: list[float]
@@ -108,7 +109,7 @@ class StockEncoding(nn.Module):
 
 
 def stock(model: nn.Module) -> None:
-    """Replace our operators by today's formulas, with the same parameters."""
+    """Replace our operators by the usual code, with the same parameters."""
     set_norm_impl(model, "torch")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -131,7 +132,7 @@ def our_loss(criterion: SegmentationLoss, output: SegmentationOutput, target: Te
 
 
 class PhaseClock:
-    """Milliseconds between marks: of the device's own clock on a GPU, without waiting for it."""
+    """Milliseconds between marks; on a GPU by its own clock, so that no mark waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -154,7 +155,7 @@ class PhaseClock:
         return found
 
     def read_steps(self) -> list[list[float]]:
-        """The same by step: what lies between two steps is left out."""
+        """The same for each step; the time between two steps is left out."""
         found, length = self.read(), len(PHASES) + 1
         return [found[i : i + len(PHASES)] for i in range(0, len(found), length)]
 
@@ -168,7 +169,7 @@ def _between(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> 
 class Step:
     """One variant: network, loss, optimiser and a batch in host memory.
 
-    Calling it makes a step, marks the phases on ``clock`` and returns the loss.
+    Calling it runs a step, marks the phases on ``clock`` and returns the loss.
     """
 
     def __init__(self, variant: str, shape: Shape, device: torch.device) -> None:
@@ -194,7 +195,7 @@ class Step:
         images = torch.randint(0, 256, (shape.batch, 3, shape.crop, shape.crop), dtype=torch.uint8)
         labels = torch.randint(0, shape.classes, (shape.batch, shape.crop, shape.crop))
         labels[:, : shape.crop // 10] = 255
-        # Labels travel as bytes with us, as whole numbers of eight bytes in stock code.
+        # Ours copies labels to the device as bytes, stock code as int64.
         labels = labels if self.stock else labels.to(torch.uint8)
         pin = device.type == "cuda"
         self.images = images.pin_memory() if pin else images
@@ -209,7 +210,7 @@ class Step:
         with self._autocast():
             output = self.model(x)
         self.clock.mark()
-        # Under autocast cross_entropy makes float32 of its logits; ours accumulates in it anyway.
+        # Autocast lets cross_entropy convert its logits to float32; ours computes in it anyway.
         with self._autocast() if self.stock else nullcontext():
             loss = self.loss(output, target)
         self.clock.mark()
@@ -270,7 +271,7 @@ Results = dict[str, "StepTimes | str"]
 
 
 def disagreement(results: Results, tolerance: float) -> str | None:
-    """None, or which variant's losses are not those of stock code in eager mode."""
+    """None, or which variant's losses differ from those of stock code in eager mode."""
     truth = results["stock, eager"]
     if isinstance(truth, str):
         return truth
@@ -284,9 +285,9 @@ def disagreement(results: Results, tolerance: float) -> str | None:
 
 
 def measure_apart(variant: str, shape: Shape, device: torch.device) -> StepTimes | str:
-    """Measure one variant in a fresh process; a sentence if that fails."""
+    """Measure one variant in a fresh process; returns a sentence if that fails."""
     if is_compiled(variant) and compile_obstacle(device):
-        return "no compiled variants: there is no compiler for torch.compile here"
+        return "no compiled variants: torch.compile finds no compiler here"
     arguments = ["step", "--worker", variant, "--device", device.type, *shape.arguments()]
     try:
         return StepTimes(**apart.measured(arguments))
@@ -332,7 +333,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ):  # fmt: skip
         shown = ", ".join(f"{getattr(s, name)} on {device}" for device, s in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=kind, help=f"default {shown}")
-    parser.add_argument("--precision", choices=tuple(TOLERANCE), help="of our autocast")
+    parser.add_argument("--precision", choices=tuple(TOLERANCE), help="precision of our autocast")
     add_json(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
 

@@ -1,4 +1,4 @@
-"""Time and extra memory of one function, measured in the process that calls."""
+"""Time and extra memory of a function, measured in the calling process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MAX_REPEATS = 50
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds a call, and the peak of memory above the state before the first call.
+    """Milliseconds per call, and peak memory above what was in use before the first call.
 
     Attributes:
         median, p20, p80: of `repeats` calls, after warm-up.
-        extra_mib: peak resident memory (CPU) or allocated memory (GPU) of all calls, above the
-            state before the first one.
+        extra_mib: peak resident memory (CPU) or allocated memory (GPU) of all calls, above what was
+            in use before the first one.
         host: median milliseconds until a call returned to Python on a GPU; 0 on a CPU.
     """
 
@@ -39,22 +39,22 @@ class Measurement:
 
 
 def resident() -> int:
-    """Bytes resident now."""
+    """Resident bytes of this process, now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def forget_peak() -> None:
-    """Let the kernel's high-water mark start again from now."""
+    """Reset the kernel's high-water mark of resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_resident() -> int:
-    """Bytes resident at most since `forget_peak`."""
+    """The most resident bytes since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM line; memory is measured on Linux alone")
+    raise OSError("/proc/self/status has no VmHWM line; memory can only be measured on Linux")
 
 
 def measure(
@@ -62,7 +62,7 @@ def measure(
 ) -> Measurement:
     """Call at least three times and for about `seconds`; the first calls are not timed.
 
-    On a GPU time and memory are those of `bench.gpu.device.Gpu`.
+    On a GPU, `bench.gpu.device.Gpu` measures time and memory.
     """
     if device.type == "cuda":
         gpu = Gpu()

@@ -1,9 +1,9 @@
-"""``python -m bench versions``: the kernels with other versions of Triton and torch; no GPU.
+"""``python -m bench versions``: try the kernels with other versions of Triton and torch; no GPU.
 
-For each pair of versions, Triton with this environment's torch, or beside a torch installed
-whole: the interpreter's tests, and for sm_90 what the compiler makes of one shape a kernel. Each
-result is a line of FOLDER/results.jsonl as soon as it is there, and what is there is not done
-again. The table goes between two markers of docs/versions.md.
+Each Triton is tried with this environment's torch, or with those that --torch names, each in an
+environment of its own. For each pair the kernel tests run in Triton's interpreter, and one shape of
+each kernel is compiled for sm_90. Each result is written to FOLDER/results.jsonl as it comes, and
+what is there is not run again. The table goes between two markers of docs/versions.md.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def torch_of(folder: Path, version: str | None) -> tuple[str, str]:
 
 
 def triton_of(folder: Path, version: str, python: str) -> Path:
-    """A folder with this Triton alone, which goes before site-packages."""
+    """A folder that holds only this Triton, to be put before site-packages."""
     tag = Path(python).parents[1].name if python != sys.executable else platform.python_version()
     place = folder / f"triton-{version}-{tag}"
     if not (place / ".installed").exists():
@@ -108,10 +108,10 @@ def triton_of(folder: Path, version: str, python: str) -> Path:
 
 
 def _process(command: list[str], place: Path, **extra: str) -> subprocess.CompletedProcess[str]:
-    """A process that imports this checkout and the Triton of ``place``."""
+    """Run a process that imports this checkout and the Triton in ``place``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
     environment["PYTHONPATH"] = os.pathsep.join((str(place), str(ROOT)))
-    # Each Triton its own: the keys of a cache hold the compiler's version, its settings do not.
+    # A cache of its own for each Triton.
     environment["TRITON_CACHE_DIR"] = str(place / ".cache")
     environment.setdefault("OMP_NUM_THREADS", "1")
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -150,9 +150,9 @@ def compile_apart(pair: Pair, place: Path, op: str) -> Row:
 
 
 def compiled_calls(op: str) -> Row:
-    """How many kernels one shape takes, and what comes instead of a configuration that is bad.
+    """How many kernels one shape needs, and what replaces a bad configuration.
 
-    The launcher goes on to the first configuration whose kernels neither spill nor fail.
+    The launcher takes the first configuration whose kernels compile and do not spill.
     """
     dtypes, calls = list(compiler.DTYPES), list[Call]()
     if op == "encode":
@@ -187,7 +187,7 @@ def _instead(call: Call, bad: list[Row]) -> Row:
 
 
 def sources() -> str:
-    """Tells one state of what is tried, and of what tries it, from another."""
+    """A hash of the files that are tried and of those that try them."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for file in sorted(ROOT.glob(pattern)):
@@ -209,7 +209,7 @@ def read(file: Path) -> dict[tuple[str, str, str], Row]:
 
 
 def run_pair(pair: Pair, folder: Path, stages: Sequence[str], redo: bool) -> None:
-    """Those stages that have no result of these sources yet."""
+    """Run the stages that have no result for these sources yet."""
     results = folder / "results.jsonl"
     place = triton_of(folder, pair.triton, pair.python)
     ask = "import platform, numpy; print(platform.python_version(), numpy.__version__)"
@@ -241,7 +241,7 @@ def _cell(row: Row | None) -> str:
 
 
 def table(file: Path) -> str:
-    """Markdown: a line for each pair, then what failed and what comes instead of a bad default."""
+    """Markdown: a line for each pair, then what failed and what replaces a bad default."""
     found = read(file)
     heads = [
         s.removeprefix("tests/kernels/").removesuffix(".py").replace("test_", "") for s in STAGES
@@ -274,14 +274,16 @@ def publish(file: Path, document: Path) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
-    parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".venv-versions", help="environments and results"
+    )
     parser.add_argument("--triton", nargs="+", default=TRITONS, help="versions of Triton")
     parser.add_argument(
         "--torch", nargs="+", default=[None],
-        help="versions of torch, each in an environment of its own; left out, the one that is here",
+        help="versions of torch, each in an environment of its own; default: the installed one",
     )  # fmt: skip
-    parser.add_argument("--redo", action="store_true", help="what has a result already, too")
-    parser.add_argument("--table", action="store_true", help="only make the table of what is there")
+    parser.add_argument("--redo", action="store_true", help="also run what has a result")
+    parser.add_argument("--table", action="store_true", help="only write the table of results")
     parser.add_argument(
         "--document", type=Path, default=ROOT / "docs" / "versions.md", help="where the table goes"
     )
@@ -290,7 +292,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """1 where a test failed, a kernel did not compile or no configuration is good."""
+    """Returns 1 if a test failed, a kernel did not compile or no configuration is good."""
     if options.compile:
         options.to.write_text(json.dumps(compiled_calls(options.compile)))
         return 0

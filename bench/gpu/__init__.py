@@ -1,1 +1,1 @@
-"""`python -m bench gpu`: everything worth measuring on a GPU, in the time there is."""
+"""`python -m bench gpu`: measures everything worth measuring on a GPU within a time limit."""

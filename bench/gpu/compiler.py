@@ -1,4 +1,4 @@
-"""Whether jobs that need torch.compile run."""
+"""Whether jobs that need torch.compile can run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from encnet_triton.train.compiling import compile_obstacle
 
 
 def ask_for_compiler(rehearse: bool) -> None:
-    """Raises LeftOut in a rehearsal, and where torch.compile cannot work."""
+    """Raise LeftOut in a rehearsal, and where torch.compile cannot work."""
     if rehearse:
-        raise LeftOut("compilation takes minutes; a rehearsal does without")
+        raise LeftOut("compiling takes minutes, so a rehearsal skips it")
     if obstacle := compile_obstacle(torch.device("cuda")):
         raise LeftOut(obstacle)

@@ -23,9 +23,9 @@ from bench.apart import first_line
 if TYPE_CHECKING:
     from encnet_triton.kernels.runtime.launch import Launch
 
-# Twice the largest L2 cache there is (126 MB), so that reading it leaves nothing of a call there.
+# Twice the largest L2 cache of any GPU (126 MB): reading this much evicts all that a call left.
 _FLUSH_BYTES = 256 * 2**20
-# Flushes and replays that wait in the stream at once: the GPU must never wait for Python.
+# Flushes and replays queued in the stream at once: the GPU must never wait for Python.
 _IN_FLIGHT = 10
 _WARM_UP = 3
 _CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
@@ -39,9 +39,9 @@ class Times:
 
     Attributes:
         median, p20, p80: on the device; the data caches are cold on a GPU.
-        repeats: calls behind them.
-        host: median until the call returned to Python, with nothing waiting in the stream.
-        note: how it was measured, where that was not by replaying a graph.
+        repeats: calls that were timed.
+        host: median until the call returns to Python, with an empty stream.
+        note: how it was measured, if not by replaying a graph.
     """
 
     median: float
@@ -113,10 +113,10 @@ class Gpu:
     def times(self, call: Callable[[], object], seconds: float, host_calls: int = 20) -> Times:
         """Replay a CUDA graph of the call, with the L2 cache flushed before each replay.
 
-        The flush takes longer than Python needs to launch what follows, so the time between the
-        two events holds no work of the host. It reads: a fill would leave the cache full of lines
-        that must be written back in the time of the call. A call that cannot be captured is
-        launched in the graph's place, and the note says so.
+        The flush takes longer than Python needs to launch what follows, so no time of the host
+        falls between the two events. It reads, because writing would leave the cache full of lines
+        to be written back during the call. A call that cannot be captured is launched instead of a
+        graph, and the note says so.
         """
         for _ in range(_WARM_UP):
             call()
@@ -125,7 +125,7 @@ class Gpu:
         try:
             replay = self._captured(call)
         except RuntimeError as error:
-            # Ending the capture fails as well, and hides why.
+            # Ending the capture fails as well, and its error hides the cause.
             cause = error.__context__ or error
             note = f"launched, not replayed: {first_line(cause)[:120]}"
             self.wait()
@@ -153,10 +153,10 @@ class Gpu:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         self.wait()
-        # What a cycle keeps of the calls before belongs to another stream, and spoils a capture.
+        # Tensors that reference cycles still hold belong to another stream and spoil a capture.
         gc.collect()
         graph = torch.cuda.CUDAGraph()
-        # The outer block puts the stream back where ending a failed capture does not.
+        # The outer block restores the stream, which the end of a failed capture does not.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, stream=side),
@@ -165,7 +165,7 @@ class Gpu:
         return _Replay(graph, kept)
 
     def extra_memory(self, call: Callable[[], object]) -> int:
-        """Bytes that a call allocates at most, above what is allocated before it."""
+        """Peak bytes that a call allocates, above what was allocated before it."""
         call()
         gc.collect()
         self.wait()
@@ -201,7 +201,7 @@ class _Replay:
 
 
 class StandIn:
-    """A CPU standing in for the GPU: the same methods, done simply."""
+    """A CPU in place of the GPU: the same methods, in a simple form."""
 
     kind = "cpu"
     stands_for = (
@@ -246,5 +246,5 @@ def place(rehearse: bool) -> Gpu | StandIn:
 
 
 def event() -> torch.cuda.Event:
-    """A mark in the GPU's stream that keeps its time."""
+    """A mark in the GPU's stream that records its time."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

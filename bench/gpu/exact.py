@@ -1,4 +1,4 @@
-"""Operators against float64: every output and gradient of a pass, over the norm."""
+"""Compare operators with float64: every output and gradient of a pass, relative to its norm."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from bench.gpu.job import Wrong
 from bench.passes import Pass
 from encnet_triton.kernels import reference
 
-# Of the norm. float32 keeps 24 bits, in 3xTF32 products too; half precision rounds what it
+# Of the norm. float32 keeps 24 bits, also in 3xTF32 products; half precision rounds what it
 # multiplies and what it returns: five roundings of 2^-11 and 2^-8.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
-# Values that are far off (a twentieth of the largest) may be this share: a ReLU whose input is 0
-# but for rounding passes a gradient here and stops it there. A tile gone wrong is more.
+# At most this share of the values may be far off (by a twentieth of the largest): where the input
+# of a ReLU is 0 up to rounding, one side passes the gradient and the other does not. A wrong tile
+# would be a larger share.
 _FAR, _SHARE = 0.05, 1e-5
-# Entries of the B x N x K x C residuals that the formula of `encode` may have at once.
+# Entries of the B x N x K x C residuals that the formula of `encode` may hold at once.
 _ENTRIES = 2**26
 _LABELS = {
     "encode": ("E", "dx", "dcodewords", "dscale"),
@@ -31,7 +32,7 @@ _LABELS = {
 
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """Fill new memory, which could hold an earlier call's correct result."""
+    """Fill new memory with NaN: it could hold an earlier call's correct result."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -48,7 +49,7 @@ def results(ours: Pass) -> list[Tensor]:
 
 
 def exact(name: str, ours: Pass) -> list[Tensor]:
-    """`results` as the reference has them in float64."""
+    """What `results` should be: the reference in float64."""
     inputs = [tensor.detach().double().requires_grad_() for tensor in ours.inputs]
     grad = ours.grad.double()
     if name == "encode":
@@ -66,7 +67,7 @@ def exact(name: str, ours: Pass) -> list[Tensor]:
 
 
 def _encode(x: Tensor, codewords: Tensor, scale: Tensor, grad: Tensor) -> list[Tensor]:
-    """Some images at a time: the formula has all residuals."""
+    """A few images at a time, because the formula holds all residuals."""
     at_once = max(1, _ENTRIES // (x[0].numel() * len(codewords)))
     codes, grads_x = [], []
     sums = [torch.zeros_like(codewords), torch.zeros_like(scale)]
@@ -80,7 +81,7 @@ def _encode(x: Tensor, codewords: Tensor, scale: Tensor, grad: Tensor) -> list[T
 
 
 def _upsample(logits: Tensor, target: Tensor) -> list[Tensor]:
-    """An image at a time: the formula has all full-resolution logits."""
+    """An image at a time, because the formula holds all full-resolution logits."""
     labelled = (target != 255).sum()
     loss = logits.new_zeros(())
     grads: list[Tensor] = []
@@ -94,7 +95,7 @@ def _upsample(logits: Tensor, target: Tensor) -> list[Tensor]:
 def compared(
     name: str, got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
-    """Errors of what an operator made over the norm, by name.
+    """Errors of an operator's results relative to their norm, by name.
 
     Raises:
         Wrong: one is above what the dtype allows, or values are far off.
@@ -103,11 +104,12 @@ def compared(
     for label, a, b in zip(_LABELS[name], got, wanted, strict=False):
         errors[label], far = _errors(a.double(), b)
         if not errors[label] <= tolerance:
-            raise Wrong(
-                f"{label} is off by {errors[label]:.1e} of its norm ({tolerance:.0e})", errors
-            )
+            said = f"{errors[label]:.1e} of its norm (allowed: {tolerance:.0e})"
+            raise Wrong(f"{label} is off by {said}", errors)
         if far > max(_SHARE, 2 / b.numel()):
-            raise Wrong(f"{far:.1e} of the values of {label} are far off ({_SHARE:.0e})", errors)
+            raise Wrong(
+                f"{far:.1e} of the values of {label} are far off (allowed: {_SHARE:.0e})", errors
+            )
     return errors
 
 
@@ -119,7 +121,7 @@ def _errors(ours: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def compared_labels(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """How many labels of `upsample_argmax` are those of float64, and what the others lose.
+    """The share of labels that equal those of float64, and how much logit the others lose.
 
     Raises:
         Wrong: one differs where float64 sees no tie.

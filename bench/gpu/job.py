@@ -27,7 +27,7 @@ listeners: list[Callable[[dict[str, Any]], None]] = []
 
 
 def so_far(result: dict[str, Any]) -> None:
-    """Report what a job has found so far, which counts if its process ends or hangs."""
+    """Report what a job has found so far: it is kept if the process dies or hangs."""
     for listener in listeners:
         listener(result)
 
@@ -38,16 +38,16 @@ class Job:
 
     Attributes:
         stage, name: together unique.
-        function: "module:function"; called with (arguments, rehearse), returns
-            what JSON can hold.
-        arguments: what JSON can hold.
+        function: "module:function"; called with (arguments, rehearse), returns a dictionary for
+            JSON.
+        arguments: a dictionary for JSON.
         seconds: its approximate time on a current GPU.
         limit: seconds after which it is ended.
         alone: whether it measures time, so that nothing else may run beside it.
         environment: variables of its process.
         goes_on: it reports what it has `so_far` and finds an earlier try's results in
-            arguments["before"]; if its process ends or hangs, it is retried as long as more is
-            left.
+            arguments["before"]; if its process dies or hangs, it is tried again as long as each try
+            finds more.
     """
 
     stage: str
@@ -72,7 +72,7 @@ class Outcome:
     Attributes:
         seconds: what the job took.
         result: what its function found.
-        reason: one sentence where it did not.
+        reason: one sentence, if it found nothing or something wrong.
     """
 
     stage: str

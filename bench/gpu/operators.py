@@ -1,4 +1,4 @@
-"""Time and memory of each operator and its peers at the shapes that networks have."""
+"""Time and memory of each operator and its peers at the shapes of real networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.gpu.device import Gpu, StandIn, place
 from bench.gpu.job import LeftOut
 from bench.passes import PASSES, VARIANTS, Pass, is_compiled, least_bytes, needs_gpu
 
-_SECONDS = 0.6  # of replays of a forward pass, and again of both passes
+_SECONDS = 0.6  # of replays: this long for the forward pass, and again for both passes
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Shape:
         shape: arguments of its pass.
         small: the same for a rehearsal.
         peers: whether the peers are measured as well.
-        predicted: microseconds forward and backward that were predicted for an H100, with where
-            the prediction comes from; None if there is none.
+        predicted: microseconds forward and backward that were predicted for an H100, as text; None
+            if there is no prediction.
     """
 
     operator: str
@@ -59,7 +59,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def variants(name: str) -> tuple[str, ...]:
-    """Ours first."""
+    """Variants to measure at a shape, ours first."""
     operator = SHAPES[name].operator
     if not SHAPES[name].peers:
         return ("ours",)
@@ -85,8 +85,8 @@ def prepare(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     if not is_compiled(variant):
         call()()
         return {}
-    # Configurations are compared on a device that others use too: the measuring process does that
-    # again, alone.
+    # Other jobs use the device now, so Inductor must not keep which configuration was the fastest:
+    # the measuring process compares them again, alone.
     with inductor.patch(autotune_local_cache=False):
         call()()
     return {}

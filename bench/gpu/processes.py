@@ -1,4 +1,4 @@
-"""Worker processes with time limits that leave nothing behind."""
+"""Worker processes with time limits, which leave nothing running."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAID = 30_000  # characters of a job's output that are kept
 
 
 def child_environment(more: dict[str, str]) -> dict[str, str]:
-    """Variables for a child: ours, `more`, and this checkout on the path of modules."""
+    """Environment of a child: ours and `more`, with this checkout on PYTHONPATH."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
 
@@ -33,7 +33,7 @@ def child_environment(more: dict[str, str]) -> dict[str, str]:
 def streamed(command: list[str], **variables: str) -> tuple[int, str]:
     """Run a program in the checkout: exit status and output.
 
-    Each line is passed on at once, so that it is not lost where the job is ended.
+    Each line is passed on at once, so that it is not lost if the job is killed.
     """
     lines = []
     with subprocess.Popen(
@@ -53,12 +53,12 @@ def streamed(command: list[str], **variables: str) -> tuple[int, str]:
 
 
 def torchrun(processes: int, command: list[str]) -> list[str]:
-    """The command that runs a module as ranks on this host, whatever its name resolves to."""
+    """The command that runs a module as ranks on this host, even if its name does not resolve."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes), *command]
 
 
-# Ranks on one host: no need to ask which interface leads to others.
+# All ranks are on this host, so the loopback interface will do.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
@@ -71,7 +71,7 @@ def descendants(pid: int) -> list[int]:
             parent = stat.read_text().rpartition(")")[2].split()[1]
             children[int(parent)].append(int(stat.parent.name))
     found = list(children[pid])
-    for child in found:  # which grows
+    for child in found:  # the list grows meanwhile
         found += children[child]
     return found
 
@@ -79,8 +79,8 @@ def descendants(pid: int) -> list[int]:
 def kill_tree(pid: int) -> None:
     """Kill a process and all its descendants.
 
-    By descent: torchrun gives each of its processes its own session, so killing its group would
-    miss them.
+    They are found by their parents: torchrun gives each of its processes its own session, so
+    killing its process group would miss them.
     """
     for one in (pid, *descendants(pid)):
         with contextlib.suppress(ProcessLookupError):
@@ -88,9 +88,9 @@ def kill_tree(pid: int) -> None:
 
 
 def together(rehearse: bool = False) -> int:
-    """Jobs that share the device; each holds GiB of its memory, and a core when it compiles.
+    """How many jobs may share the device: each holds GiB of its memory, and a core to compile.
 
-    In a rehearsal one after the other: starting a process takes longer than its jobs.
+    In a rehearsal one, because starting a process takes longer than its jobs.
     """
     return 1 if rehearse else max(2, min(8, usable_cores() // 2))
 
@@ -122,7 +122,7 @@ class Worker:
         self._answers.put("")
 
     def run(self, job: Job, limit: float) -> tuple[Outcome, str]:
-        """The job's outcome and the end of its output, at the latest after `limit`."""
+        """Run a job for at most `limit` seconds; returns its outcome and the end of its output."""
         start = time.monotonic()
         line = {"function": job.function, "arguments": job.arguments, "rehearse": self._rehearse}
         line["until"] = time.time() + limit
@@ -168,17 +168,17 @@ class Worker:
         return self._process.poll() is None
 
     def stop(self) -> None:
-        """End the process and all that it started."""
+        """End the process and everything it started."""
         if self.alive:
             kill_tree(self._process.pid)
         self._process.wait()
 
     def close(self) -> None:
-        """`stop`, and close what led to the process: a session has hundreds of them."""
+        """`stop`, and close the pipes and the log: a session starts hundreds of workers."""
         self.stop()
         self._reader.join(5)
         if self._reader.is_alive():
-            return  # what it started has left it, and holds on to its output
+            return  # a detached child still holds its output open
         for file in (self._process.stdin, self._process.stdout, self._log):
             assert file is not None
             with contextlib.suppress(OSError):

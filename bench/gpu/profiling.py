@@ -1,4 +1,4 @@
-"""Nsight Compute on the kernels of each operator, and compute-sanitizer on awkward shapes."""
+"""Run Nsight Compute on the kernels of each operator, compute-sanitizer on awkward shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.gpu.processes import streamed
 from bench.passes import PASSES
 
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats")
-# What is kept of each kernel: a name of ours and the metric as ncu calls it.
+# What is kept for each kernel: our name and a pattern of the name that ncu uses.
 METRICS = {
     "us": r"gpu__time_duration\.sum",
     "memory %": r"gpu__dram_throughput\.avg\.pct_of_peak_sustained_elapsed",
@@ -27,7 +27,7 @@ METRICS = {
     "occupancy %": r"sm__warps_active\.avg\.pct_of_peak_sustained_active",
     "registers": r"launch__registers_per_thread",
 }
-# "selected" is the state of a warp that issues.
+# "selected" is the state of a warp that issues an instruction: no stall.
 _STALL = re.compile(
     r"smsp__average_warps?_issue_stalled_((?!selected)\w+?)_per_(issue|warp)\w*\.ratio"
 )
@@ -37,7 +37,7 @@ _SUMMARY = re.compile(
 
 _MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
 
-# As the tools print it; the stand-in of a machine without them.
+# Output in the form of the tools, for a machine without them.
 SAMPLE_NCU = (
     "==PROF== Connected to process 1\n"
     '"ID","Kernel Name","Block Size","Grid Size","gpu__time_duration.sum",'
@@ -61,7 +61,7 @@ def ncu(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
         return {"kernels": read_ncu(SAMPLE_NCU)}
     program = place(rehearse).tool("ncu")
     if program is None:
-        raise LeftOut("there is no ncu on the path")
+        raise LeftOut("ncu was not found")
     command = [program, "--csv", "--page", "raw", "--target-processes", "all"]
     command += ["--profile-from-start", "off", "--clock-control", "none", "--print-units", "base"]
     for section in SECTIONS:
@@ -80,16 +80,16 @@ def sanitize(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
         return {"errors": read_sanitizer(SAMPLE_SANITIZER)}
     program = place(rehearse).tool("compute-sanitizer")
     if program is None:
-        raise LeftOut("there is no compute-sanitizer on the path")
+        raise LeftOut("compute-sanitizer was not found")
     # Torch and Triton ask the driver for functions that it may lack; these are not our errors.
     command = [program, "--tool", arguments["tool"], "--report-api-errors", "no"]
-    # One allocation per tensor, so that memory beyond a tensor belongs to none.
+    # One allocation per tensor, so that memory beyond a tensor is not part of another one.
     status, printed = streamed([*command, *_command(arguments)], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     errors = read_sanitizer(printed)
     if errors is None or (status and not errors):
         raise LeftOut(f"compute-sanitizer did not run: {complaint(printed)}")
     if errors:
-        # The first line of the tool names itself.
+        # The first line is the name of the tool.
         _, *found = [x for x in printed.splitlines() if x.startswith("========= ")]
         raise Wrong(f"{arguments['tool']}: {errors} errors; first: {found[0][10:200]}")
     return {"errors": 0}
@@ -108,7 +108,7 @@ def read_ncu(printed: str) -> list[dict[str, Any]]:
 def _kernel(row: dict[str, str], units: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"kernel": row["Kernel Name"], "grid": row.get("Grid Size", "")}
     for name, pattern in METRICS.items():
-        # The matrix unit has a column a kind of product; the one that is used counts.
+        # The matrix unit has one column per kind of product; the one in use is the largest.
         columns = [column for column in row if re.fullmatch(pattern, column)]
         values = [(v, units[c]) for c in columns if (v := _number(row[c])) is not None]
         if values:

@@ -1,4 +1,4 @@
-"""`bench gpu --publish DIR`: results into docs/gpu, and the tables of the documents from there."""
+"""`bench gpu --publish DIR`: copies results to docs/gpu and makes the documents' tables from it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ NOTHING = "No GPU has run this yet: every figure for a GPU in these documents is
 def publish(
     sources: Sequence[Path], folder: Path = FOLDER, configurations: Path = CONFIGURATIONS
 ) -> Path:
-    """Merge results of one machine in docs/gpu/<device>; a later folder's results win.
+    """Merge results of one machine into docs/gpu/<device>; a later folder's results win.
 
-    The configurations that were the fastest go to where the launcher reads them.
+    The fastest configurations go to the folder from which the launcher reads them.
 
     Raises:
-        ValueError: a folder holds no results, those of a rehearsal or of another device, or all
-            together are more than 300 KB, or configurations of several versions of Triton.
+        ValueError: a folder holds no results, or those of a rehearsal or of another device; all
+            results together are more than 300 KB; or configurations were measured with several
+            versions of Triton.
     """
     found = [_read(source) for source in sources]
     devices = {str(results.header["device"]) for results in found}
@@ -70,7 +71,7 @@ def _read(source: Path) -> Results:
 
 
 def write_documents() -> None:
-    """Put the tables between the marks of each document."""
+    """Put the tables between the markers in each document."""
     for document in DOCUMENTS:
         write_text(report.filled(document, MARKERS, tables(FOLDER)), document)
 

@@ -10,14 +10,14 @@ from bench.gpu.job import Outcome
 from encnet_triton.files import write_json
 from encnet_triton.kernels.runtime import tuned
 
-# How much faster than the plan's own a configuration must be; below that, the order may be chance.
+# How much faster than the plan's own a configuration must be; a smaller gain may be chance.
 _MARGIN = 0.02
 
 Measured = dict[str, Any]
 
 
 def measured(outcomes: Mapping[tuple[str, str], Outcome]) -> Iterator[tuple[str, Measured]]:
-    """Each pass, with the Triton it was measured with; of a job that was cut off, too."""
+    """Each measured pass with its version of Triton, also from jobs that were cut off."""
     for outcome in outcomes.values():
         if outcome.stage == "tune":
             for one in outcome.result.get("passes", {}).values():
@@ -25,9 +25,9 @@ def measured(outcomes: Mapping[tuple[str, str], Outcome]) -> Iterator[tuple[str,
 
 
 def best(one: Measured) -> str | None:
-    """The fastest configuration of those that were right, or None if there is none.
+    """The fastest of the correct configurations, or None if there is none.
 
-    It is the plan's own one unless another is clearly faster.
+    The plan's own is kept unless another is clearly faster.
     """
     times: dict[str, float] = {
         name: row["us"] for name, row in one["configs"].items() if "us" in row
@@ -42,7 +42,7 @@ def best(one: Measured) -> str | None:
 def document(
     header: Mapping[str, Any], outcomes: Mapping[tuple[str, str], Outcome]
 ) -> dict[str, Any] | None:
-    """What the file of the device holds; None where nothing was measured.
+    """The contents of the device's file; None if nothing was measured.
 
     Raises:
         ValueError: it was measured with several versions of Triton.
@@ -72,7 +72,7 @@ def _row(one: Measured, name: str) -> dict[str, Any]:
 def write(
     folder: Path, header: Mapping[str, Any], outcomes: Mapping[tuple[str, str], Outcome]
 ) -> None:
-    """Write the file of the device where something was measured."""
+    """Write the device's file, if anything was measured."""
     if (made := document(header, outcomes)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(made, folder / tuned.file_name(str(header["device"])))

@@ -17,7 +17,7 @@ from encnet_triton.kernels import batch_norm_act
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss, convert_batchnorm
 
-# Float32 sums in another order, of the largest value.
+# Relative to the largest value: float32 sums in another order.
 TOLERANCE = 1e-5
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     done = [check(options.device, rank, size) for check in (check_batch_norm, check_ddp)]
     dist.barrier()
     if rank == 0:
-        print(f"{' and '.join(done)} right on {size} over {options.backend}")
+        print(f"{' and '.join(done)} correct on {size} processes over {options.backend}")
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ Outcomes = dict[tuple[str, str], Outcome]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table; columns but the first are aligned to the right."""
+    """Lines of a table; columns but the first are right-aligned."""
     lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1))]
     lines += [" | ".join(row) for row in rows]
     return [f"| {line} |" for line in lines] + [""]
@@ -27,10 +27,10 @@ def _good(outcomes: Outcomes, stage: str) -> dict[str, dict[str, Any]]:
 
 
 def title(header: dict[str, Any]) -> list[str]:
-    """Machine, revision and day."""
+    """Device, machine, revision and date."""
     lines = [f"# {header.get('device', 'unknown device')}", ""]
     if header.get("rehearsal"):
-        lines += ["**A rehearsal on a CPU: no figure here is one of a GPU.** Stand-ins:", ""]
+        lines += ["**A rehearsal on a CPU: no figure here comes from a GPU.** Stand-ins:", ""]
         lines += [f"- {one}" for one in StandIn.stands_for] + [""]
     lines += [f"{header.get('machine', '')}; {header.get('date', '')}", ""]
     return lines
@@ -55,12 +55,12 @@ def _short(value: Any) -> str:
 
 
 def operators(outcomes: Outcomes) -> list[str]:
-    """Device and host time of each variant, and ours against what the bytes need at least."""
+    """Device and host time of each variant, and ours against the time the least bytes need."""
     found = _good(outcomes, "operators")
     copy = _good(outcomes, "smoke").get("limits", {}).get("copy GB/s")
     lines = ["## Operators", ""]
-    lines += ["Microseconds on the device, data caches cold; forward / backward. Limit: the least "
-              "bytes at the rate of a copy.", ""]  # fmt: skip
+    lines += ["Microseconds on the device, data caches cold; forward / backward. The limit is the "
+              "least possible bytes at the rate of a copy.", ""]  # fmt: skip
     columns = ("", "device us", "host us, both", "extra MiB", "GB/s", "of a copy", "over the limit",
                "against ours", "predicted us")  # fmt: skip
     for shape, about in SHAPES.items():
@@ -110,7 +110,7 @@ def tests(outcomes: Outcomes) -> list[str]:
             skipped[reason] = skipped.get(reason, 0) + count
     rows = [("passed", str(passed))]
     stopped = sum(bool(result.get("stopped")) for result in found.values())
-    rows += [("parts that the time ended", str(stopped))] if stopped else []
+    rows += [("parts that ran out of time", str(stopped))] if stopped else []
     rows += [(f"skipped: {reason}", str(count)) for reason, count in sorted(skipped.items())]
     return ["## Tests", "", *markdown(("", "tests"), rows)]
 
@@ -183,7 +183,7 @@ def missing(outcomes: Outcomes) -> list[str]:
     """Everything that failed, the worst first."""
     order = ("wrong", "failed", "timed out", "does not fit", "left out")
     good = {o.name for o in outcomes.values() if o.status == "ok"}
-    # A failed compilation of a variant does not matter if the variant was measured.
+    # If a variant was measured, it does not matter that compiling it ahead failed.
     bad = [
         o for o in outcomes.values()
         if o.status != "ok" and o.name.removesuffix(PREPARED) not in good

@@ -14,13 +14,13 @@ from pathlib import Path
 from bench.gpu.job import Job, Outcome
 from bench.gpu.processes import Worker
 
-_LOG_BYTES = 8_000_000  # of log.txt, at most
+_LOG_BYTES = 8_000_000  # the most that goes into log.txt
 # With less time left, in seconds, no job is started, whatever its estimate.
 _LEAST = 5.0
 
 
 class Results:
-    """results.jsonl: a line for the run, then one a job; the last one of a job counts."""
+    """results.jsonl: a line for the run, then one per job; the last one of a job counts."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "results.jsonl"
@@ -34,16 +34,17 @@ class Results:
     def _read(self) -> None:
         text = self.file.read_text()
         if text and not text.endswith("\n"):
-            self._append(self.file, "\n")  # end the line that was being written at the cut
+            self._append(self.file, "\n")  # end the line that an interruption cut off
         for line in text.splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # such a line
+                continue  # a line that was cut off
             try:
                 outcome = Outcome(**record) if "stage" in record else None
             except TypeError:
-                raise ValueError(f"{self.file} has a line that is no result: {line[:80]}") from None
+                what = f"{self.file} has a line that is not a result: {line[:80]}"
+                raise ValueError(what) from None
             if outcome is None:
                 self.header = record
             else:
@@ -97,7 +98,7 @@ class Runner:
         return self._deadline - time.monotonic()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run the remaining jobs in order; neighbours run together if they may."""
+        """Run the remaining jobs in order; neighbours run together where they may."""
         todo = [job for job in jobs if not self._done(job)]
         try:
             for group in _groups(todo):
@@ -143,8 +144,8 @@ class Runner:
                 return
 
     def _tried(self, job: Job) -> tuple[Outcome, str]:
-        """A job's outcome and the end of its output; its earlier results if there is no time for
-        it."""
+        """A job's outcome and the end of its output; if there is no time for it, its earlier
+        results."""
         left = self.left()
         if left < max(job.seconds, _LEAST):
             need = f"needs about {job.seconds:.0f} s, {max(left, 0):.0f} s were left"
@@ -153,7 +154,7 @@ class Runner:
         worker = self._take(job.environment)
         outcome, printed = worker.run(job, min(job.limit, left))
         if outcome.status == "timed out" and left < job.limit:
-            outcome = replace(outcome, status="left out", reason="the time was over")
+            outcome = replace(outcome, status="left out", reason="the time ran out")
         self._give_back(worker)
         return outcome, printed
 
@@ -181,7 +182,7 @@ class Runner:
 
 
 def _groups(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Runs of neighbours of one stage that may run together; the others by themselves."""
+    """Groups of adjacent jobs of one stage that may run together; each other job by itself."""
     groups: list[list[Job]] = []
     for job in jobs:
         last = groups[-1][-1] if groups else None

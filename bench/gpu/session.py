@@ -1,6 +1,6 @@
 """`python -m bench gpu`: measure everything worth measuring on this GPU, the most useful first.
 
-`python -m bench tune` is its stage `tune` alone: the fastest configuration of every kernel.
+`python -m bench tune` runs only the stage `tune`, which finds each kernel's fastest configuration.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from encnet_triton.files import make_folder, write_text
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     parser.add_argument("--out", type=Path, help="folder for results.jsonl, report.md, log.txt")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time there is (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=25.0, help="time limit (%(default)s)")
     if parser.get_default("command") == "tune":
         parser.set_defaults(stage=["tune"], cifar=None)
     else:
         parser.add_argument(
-            "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="all by default"
+            "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="default: all"
         )
-        parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10, to train on it as well")
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    parser.add_argument("--rehearse", action="store_true", help="small shapes on a CPU, no figures")
+        parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10, to train on it too")
+    parser.add_argument("--resume", action="store_true", help="continue what --out holds")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="try everything on a CPU, with small shapes"
+    )
     parser.add_argument(
         "--publish", type=Path, nargs="+", metavar="DIR",
-        help="put the results of these folders, of one machine, where the project keeps them",
+        help="copy the results in these folders, all of one machine, into the project",
     )  # fmt: skip
 
 
@@ -53,8 +55,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     if not options.rehearse and not torch.cuda.is_available():
         raise ValueError(
-            f"torch {torch.__version__} finds no CUDA device; --rehearse goes through all stages "
-            "on a CPU"
+            f"torch {torch.__version__} finds no CUDA device; --rehearse tries all stages on a CPU"
         )
     return measure(options)
 
@@ -67,7 +68,7 @@ def _check(options: argparse.Namespace) -> None:
     if not 0 < options.minutes < float("inf"):
         raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
     if options.cifar is not None and not options.cifar.is_dir():
-        raise ValueError(f"--cifar must name a folder; {options.cifar} is none")
+        raise ValueError(f"--cifar must name a folder; {options.cifar} is not one")
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -85,7 +86,7 @@ def measure(options: argparse.Namespace) -> int:
         print(f"{outcome.seconds:6.1f} s  {said}", flush=True)
         _write(options.out, results)
 
-    # What `timeout` or a batch system sends ends the workers too.
+    # The signal that `timeout` or a batch system sends must end the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     Runner(results, deadline, options.rehearse, at_once, after).run(jobs)
     _write(options.out, results)
@@ -98,7 +99,7 @@ def _results(options: argparse.Namespace) -> Results:
     make_folder(options.out, "--out")
     results = Results(options.out)
     if results.header and not options.resume:
-        raise ValueError(f"{results.file} is there already: --resume, or another --out")
+        raise ValueError(f"{results.file} exists: add --resume, or choose another --out")
     now = _header(options.rehearse)
     same = ("device", "machine", "rehearsal")
     if results.header and any(results.header.get(key) != now[key] for key in same):
@@ -121,12 +122,12 @@ def _header(rehearse: bool) -> dict[str, Any]:
 
 
 def plan(jobs: list[Job], seconds: float, at_once: int) -> list[str]:
-    """One line per stage: what it takes, and from where on the time will not do."""
+    """One line per stage: how long it takes, and whether the time is enough."""
     lines, used = [], 0.0
     for stage in dict.fromkeys(job.stage for job in jobs):
         of_stage = [job for job in jobs if job.stage == stage]
         need = sum(job.seconds if job.alone else job.seconds / at_once for job in of_stage)
-        fits = "fits" if used + need <= seconds else f"{max(0.0, seconds - used):.0f} s for it"
+        fits = "fits" if used + need <= seconds else f"only {max(0.0, seconds - used):.0f} s left"
         lines.append(f"{stage:<10}{len(of_stage):>4} jobs, about {need:4.0f} s: {fits}")
         used += need
     return lines

@@ -21,7 +21,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def environment(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """What a bug report needs, and what the device is."""
+    """What a bug report needs, and facts about the device."""
     device = place(rehearse)
     found: dict[str, Any] = dict(report())
     return {"machine": machine(torch.device(device.kind)), "device": device.facts(), **found}
@@ -49,19 +49,19 @@ def limits(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 
 
 def operator(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """Forward and backward of one operator against float64; errors over the norm."""
+    """Forward and backward of one operator against float64; errors relative to the norm."""
     name, dtype = arguments["operator"], DTYPES[arguments["dtype"]]
     device = torch.device(place(rehearse).kind)
     ours = passes.PASSES[name]("ours", device, dtype, **arguments["shape"])
     wanted = exact.exact(name, ours)
-    # The first call asks the plan, the second writes its launches down, the third repeats them.
+    # The first call asks the plan, the second records its launches, the third replays them.
     for _ in range(3):
         errors = exact.compared(name, exact.results(ours), wanted, dtype)
     return {"errors": errors}
 
 
 def argmax(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """The label map of `upsample_argmax`: where it differs, float64 sees almost a tie."""
+    """The label map of `upsample_argmax`: where it differs, float64 must see almost a tie."""
     device, low, high = place(rehearse).kind, arguments["low"], arguments["high"]
     torch.manual_seed(0)
     logits = torch.randn(2, arguments["classes"], low, low, device=device)
@@ -78,4 +78,4 @@ def ranks(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     status, printed = streamed(torchrun(arguments["processes"], command), **LOOPBACK)
     if status:
         raise Wrong(complaint(printed))
-    return {"ranks": next(line for line in printed.splitlines() if "right on" in line)}
+    return {"ranks": next(line for line in printed.splitlines() if "correct on" in line)}

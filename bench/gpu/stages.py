@@ -14,10 +14,10 @@ from bench.gpu.processes import together
 from bench.passes import is_compiled
 from bench.step import Shape
 
-PREPARED = ", compile"  # ends the name of a job that only fills the compilers' caches
+PREPARED = ", compile"  # end of the names of jobs that only fill the compilers' caches
 
-# Programs with wgmma have never run yet, so they come first. Then the shapes of the budgets,
-# then sizes that fit no tile.
+# Programs with wgmma have never run yet, so they come first. Then come the shapes that have a time
+# budget, then sizes that are not a multiple of the tiles.
 _OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "encode C16 K16, whole images": ("encode", "bfloat16", {"B": 2, "C": 16, "size": 32, "K": 16}),
     "encode C64 K16, whole images": ("encode", "bfloat16", {"B": 2, "C": 64, "size": 8, "K": 16}),
@@ -36,9 +36,9 @@ _OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "upsample C21": ("upsample", "float32", {"B": 2, "C": 21, "low": 9, "high": 61}),
     "upsample C7, smaller": ("upsample", "float16", {"B": 2, "C": 7, "low": 40, "high": 11}),
 }  # fmt: skip
-# Kernels on a CPU.
+# Runs the kernels on a CPU.
 _INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-# Where they are; collecting all other tests takes a minute.
+# Where these tests are; collecting all the others takes a minute.
 _TESTS = ("tests/kernels", "tests/train/test_transfer.py")
 # One of each kind is enough to rehearse.
 _REHEARSED = ("encode C59 K7", "batch_norm C3", "upsample C21")
@@ -59,7 +59,7 @@ def smoke(rehearse: bool) -> list[Job]:
         jobs.append(Job("smoke", name, "bench.gpu.smoke:operator", arguments, seconds=8))
     one = {"classes": 21, "low": 9, "high": 61}
     jobs.append(Job("smoke", "upsample_argmax C21", "bench.gpu.smoke:argmax", one, seconds=8))
-    # A rehearsal has gloo alone, and the stage of trainings for torchrun.
+    # A rehearsal has only gloo, and tries torchrun in the stage `train`.
     for backend, count in (("nccl", 1), ("gloo", 2))[1 if rehearse else 0 :]:
         group = {"backend": backend, "processes": count}
         jobs.append(
@@ -90,7 +90,7 @@ def operators(rehearse: bool) -> list[Job]:
 
 
 def _prepare(shape: str, variant: str, rehearse: bool) -> Job:
-    # As many jobs compile as share the machine; Inductor would start one process per core in each.
+    # Several jobs compile at once, and in each Inductor would start one process per core.
     compiles = is_compiled(variant) and not rehearse
     few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"} if compiles else {}
     arguments = {"shape": shape, "variant": variant}
@@ -112,7 +112,7 @@ def tests(rehearse: bool) -> list[Job]:
 
 
 def step(rehearse: bool) -> list[Job]:
-    """EncNet-R50 and R101, 16 images and 2; every variant a process."""
+    """EncNet-R50 and R101, 16 images and 2; each variant in its own process."""
     networks = [("R50", "resnet50", 16), ("R50", "resnet50", 2)]
     networks += [("R101", "resnet101", 16), ("R101", "resnet101", 2)]
     jobs, memory = [], []
@@ -152,7 +152,7 @@ def _measure_configs(shape: str, environment: dict[str, str]) -> Job:
 
 
 def profile(rehearse: bool) -> list[Job]:
-    """ncu at the shapes of the budgets, compute-sanitizer at awkward ones."""
+    """ncu at the shapes that are measured, compute-sanitizer at awkward ones."""
     jobs = []
     for name, shape in SHAPES.items():
         if shape.operator == "cifar" or (rehearse and not shape.small):
@@ -182,8 +182,8 @@ def profile(rehearse: bool) -> list[Job]:
 
 
 def train(rehearse: bool, cifar: Path | None = None) -> list[Job]:
-    """`scenes` for minutes, eager, compiled and in CUDA graphs, to a score; CIFAR-10 where it
-    is there."""
+    """`scenes` for some minutes, eager, compiled and in CUDA graphs, to a score; CIFAR-10 if it is
+    given."""
     runs: list[tuple[str, str, list[str], float]] = [
         ("scenes, eager", "scenes", [], 60.0),
         ("scenes, compiled", "scenes", ["--compile"], 120.0),

@@ -41,6 +41,6 @@ def predict(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     found = {}
     for variant in ("ours", "stock"):
         one = memory.predict(variant, shape)
-        # `measure` counts from the weights on, before there is momentum, as large as they are.
+        # `measure` counts from when there are weights but no momentum, which is as large.
         found[variant] = (one.peak - one.state / 2) / 2**20
     return found

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, a share of them in each process; also a plugin of pytest."""
+"""Run the tests that need a GPU, a share in each process; this is also a plugin of pytest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.gpu.job import Wrong
 from bench.gpu.processes import streamed
 
 _PART = "ENCNET_TEST_PART"
-_TO_END = 15.0  # seconds before the job is ended, in which pytest writes what it has
+_TO_END = 15.0  # the last seconds of a job, in which pytest writes its results
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,7 +40,7 @@ def run(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
         options = ["-q", "--tb=short", "-p", "bench.gpu.suite", "-p", "no:cacheprovider"]
         options += ["--continue-on-collection-errors", f"--junitxml={file}"]
         command = [sys.executable, "-m", "pytest", *options, *arguments["select"]]
-        # Float64 references run on the CPU, and many parts at once.
+        # The float64 references run on the CPU, several parts at once.
         variables = {_PART: arguments["part"], "OMP_NUM_THREADS": "1"}
         status, printed = streamed(command, **variables)
         if status == 5:  # pytest: nothing was selected

@@ -1,4 +1,4 @@
-"""Trainings under torchrun, ended by a signal when their time is over."""
+"""Training under torchrun, stopped by a signal when its time is up."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _GRACE = 60.0  # seconds to save and end after the signal
 
 
 def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """A recipe for some seconds: steps, samples per second and the last score.
+    """Train a recipe for some seconds; returns steps, samples per second and the last score.
 
-    Arguments: recipe; options of the trainer; seconds; in a rehearsal, a few steps instead.
+    `arguments` are recipe, options of the trainer, and seconds; a rehearsal takes two steps.
     """
     if "--compile" in arguments["options"]:
         ask_for_compiler(rehearse)
@@ -32,7 +32,7 @@ def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
         command += ["--device", place(rehearse).kind, *arguments["options"]]
         if rehearse:
             command += ["--batch-size", "2", "--stop-at", "2"]
-            if not arguments["recipe"].startswith("cifar10"):  # which has no use for these
+            if not arguments["recipe"].startswith("cifar10"):  # which does not use these
                 command += ["--workers", "0", "--log-every", "1"]
         start = time.monotonic()
         printed, ended = _run_for(command, arguments["seconds"])
@@ -44,7 +44,7 @@ def train(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 
 
 def _run_for(command: list[str], seconds: float) -> tuple[str, bool]:
-    """What it printed, and whether it ended by itself."""
+    """Run a command for at most `seconds`; its output, and whether it ended by itself."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=child_environment(LOOPBACK)

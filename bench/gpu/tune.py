@@ -1,4 +1,4 @@
-"""Which configuration of each pass of an operator is the fastest: all are checked, then timed."""
+"""Find the fastest configuration of each pass of an operator: each is checked, then timed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from encnet_triton.kernels.runtime.tuned import Entry
 if TYPE_CHECKING:
     Pass = launch.Call[Any]
 
-_SECONDS = 0.1  # of replays of a configuration
-_TO_END = 15.0  # seconds before the job is ended, in which nothing is begun
+_SECONDS = 0.1  # of replays for each configuration
+_TO_END = 15.0  # the last seconds of a job, in which nothing new is started
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ SHAPES: dict[str, Shape] = {
     **_argmax(59),
     **_argmax(21),
 }
-SMALL = Shape("encode", {"B": 1, "C": 8, "size": 3, "K": 2})  # of a rehearsal: a tile
+SMALL = Shape("encode", {"B": 1, "C": 8, "size": 3, "K": 2})  # for a rehearsal: one tile
 _REHEARSED = 2  # configurations of a pass in a rehearsal
 
 
@@ -111,7 +111,7 @@ class _Operator:
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         self._name, self._dtype = shape.operator, dtype
         self._ours = PASSES[shape.operator]("ours", device, dtype, **shape.sizes)
-        self._ours.grad  # noqa: B018  # made now: no pass of a trial
+        self._ours.grad  # noqa: B018  # made now, so that no trial records it
 
     def run(self) -> None:
         self._ours()
@@ -171,7 +171,7 @@ def prepare(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
 def measure(arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
     """Microseconds of each candidate of each pass, or why it is left out.
 
-    Goes on from arguments["before"]. A candidate that ended the process before is not tried again.
+    Continues from arguments["before"]. A candidate that killed its process is not tried again.
     """
     try:
         import triton  # not at the top: not every platform has it
@@ -199,8 +199,8 @@ def _keep(
 ) -> None:
     """Record a candidate's outcome, whatever happens to this process."""
     if time.time() > float(os.environ.get("ENCNET_JOB_UNTIL", "inf")) - _TO_END:
-        raise LeftOut("the time of the job was over before all configurations were measured")
-    rows[name] = {"reason": "its process ended or hung"}
+        raise LeftOut("the time ran out before all configurations were measured")
+    rows[name] = {"reason": "its process died or hung"}
     so_far(found)
     try:
         rows[name] = tried()
@@ -232,7 +232,7 @@ def _tried(
         except Wrong as error:
             return {"reason": f"wrong: {error}"}
     if config not in [used for one, used in ran if one.problem() == problem]:
-        return {"reason": "the launcher did not take it"}
+        return {"reason": "the launcher did not use it"}
     times = device.times(lambda: launch.run_all(made), _SECONDS)
     largest = float(f"{max(errors.values()):.1e}")
     found: dict[str, Any] = {"us": round(1e3 * times.median, 2), "error": largest}

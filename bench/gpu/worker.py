@@ -1,9 +1,9 @@
 """The process that runs jobs: `python -m bench.gpu.worker`, one job per line on its input.
 
-Each answer is a line of JSON on its output, after lines of what the job has so far, if it says so;
-whatever else the job prints goes to its error output.
-ENCNET_JOB_UNTIL is the time at which the job will be ended. A sticky CUDA error poisons the
-process, so a worker on a GPU is given one job.
+Each answer is a line of JSON on its output. A job may report what it has so far in lines before
+that; everything else that it prints goes to the error output. ENCNET_JOB_UNTIL is the time at which
+the job will be killed. Some CUDA errors break the whole process, so a worker on a GPU gets only one
+job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.gpu.job import LeftOut, Wrong, listeners
 
 
 def run(function: str, arguments: dict[str, Any], rehearse: bool) -> dict[str, Any]:
-    """Run a job; what came of it as the fields of an `Outcome`."""
+    """Run a job; returns the fields of its `Outcome`."""
     module, _, name = function.partition(":")
     try:
         call = getattr(importlib.import_module(module), name)
@@ -46,7 +46,7 @@ def main() -> None:
     """Answer jobs until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keep libraries' output out of the answers
-    logging.basicConfig(level=logging.INFO)  # which file of configurations is used
+    logging.basicConfig(level=logging.INFO)  # logs which file of configurations is used
 
     def say(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")

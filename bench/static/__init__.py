@@ -1,1 +1,1 @@
-"""Reports without a GPU: kernels are compiled or interpreted, networks counted on fake tensors."""
+"""Reports without a GPU: kernels are compiled or interpreted, networks run on fake tensors."""

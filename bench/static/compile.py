@@ -1,6 +1,6 @@
-"""``python -m bench static compile``: what every kernel needs of a GPU, on machines without one.
+"""``python -m bench static compile``: the resources that every kernel needs; no GPU.
 
-The launches are made on meta tensors as the operators make them; nothing runs.
+The launches are made on meta tensors, as the operators make them; nothing runs.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ Row = dict[str, Any]
 def kernels(calls: Iterable[Call], fullest: bool = False) -> dict[Kernel, str]:
     """Every kernel of these calls with what identifies its program.
 
-    A program that several configurations of a call share is listed once, as a default if it is one
-    of the default's; the same program in calls of two shapes is listed for both. `fullest` leaves
-    of each kernel function the launch with the most options on.
+    A program that several configurations of a call share is listed once, as a default if the
+    default configuration uses it. A program that two shapes share is listed for both. `fullest`
+    leaves the launch with the most options on, one per kernel function.
     """
     found: dict[Kernel, str] = {}
     seen: set[tuple[object, ...]] = set()
@@ -123,7 +123,7 @@ def _launches_once(call: Call) -> list[Launch]:
 
 
 def _compile(kernel: Kernel) -> Report:
-    """What a worker process does."""
+    """Runs in a worker process."""
     return report(_launches_once(kernel.call)[kernel.place], kernel.call.arch)
 
 
@@ -132,7 +132,7 @@ def _start_worker() -> None:
 
 
 def reports(found: dict[Kernel, str]) -> list[Row]:
-    """Compile every program once, on all processors, and give a row for each kernel."""
+    """Compile every program once, on all processors; returns a row for each kernel."""
     first = {program: kernel for kernel, program in reversed(found.items())}
     with _pool(min(usable_cores(), len(first), _MOST_WORKERS)) as pool:
         pending = {program: pool.submit(_compile, kernel) for program, kernel in first.items()}
@@ -154,7 +154,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _result(future: Future[Report], kernel: Kernel) -> Report:
-    """The worker's result; if a worker died from any kernel, compile this one again, alone."""
+    """The worker's result; if a worker died from any kernel, this one is compiled again, alone."""
     with contextlib.suppress(BrokenProcessPool):
         return future.result()
     try:
@@ -237,7 +237,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     amount.add_argument(
         "--quick",
         action="store_true",
-        help="a shape an operator and layout; of each kernel the launch with the most options",
+        help="one shape per operator and layout, one launch per kernel: that with the most options",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS, help="compute capabilities"
@@ -254,7 +254,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile, print the table and what is wrong; 1 if a default configuration is bad."""
+    """Compile, print the table and what is wrong; returns 1 if a default configuration is bad."""
     require_compiler()
     archs = list(options.arch)
     console = Console() if sys.stdout.isatty() else Console(width=180)
@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> int:
         if row["note"]:
             print(f"sm_{row['arch']} {row['dtype']} {row['config']}: {row['note']}")
     wrong = [row for row in rows if row["default"] and bad(row)]
-    print(f"{len(rows)} kernels; {len(wrong)} of a default need local memory or do not fit")
+    print(f"{len(rows)} kernels; {len(wrong)} of the defaults need local memory or do not fit")
     if options.json is not None:
         write_json(rows, options.json)
     return 1 if wrong else 0

@@ -1,7 +1,7 @@
 """The cost of global context: ``python -m bench static cost``.
 
-Multiply-accumulates of a forward pass in evaluation at 480 x 480, counted by torch's FLOP counter
-on tensors without values: of each form of EncNet, beside those of the FCN with the same trunk.
+Multiply-accumulates of a forward pass in evaluation at 480 x 480, of each form of EncNet and of the
+FCN with the same trunk. torch's FLOP counter counts them on tensors without values.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def _make(arch: int, launched: list[Launched] | None) -> Any:
     from triton.backends.driver import GPUDriver
 
     class Launcher:
-        """What a compiled kernel runs with; takes all that the real one takes."""
+        """Takes the arguments of the real launcher and launches nothing."""
 
         def __init__(self, src: Any, metadata: Any) -> None:
             self.name = metadata.name
@@ -70,17 +70,17 @@ def _make(arch: int, launched: list[Launched] | None) -> Any:
             return ty
 
         def get_benchmarker(self) -> Any:
-            raise RuntimeError("nothing runs here that could be timed")
+            raise RuntimeError("nothing runs here, so nothing can be timed")
 
     return Driver()
 
 
 @contextlib.contextmanager
 def no_gpu(arch: int = 90, launched: list[Launched] | None = None) -> Iterator[None]:
-    """Within, operators take their kernels on tensors of the CPU, and launches do nothing.
+    """Inside, operators use their kernels for CPU tensors, and launches do nothing.
 
-    What they return is memory as it was found. `launched` gets the name of each kernel and all
-    that its launcher was called with. Raises ValueError where Triton compiles nothing.
+    The operators return uninitialised memory. `launched` collects the name of each kernel and the
+    arguments of its launcher. Raises ValueError where Triton cannot compile.
     """
     require_compiler()
     from triton.runtime import driver
@@ -90,7 +90,7 @@ def no_gpu(arch: int = 90, launched: list[Launched] | None = None) -> Iterator[N
     before, interpreting = driver._active, dispatch.interpreting
     launch.forget()
     driver.set_active(_make(arch, launched))
-    dispatch.interpreting = lambda: True  # what makes the kernels take tensors of the CPU
+    dispatch.interpreting = lambda: True  # makes the operators use kernels for CPU tensors
     try:
         yield
     finally:

@@ -1,10 +1,10 @@
-"""How many bytes a program has asked global memory for and not used yet, read off machine code.
+"""How many bytes a program has requested from global memory and not used yet, from machine code.
 
-A load is under way from where it stands to the first instruction that names a register it writes;
-an asynchronous copy until the program waits for its group. Counted in the largest loop, in steady
-state: the most, which is what a wait for memory brings, and the mean over the instructions, which
-is near to it where waits are hidden. Boxes of tensor descriptors have no size in the code and are
-not counted.
+A load is in flight from its instruction to the first one that names a register it writes, an
+asynchronous copy until the program waits for its group. Both figures are for the largest loop, in
+steady state: the maximum, which is what one wait for memory brings, and the mean over the
+instructions, which is close to it where waits are hidden. Loads by tensor descriptor do not show
+their size in the code and are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FEWEST = 4  # bytes; narrower loads are masks and sizes
 
 @dataclass
 class _Load:
-    """Bytes a thread, and what ends it: one of these registers, or the wait for its group."""
+    """Bytes per thread, and what ends it: one of these registers, or the wait for its group."""
 
     bytes: int
     registers: frozenset[str] = frozenset()
@@ -31,7 +31,7 @@ class _Load:
 
 @dataclass
 class _State:
-    """What is under way at an instruction."""
+    """What is in flight at an instruction."""
 
     loads: list[_Load] = field(default_factory=list)
     groups: int = 0
@@ -48,7 +48,7 @@ def width(modifiers: list[str]) -> int:
 
 
 def in_flight(disassembly: str) -> tuple[int, float]:
-    """Bytes a thread at the most and on average, in the largest loop; zeros without a loop."""
+    """Bytes per thread in the largest loop, maximum and mean; zeros without a loop."""
     body = _largest_loop(program(disassembly))
     state = _State()
     counted: list[int] = []
@@ -71,7 +71,7 @@ def _largest_loop(whole: list[tuple[int, str, str]]) -> list[tuple[int, str, str
 
 
 def _step(state: _State, op: str, rest: str) -> None:
-    """What an instruction ends, and what it begins."""
+    """Update the state by one instruction: loads that it ends, and the one that it starts."""
     name, *modifiers = op.split(".")
     named = set(re.findall(r"\bR\d+\b", rest))
     if name == "DEPBAR" and (left := re.search(r"0x([0-9a-f]+)", rest)):

@@ -47,11 +47,11 @@ class Misaligned(RuntimeError):
 
 
 class Race(RuntimeError):
-    """Programs of a launch used one address in no order, one of them by a store."""
+    """Programs of a launch used one address in no defined order, and one of them stored there."""
 
 
 class UnwatchedOperation(RuntimeError):
-    """A kernel used atomics on floats, whose sums depend on the order, or compared and swapped."""
+    """A kernel used atomics on floats, whose sums depend on the order, or a compare-and-swap."""
 
 
 @dataclass
@@ -118,17 +118,17 @@ class _Region:
 
 
 class Watch:
-    """While it is entered, every launch is checked and recorded in ``launches``.
+    """A context in which every launch is checked and recorded in ``launches``.
 
     An access at an address that is not a multiple of its element's size raises Misaligned.
 
     Args:
         order: order of the programs: None as launched, "reverse", or a seed to shuffle them.
         bounds: raise OutOfBounds at an access outside every tensor of the launch.
-        races: raise Race where programs of a launch disturb one another.
+        races: raise Race where programs of a launch race with one another.
         values: False computes on zeros, without loads, stores, products and bfloat16 casts. It is
-            twice as quick and enough to follow the addresses of kernels that load no addresses.
-            Atomics are done all the same: which program is last decides what it does.
+            twice as fast, and enough to follow the addresses of kernels that load no addresses.
+            Atomics still run, because a program may do more work if it is the last one.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Watch:
         self, former: Any, operation: Any, pointers: Any, value: Any, mask: Any, sem: Any,
         scope: Any,
     ) -> Any:  # fmt: skip
-        """Its result is true even where nothing else computes."""
+        """Its result is real even with values=False."""
         if np.issubdtype(value.data.dtype, np.floating):
             _refuse_atomic(former)
         wanted = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
@@ -307,11 +307,11 @@ class Watch:
 
 
 def quicken() -> None:
-    """Let the interpreter prepare a module once, and fix its ranges; a second call does nothing.
+    """Let the interpreter prepare each module once, and repair ranges; a second call does nothing.
 
-    As shipped it replaces the language's functions at every call of a kernel or of tl.sum, which
-    takes a third of the time, and puts them back at the end of a launch. Nothing but kernels calls
-    them in a process that interprets.
+    As shipped it replaces the functions of triton.language at every call of a kernel or of tl.sum,
+    which takes a third of the time, and restores them at the end of a launch. In a process that
+    interprets, only kernels call them, so they can stay replaced.
     """
     if isinstance(interpreter._patch_lang, _Once):
         return
@@ -322,7 +322,7 @@ def quicken() -> None:
 
 
 def _splat(builder: Any, block: Any, scalar: Any) -> Any:
-    """A block of the scalar's own type. As shipped, that of a comparison has the type of the two
+    """A block of the scalar's own type. As shipped, a block of a comparison has the type of the two
     numbers compared, and Triton 3.9 refuses it as a mask.
     """
     data = np.full(block.shape, scalar.data.item(), scalar.data.dtype)
@@ -330,7 +330,7 @@ def _splat(builder: Any, block: Any, scalar: Any) -> Any:
 
 
 def _by_element(former: Any) -> Any:
-    """As shipped it makes a dictionary of all types to look up one."""
+    """Cache a look-up for which the interpreter makes a dictionary of all types each time."""
     known = cache(former)
 
     def dtype_of(kind: Any) -> Any:
@@ -341,7 +341,7 @@ def _by_element(former: Any) -> Any:
 
 
 class _Once:
-    """Prepares the module of each function once, and leaves nothing to put back."""
+    """Prepares the module of each function once, and leaves nothing to restore."""
 
     def __init__(self, former: Any) -> None:
         self._former = former
@@ -355,9 +355,9 @@ class _Once:
 
 
 def _patch_tensor(former: Any, tensor: Any, scope: Any) -> None:
-    """What makes a tensor of one element the bound of a range; that of Triton 3.6 calls int().
+    """Let a tensor of one element be the bound of a range.
 
-    numpy 2.4 and newer refuse int() of an array that has a dimension.
+    Triton 3.6 calls int() for that, which numpy 2.4 and newer refuse for an array with a dimension.
     """
     former(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
@@ -388,7 +388,7 @@ def _line() -> str:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """Our own error below those the interpreter wraps it in; any other stays as it is."""
+    """Our own error without those the interpreter wraps it in; any other stays as it is."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, (OutOfBounds, Misaligned, Race, UnwatchedOperation)):

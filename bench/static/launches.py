@@ -1,8 +1,8 @@
-"""Calls of the operators as the reports make them: lists of launches that nothing runs.
+"""The operators' launches for the reports: listed, not run.
 
 Each operator has a function that makes what its plan calls a pass (`launch.Call`), for the shapes
 and options of the reports; the rest is the same for all. Tensors are on the meta device or, for the
-interpreter, memory that is never written but for counters.
+interpreter, uninitialised memory, except for counters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _machine(arch: int) -> Machine:
 
 
 def launches_of(passes: Sequence[Pass], machine: Machine, config: int = 0) -> list[Launch]:
-    """What these passes launch; `config` counts in the list of each, up to its last."""
+    """What these passes launch; `config` is an index into the list of each, at most its last."""
     made: list[Launch] = []
     for one in passes:
         choices = one.configs(machine)
@@ -102,7 +102,7 @@ def encode_passes(
     device: str = "meta",
     statistics: tuple[bool, ...] = (False, True),
 ) -> list[Pass]:
-    """Forward one without and one with the statistics of E; none where there are no kernels."""
+    """Forward a pass without and one with the statistics of E; none where there are no kernels."""
     plan = _plan("encoding")
     x, codewords, scale, grad = shape.empty(dtype, device)
     if not plan.supports(x, codewords):
@@ -129,9 +129,10 @@ def encode_launches(
 
 @dataclass(frozen=True)
 class Variant:
-    """What a layer does beside normalising; `frozen` is evaluation, with gradients backward.
+    """What a layer does besides normalising.
 
-    `forked`: its result has two uses, hence two gradients. `projected`: the residual is normalised.
+    `frozen`: it uses the running statistics, and has gradients. `forked`: its result has two uses,
+    hence two gradients. `projected`: the residual is normalised.
     """
 
     relu: bool = True
@@ -166,7 +167,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class BatchNormShape:
-    """x of a batch norm; N pixels, in one of the two layouts that the kernels read."""
+    """x of a batch norm, with N pixels, in one of the two layouts that the kernels read."""
 
     B: int
     C: int
@@ -199,7 +200,7 @@ MORE_BATCH_NORM_SHAPES = (
 
 
 def batch_norm_passes(x: Tensor, variant: Variant, direction: str) -> list[Pass]:
-    """Those of one layer over x, B x C x N; parameters in float32."""
+    """The passes of one layer over x, B x C x N; parameters in float32."""
     plan = _plan("batch_norm")
     mean, var, weight, bias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(4))
     affine = plan.Affine(mean, var, weight, bias, 1e-5)
@@ -274,7 +275,7 @@ MORE_UPSAMPLE_SHAPES = (
 
 @dataclass(frozen=True)
 class UpsampleOptions:
-    """What changes the kernels of the cross-entropy beside the shape."""
+    """What changes the kernels of the cross-entropy besides the shape."""
 
     weighted: bool = False
     smoothing: float = 0.0
@@ -294,7 +295,7 @@ UPSAMPLE_OPTIONS = (
 def upsample_pass(
     logits: Tensor, size: tuple[int, int], options: UpsampleOptions, direction: str
 ) -> Pass:
-    """That of one cross-entropy."""
+    """The pass of one cross-entropy."""
     plan = _plan("upsampling")
     target = logits.new_empty((len(logits), *size), dtype=options.label)
     weight = logits.new_empty(logits.shape[1], dtype=torch.float32) if options.weighted else None
@@ -328,25 +329,25 @@ def _options(size: UpsampleShape, dtype: torch.dtype, direction: str) -> list[Pa
     return made
 
 
-# Passes of an operator at a size, for a dtype and a direction; those of one call.
+# All passes of an operator for a size, a dtype and a direction.
 _PASSES: dict[str, Callable[[Any, torch.dtype, str], list[Pass]]] = {
     "encode": encode_passes,
     "batch_norm_act": _variants,
     "upsample": _options,
 }
-# Sizes whose every configuration is compiled, where not all are.
+# Operators of which only these sizes are compiled in every configuration.
 _EVERY_CONFIG = {"batch_norm_act": BATCH_NORM_SHAPES, "upsample": UPSAMPLE_SHAPES}
 
 
 class Size(Protocol):
-    """A shape of an operator; it can be hashed, and str() tells it."""
+    """A shape of an operator; hashable, and str() describes it."""
 
     def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Call:
-    """One direction of an operator: all its passes at one size; `config` counts in `configs`."""
+    """One direction of an operator: all its passes at one size; `config` indexes `configs`."""
 
     op: str
     direction: str
@@ -373,7 +374,7 @@ class Call:
 def calls(
     op: str, archs: list[int], dtypes: list[str], sizes: Sequence[Size], every_config: bool
 ) -> Iterator[Call]:
-    """With the default configuration alone or with every one; none where there are no kernels."""
+    """With only the default configuration or with every one; none where there are no kernels."""
     for direction in DIRECTIONS:
         for size in sizes:
             for dtype in dtypes:

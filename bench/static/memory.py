@@ -1,13 +1,13 @@
 """Peak memory of a training step on a GPU, predicted: ``python -m bench static memory``.
 
 The step runs on fake tensors, which have shapes and lifetimes but no values, so this takes seconds
-and no memory on any machine. Counted are the bytes of all tensors that live at once, as an
-allocator without waste would need them. Not counted are workspaces of cuDNN and cuBLAS, what is
-fragmented, and the context. Eager, bfloat16 autocast; three ways:
+and little memory on any machine. It counts the bytes of all tensors that are alive at once, as an
+allocator without waste would need them; workspaces of cuDNN and cuBLAS, fragmentation and the CUDA
+context are not counted. Eager, bfloat16 autocast, three variants:
 
-- stock: as `bench step` has it.
+- stock: the stock code of `bench step`.
 - ours: the operators of this project.
-- ours, checkpointed: stages 3 and 4 are computed again in the backward pass.
+- ours, checkpointed: the backward pass recomputes stages 3 and 4.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Prediction:
 
     Attributes:
         state: weights, buffers and momentum.
-        kept: of the forward pass and the loss, for the backward pass.
-        peak: of the whole step, state included.
+        kept: what forward pass and loss keep for the backward pass.
+        peak: of the whole step, including the state.
         layers: what each layer keeps, by the name of its module; shared tensors count where they
             are kept first.
     """

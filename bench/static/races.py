@@ -1,4 +1,4 @@
-"""Which programs of a launch race: an order of events, from what programs exchange.
+"""Find races between the programs of a launch, from the order that their atomics establish.
 
 A program's accesses come after another's only if it acquired, by an atomic operation, what the
 other released at the same address; all others may happen at any time. It does not matter in which
@@ -30,8 +30,9 @@ class RaceDetector:
     """The program that last did something of a kind to each unit of a launch's memory.
 
     A unit is the smallest element size of the arguments; programs are numbered from 1. A program's
-    clock counts its releases. Of several programs that loaded a unit in no order only that there
-    are several is kept: whoever stores there races, even a program that comes after all of them.
+    clock counts its releases. Of several programs that loaded a unit in no defined order, only the
+    fact that they were several is kept: any store there is then a race, even by a program that
+    comes after all of them.
 
     Args:
         spans: first and last byte (exclusive) of each argument; they may overlap.
@@ -53,7 +54,7 @@ class RaceDetector:
         # By kind: the program, and its clock at the time.
         self._last: dict[Kind, tuple[Programs, Programs]] = {}
         self._clock = np.ones(programs + 1, np.int32)
-        # By program, and by address: the clock of every program up to which its deeds are known.
+        # By program, and by address: the clock of every program up to which its accesses are known.
         self._known: dict[int, Programs] = {}
         self._released: dict[int, Programs] = {}
 
@@ -74,7 +75,7 @@ class RaceDetector:
     def check(
         self, kind: Kind, addresses: Integers, size: int, program: int
     ) -> tuple[int, int] | None:
-        """Note an access; (address, the other program or -1) if it races."""
+        """Record an access; returns (address, the other program or -1) if it races."""
         span = np.searchsorted(self._starts, addresses, side="right") - 1
         units = (addresses - self._starts[span]) // self._unit + self._offsets[span]
         units = (units[:, None] + np.arange(size // self._unit)).ravel()
@@ -98,7 +99,7 @@ class RaceDetector:
         return int(addresses[first // (size // self._unit)]), int(other[first])
 
     def _unordered(self, programs: Programs, clock: Programs, program: int) -> Programs:
-        """These programs, but 0 for this one and those whose access comes before."""
+        """These programs, with 0 for this one and for those whose access comes before."""
         others = np.where(programs != program, programs, 0)
         if program not in self._known:
             return others

@@ -1,8 +1,8 @@
-"""What one kernel launch needs of a GPU, read from the compiled program: no GPU, no driver.
+"""The resources of one kernel launch, read from the compiled program: no GPU, no driver.
 
 A launch is specialised as Triton would specialise it when run (16-byte alignment, multiples of 16,
-ones folded in) and compiled to machine code; `ptxas -v` says registers, stack and spills, the
-disassembly says the instructions. Nothing here is a time.
+ones folded in) and compiled to machine code. `ptxas -v` reports registers, stack and spills, the
+disassembly the instructions. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Limits(NamedTuple):
-    """Limits of one streaming multiprocessor, and how many a common part has."""
+    """Limits of one streaming multiprocessor, and how many of them a common GPU has."""
 
     warps: int
     blocks: int
@@ -46,7 +46,7 @@ LIMITS = {
     100: Limits(64, 32, 228 << 10, 227 << 10, 148),
     120: Limits(48, 24, 100 << 10, 99 << 10, 188),
 }
-_REGISTERS = 65536  # 32-bit registers of a multiprocessor, on all of them
+_REGISTERS = 65536  # 32-bit registers of a multiprocessor, on every architecture
 _TENSOR_COLUMNS = 512  # of tensor memory, where there is any
 
 _MATRIX = re.compile(r"[HDIQOB]MMA$|[HIQB]GMMA$|UTC\w*MMA$")
@@ -60,12 +60,13 @@ class Report:
     """One compiled kernel.
 
     Attributes:
-        num_warps: warps per block, those that the compiler added included.
-        stack_bytes: local memory of a thread; where it spills, it spills to there.
-        spill_bytes: stored and loaded, a thread.
+        num_warps: warps per block, including those that the compiler added.
+        stack_bytes: local memory per thread, which also holds what is spilled.
+        spill_bytes: bytes that a thread spills, stores and loads added up.
         blocks_per_sm: resident at once, by registers, shared and tensor memory, warps and blocks.
-        bytes_in_flight: of global memory, a multiprocessor, at the most in the largest loop.
-        mean_in_flight: the same on average; see `flight`.
+        bytes_in_flight: bytes requested and not used yet, per multiprocessor, at most in the
+            largest loop; see `flight`.
+        mean_in_flight: the same on average.
         instructions: of the program, without padding.
         dots: matrix products in the kernel as written, loops not unrolled.
         mma: matrix instructions by name, counted in the program text.
@@ -73,7 +74,7 @@ class Report:
         accesses: bytes per thread of each access to a tensor argument, counted; only plain loads,
             stores and asynchronous copies, which name an address.
         fits: it can be launched, stores something, and hands over what it stored.
-        note: why not; else empty.
+        note: why not, or empty.
     """
 
     kernel: str
@@ -97,14 +98,14 @@ class Report:
 
 
 def require_compiler() -> None:
-    """A ValueError that says what prevents compiling kernels in this process."""
+    """Raise a ValueError if this process cannot compile kernels; it says why."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
         raise ValueError("TRITON_INTERPRET is set, so Triton compiles nothing here; unset it")
     try:
         import triton  # noqa: F401
     except ImportError:
         raise ValueError(
-            "triton is not installed; kernels compile on Linux alone, where pip brings it"
+            "triton is not installed; kernels can only be compiled on Linux, where pip installs it"
         ) from None
 
 
@@ -213,9 +214,9 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
     atomics = any(op.partition(".")[0] in _ATOMICS for op in program)
     note = ""
     if not registers:
-        note = "ptxas said nothing about registers"
+        note = "ptxas did not report registers"
     elif not blocks:
-        note = "does not fit a multiprocessor"
+        note = "does not fit on a multiprocessor"
     elif not stores and not atomics:
         note = f"an empty program: {len(program)} instructions, no global store"
     elif hasty_releases(ptx):
@@ -243,13 +244,13 @@ def _read(compiled: Any, log: str, name: str, arch: int) -> Report:
 
 
 def local_memory(log: str) -> tuple[int, int]:
-    """Bytes of a thread's stack, and bytes it spills, stored and loaded, by the log of ptxas."""
+    """Bytes of stack and of spills (stores and loads) per thread, from the log of ptxas."""
     stack = max((int(n) for n in re.findall(r"(\d+) bytes stack frame", log)), default=0)
     return stack, sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
 def blocks_per_sm(arch: int, warps: int, registers: int, shared: int, columns: int = 0) -> int:
-    """Blocks resident on a multiprocessor at once; 0 where not even one is."""
+    """Blocks resident on a multiprocessor at once; 0 if not even one fits."""
     limits = LIMITS[arch]
     if shared > limits.shared_bytes_a_block or columns > _TENSOR_COLUMNS:
         return 0
@@ -284,7 +285,7 @@ def _is_matrix(op: str) -> bool:
 
 
 def widths(program: list[str], names: tuple[str, ...]) -> dict[str, int]:
-    """Count of accesses by name and bytes per thread; TMA moves boxes and has a name alone."""
+    """Count of accesses by name and bytes per thread; TMA moves boxes and has only a name."""
     found: Counter[str] = Counter()
     for op in program:
         name, *modifiers = op.split(".")
@@ -336,10 +337,10 @@ _RELEASE = re.compile(r"\b(?:atom|red)\.[\w.:]*(?:release|acq_rel)")
 
 
 def hasty_releases(ptx: str) -> int:
-    """Releasing atomics with a global store before them and no barrier of the block in between.
+    """Count releasing atomics that follow a global store without a barrier of the block in between.
 
-    One thread releases what others stored only after it has met them at a barrier. Counted in the
-    order of the text.
+    A thread's release covers what the other threads stored only after a barrier with them. Counted
+    in the order of the program text.
     """
     waiting, hasty = False, 0
     for line in ptx.splitlines():

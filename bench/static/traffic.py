@@ -2,8 +2,8 @@
 
 Counted in Triton's interpreter, so no GPU is needed and nothing is timed. The caches are modelled
 in the simplest way: within a program a sector of 32 bytes of a large tensor (features, gradients,
-partial sums) comes from memory once; everything else (parameters, tables) is small, and comes once
-a launch. Loads and stores count separately.
+partial sums) comes from memory once; everything else (parameters, tables) is small and comes from
+memory once per launch. Loads and stores count separately.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STREAMED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One direction of an operator, its launches not made yet.
+    """One direction of an operator, whose launches are made later.
 
     ``least_bytes``: see `bench.least`.
     """
@@ -185,7 +185,7 @@ def count(case: Case) -> Row:
     """Run the launches of one case in the interpreter, without their values."""
     from bench.static.interpreter import Watch
 
-    # Loads give zeros, and a count of zero is divided by.
+    # Loads return zeros, so kernels divide by counts of zero.
     with np.errstate(invalid="ignore", divide="ignore"), Watch(values=False) as watch:
         for launch in case.launches():
             launch.run()
@@ -228,7 +228,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Count, print the table, write the JSON; returns the exit status."""
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("traffic is counted in Triton's interpreter: no triton here")
+        raise ValueError("traffic is counted in Triton's interpreter, and triton is not installed")
     rows = [count(case) for case in cases(options.quick)]
     console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(table(rows))

@@ -128,7 +128,7 @@ def test_a_cut_line_does_not_swallow_the_next_one(tmp_path) -> None:
 @pytest.mark.parametrize("line", ["3", '{"stage": "smoke", "new": 1}'])
 def test_a_line_that_is_no_result_is_named(line: str, tmp_path) -> None:
     (tmp_path / "results.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match="results.jsonl has a line that is no result: "):
+    with pytest.raises(ValueError, match="results.jsonl has a line that is not a result: "):
         Results(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_jobs_that_measure_time_run_alone() -> None:
 def test_the_plan_says_what_fits() -> None:
     jobs = [job("a", seconds=20, alone=True), Job("later", "b", "m:f", seconds=40)]
     first, second = plan(jobs, 30, at_once=2)
-    assert first.endswith("about   20 s: fits") and second.endswith("about   20 s: 10 s for it")
+    assert first.endswith("about   20 s: fits") and second.endswith("about   20 s: only 10 s left")
 
 
 def test_records_are_small_lines_of_json(tmp_path) -> None:

@@ -28,10 +28,10 @@ def report_of(out: Path, jobs: list[Job]) -> str:
     outcomes = Results(out).outcomes
     assert set(outcomes) == {job.key for job in jobs}
     left = {o.reason for o in outcomes.values() if o.status != "ok"}
-    known = ("a rehearsal does without", "a Triton kernel, which needs a GPU")
+    known = ("a rehearsal skips it", "a Triton kernel, which needs a GPU")
     assert all(any(why in reason for why in known) for reason in left)
     text = (out / "report.md").read_text()
-    assert "no figure here is one of a GPU" in text
+    assert "no figure here comes from a GPU" in text
     assert all(one in text for one in StandIn.stands_for)
     return text
 
@@ -77,7 +77,7 @@ def test_every_job_has_its_own_name_and_a_limit_above_what_it_takes() -> None:
     ("arguments", "said"),
     [
         (["--rehearse"], "--out must name a folder"),
-        (["--out", "{folder}", "--rehearse"], "is there already: --resume, or another --out"),
+        (["--out", "{folder}", "--rehearse"], "exists: add --resume, or choose another --out"),
         (["--rehearse", "--out", "{folder}/results.jsonl"], "results.jsonl is a file"),
         (["--rehearse", "--out", "{folder}", "--minutes", "-1"], "must be above 0, got -1"),
         (["--rehearse", "--out", "{folder}", "--minutes", "nan"], "must be above 0, got nan"),

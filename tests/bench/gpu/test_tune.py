@@ -147,7 +147,7 @@ def test_what_was_measured_is_not_measured_again() -> None:
     rows = first["passes"]["planted doubling"]["configs"]
     del rows[str(FASTER)]
     rows[str(OWN)]["us"] = 77.0
-    rows[str(BROKEN)] = {"reason": "its process ended or hung"}
+    rows[str(BROKEN)] = {"reason": "its process died or hung"}
     again = tune.measure({"shape": "planted", "before": first}, False)
     now = again["passes"]["planted doubling"]["configs"]
     assert [now[str(c)].get("us") for c in (OWN, BROKEN, FASTER)] == [77.0, None, 50.0]
@@ -164,7 +164,7 @@ def test_what_ends_the_process_is_named_before_it_begins(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tune.measure({"shape": "planted"}, False)
     before, after = (json.loads(text)["passes"]["planted doubling"]["configs"] for text in said)
-    assert before == {str(OWN): {"reason": "its process ended or hung"}}
+    assert before == {str(OWN): {"reason": "its process died or hung"}}
     assert after[str(OWN)]["reason"].startswith("RuntimeError: CUDA error: an illegal memory")
 
 

@@ -113,7 +113,7 @@ def test_a_copy_is_wide_where_its_address_allows(planted) -> None:
     [
         ("nothing", "an empty program"),
         ("refused", "does not compile: CompileTimeAssertionFailure: planted"),
-        ("too large", "does not fit a multiprocessor"),
+        ("too large", "does not fit on a multiprocessor"),
         ("hasty", "an atomic releases before the other threads' stores"),
     ],
 )
