@@ -19,7 +19,7 @@ help:
 	@echo "make test-float32 the tests that compare float32 runs, summed as other processors do"
 	@echo "make test-gpu the tests on a machine with a GPU, where they run the kernels on it;"
 	@echo "              with PYTHON=python3 in the environment of that Python, installing nothing"
-	@echo "make test-versions  the kernels with each supported Triton; hours, goes on where it stopped"
+	@echo "make test-versions  the kernels with each supported Triton; hours, continues where it stopped"
 	@echo "make verify   everything in test, then the checks that take longer"
 	@echo "make docs     the documents and the API as a site, in build/site"
 	@echo "make clean    remove the environment and caches (runs/ is kept)"

@@ -129,14 +129,18 @@ def show(split: str, report: SplitReport, console: Console) -> None:
     sizes = ""
     if report.sizes:
         (h0, w0), (h1, w1) = report.sizes
-        sizes = f", {h0} to {h1} pixels high, {w0} to {w1} wide"
+        sizes = f", {_range(h0, h1)} pixels high, {_range(w0, w1)} wide"
     total = int(report.pixels.sum()) + report.ignored
     ignored = f", {report.ignored / total:.1%} of pixels ignored" if total else ""
     looked = "all" if report.looked_at == report.images else f"{report.looked_at:,}"
     state = f"{report.bad:,} cannot be used" if report.bad else "each can be used"
-    console.print(f"{split}: {report.images:,} images, looked at {looked}{sizes}{ignored}: {state}")
+    console.print(f"{split}: {report.images:,} images, {looked} opened{sizes}{ignored}: {state}")
     for text in (*report.problems, *report.notes):
         console.print(f"  {text}")
+
+
+def _range(least: int, most: int) -> str:
+    return f"{least} to {most}" if least < most else f"{least}"
 
 
 def run_prepare(given: argparse.Namespace, console: Console) -> None:

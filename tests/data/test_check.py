@@ -81,7 +81,9 @@ def test_options_of_a_data_set(
     root = folder(tmp_path, np.array([[0, 1, 11, 1]]))
     assert main(["check", "folder", "--data", str(root), *options]) == 0
     share = "25.0%" if options[-1] == "11" else "50.0%"
-    assert f"{share} of pixels ignored: each can be used" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{share} of pixels ignored: each can be used" in said
+    assert "all opened, 1 pixels high, 4 wide, " in said
 
 
 @pytest.mark.parametrize(
