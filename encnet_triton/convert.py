@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -89,10 +90,12 @@ def run(given: argparse.Namespace, console: Console) -> None:
         base_size=given.base_size,
         average=given.ema,
         config=None if given.config is None else read_text(given.config, "configuration"),
-        note=lambda text: console.print(f"note: {text}; give --config to say it"),
+        note=lambda text: console.print(f"note: {text}; give --config if it is wrong"),
     )
     count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"wrote {given.output}: {count:,} parameters, {model.options}")
+    settings: Any = model.options
+    said = ", ".join(f"{name} {value}" for name, value in settings.items())
+    console.print(f"wrote {given.output}: {count:,} parameters; {said}")
 
 
 def main(arguments: list[str] | None = None) -> int:

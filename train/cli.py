@@ -78,7 +78,8 @@ def _default(section: str, field: Field[Any], text: str) -> str:
         return f" (default: {'as the network has it' if section == 'model' else 'none'})"
     if isinstance(value, tuple):
         return f" (default: {','.join(map(str, value))})"
-    return f" (default: {str(value).lower() if isinstance(value, bool) else value or 'none'})"
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f" (default: {shown or 'none'})"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class ModelConfig:
     network of timm (the extra timm), whose own normalisation of images is then used."""
     pretrained: str = ""
     """ImageNet weights of the backbone: a file or a URL, or timm for those that timm has for its
-    network; "" for none."""
+    network; none starts from random weights."""
     form: str | None = None
     """Context Encoding module as in the "paper" or as "released"; sets the options below."""
     num_codewords: int | None = None
@@ -92,6 +92,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model", self.model, (*SEGMENTATION_MODELS, *CIFAR_UNITS))
+        if self.pretrained.lower() == "none":
+            object.__setattr__(self, "pretrained", "")
         fits = self.pretrained != "timm" or self.backbone.startswith("timm:")
         require(fits, "pretrained", self.pretrained, f"a file or a URL for {self.backbone}")
         if self.num_codewords is not None:

@@ -100,7 +100,7 @@ class Predictor:
         if views.scales != (1.0,):
             text += ", scales " + " ".join(f"{scale:g}" for scale in views.scales)
         if views.flip:
-            text += ", mirrored too"
+            text += ", with mirror images"
         if self.autocast is not None:
             text += f", {str(self.autocast).removeprefix('torch.')}"
         return text + (", released protocol" if views.released else "")

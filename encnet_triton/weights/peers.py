@@ -119,7 +119,7 @@ def convert_model(
         document = read_document(str(source))
     model, peer = peer_in(document, str(source), average=average, config=config)
     if peer.assumed:
-        note(f"{source} has no configuration beside the weights: assumed are {peer.assumed}")
+        note(f"{source} has no configuration with its weights, so this is assumed: {peer.assumed}")
     count = int(model.num_classes)  # type: ignore[arg-type]
     classes, palette = peer.classes, peer.palette
     if len(palette) != count:

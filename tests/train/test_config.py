@@ -26,12 +26,19 @@ def test_every_recipe_is_valid_and_says_what_it_is(name: str) -> None:
     assert {n: about for n, _, about in cli.list_recipes()}[name]
 
 
+def test_help_shows_a_default_of_0_as_it_is() -> None:
+    said = " ".join(cli.parser().format_help().split())
+    assert "--seed SEED Seed of weights, sampling and augmentation. (default: 0)" in said
+    assert "none starts from random weights. (default: none)" in said
+
+
 def test_command_line_overrides_the_recipe() -> None:
     options = cli.parse(
         ["--lr", "0.5", "--crop", "96x128", "--scale", "0.5,1.5", "--compile", "--sync-bn", "false",
-         "--base-size", "none", "--num-codewords", "0"]
+         "--base-size", "none", "--num-codewords", "0", "--pretrained", "none"]
     )  # fmt: skip
     config = cli.configuration(options)
+    assert config.model.pretrained == ""
     assert config.optim.lr == 0.5
     assert config.data.crop == (96, 128)
     assert config.data.scale == (0.5, 1.5)

@@ -194,7 +194,7 @@ def test_without_a_configuration_what_is_assumed_is_said_and_another_can_be_give
     torch.save({"state_dict": weights}, tmp_path / "in.pth")
     command = [str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")]
     assert main(command) == 0
-    assert "assumed are output stride 8, align_corners=False" in capsys.readouterr().out
+    assert "this is assumed: output stride 8, align_corners=False" in capsys.readouterr().out
     (tmp_path / "config.py").write_text(config(PSP, 16, corners=True))
     assert main([*command, "--config", str(tmp_path / "config.py")]) == 0
     assert "assumed" not in capsys.readouterr().out
