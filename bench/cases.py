@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.passes import PASSES, VARIANTS, Pass, is_compiled, least_bytes
-from encnet_triton.data import Augment, create_dataset
+from encnet_triton.data import Augment, Dataset, create_dataset
 from encnet_triton.models import CifarNet
 
 FILL = (124, 116, 104)
@@ -79,9 +79,14 @@ def build_crop(variant: str, _: torch.device, data: str | None) -> Callable[[], 
 CROP_IMAGES = 24
 
 
+def folder(root: Path) -> Dataset:
+    """The training images of a folder data set; 255 and CamVid's 11 are no class."""
+    return create_dataset("folder", "train", root, ignore_label="11,255")
+
+
 def _folder_files(root: Path) -> list[tuple[bytes, bytes]]:
     """Images from all over a folder data set, as JPEGs and label PNGs of 683 x 512."""
-    dataset = create_dataset("folder", "train", root, ignore_label=11)
+    dataset = folder(root)
     chosen = np.linspace(0, len(dataset) - 1, CROP_IMAGES).astype(int).tolist()
     samples = [dataset[i] for i in chosen]
     return [_encoded(s.image, Image.fromarray(s.label)) for s in samples]

@@ -31,9 +31,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils import data as torch_data
 
-from bench import peers, report
-from bench.cases import FILL, made_files
-from encnet_triton.data import Dataset, create_dataset
+from bench import cases, peers, report
+from encnet_triton.data import Dataset
 from encnet_triton.data.augment import Augment
 from encnet_triton.data.loader import TrainLoader
 
@@ -55,13 +54,15 @@ class Sequential(torch_data.Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         sample, rng = self._dataset[index], np.random.default_rng(index)
         label = Image.fromarray(sample.label)
-        image, marks = peers.sequential_crop(sample.image, label, CROP, BASE, FILL, rng)
+        image, marks = peers.sequential_crop(sample.image, label, CROP, BASE, cases.FILL, rng)
         x = torch.from_numpy(image.copy()).permute(2, 0, 1).float().div(255)
         return (x - self._mean) / self._std, torch.from_numpy(marks.copy()).long()
 
 
 def _ours(dataset: Dataset, workers: int) -> Iterator[object]:
-    augment = Augment(CROP, base_size=BASE, scale=(0.5, 2.0), rotation=10.0, flip=0.5, fill=FILL)
+    augment = Augment(
+        CROP, base_size=BASE, scale=(0.5, 2.0), rotation=10.0, flip=0.5, fill=cases.FILL
+    )
     loader = TrainLoader(dataset, augment, batch_size=BATCH, seed=0, workers=workers)
     epoch = 0
     try:
@@ -109,7 +110,7 @@ def write_folder(root: Path, images: int, classes: int = 11) -> None:
     """Write a folder data set of generated images, labelled with the first 11 of the classes."""
     lines = []
     for number in range(images):
-        image, label = made_files(number)
+        image, label = cases.made_files(number)
         (root / f"{number}.jpg").write_bytes(image)
         (root / f"{number}.png").write_bytes(label)
         lines.append(f"{number}.jpg {number}.png")
@@ -128,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
             write_folder(Path(folder), IMAGES)
-        dataset = create_dataset("folder", "train", options.data or folder, ignore_label=11)
+        dataset = cases.folder(Path(options.data or folder))
         found = {}
         for name, (make, workers) in VARIANTS.items():
             batches = make(dataset, workers)
