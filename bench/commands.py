@@ -54,6 +54,11 @@ COMMANDS = {
         "bench.context",
         passes_on="python -m encnet_triton.train",
     ),
+    "real": Command(
+        "networks on one pretrained trunk on your own images, several seeds each",
+        "bench.real",
+        passes_on="python -m encnet_triton.train",
+    ),
     "versions": Command(
         "tries the kernels with other versions of Triton and torch; no GPU", "bench.versions"
     ),

@@ -11,7 +11,9 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +21,7 @@ from rich.table import Table
 
 from bench.apart import Failed
 from bench.options import add_json, place
-from encnet_triton.data import create_dataset
+from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
 from encnet_triton.inference import compare_checkpoints
 from encnet_triton.options import whole
@@ -27,16 +29,29 @@ from encnet_triton.pictures import save_png
 from encnet_triton.train.log import read_records
 
 RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"}
+Figures = dict[str, Any]
 
 
-def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> dict[str, float]:
-    """Run one training to its end; returns its last validation record."""
-    name = f"{recipe}-seed{seed}"
+def train(recipe: str, seed: int, folder: Path, extra: list[str], name: str = "") -> Figures:
+    """Run one training to its end and return its last validation.
+
+    Args:
+        recipe, seed: of the run.
+        folder: of all runs.
+        extra: options of the trainer.
+        name: of the run; the recipe's and the seed by default.
+    """
+    name = name or f"{recipe}-seed{seed}"
     command = [sys.executable, "-m", "encnet_triton.train", "--recipe", recipe, "--resume"]
     command += ["--seed", str(seed), "--runs", str(folder), "--name", name, *extra]
     if status := subprocess.run(command).returncode:
         raise Failed(f"the training {name} ended with status {status}")
-    return [record for record in read_records(folder / name) if record["kind"] == "val"][-1]
+    return last_validation(folder / name)
+
+
+def last_validation(folder: Path) -> Figures:
+    """What the last validation of a run recorded."""
+    return [record for record in read_records(folder) if record["kind"] == "val"][-1]
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -44,6 +59,39 @@ def spread(values: list[float]) -> tuple[float, float]:
     points = [100 * v for v in values]
     error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else float("nan")
     return statistics.mean(points), error
+
+
+def score_table(title: str, scores: Mapping[str, Mapping[int, Figures]], bases: list[str]) -> Table:
+    """Mean and standard error of each network's runs, and of their differences from ``bases``.
+
+    Args:
+        title: of the table.
+        scores: for each network the last validation of each seed. Two networks are compared seed by
+            seed, over the seeds that both have.
+        bases: networks to subtract; those without runs are left out.
+    """
+    bases = [base for base in bases if scores.get(base)]
+    table = Table(title=title)
+    for column in ("network", "seeds", "mIoU", "pixAcc", *(f"minus {base}" for base in bases)):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for label, rows in scores.items():
+        cells = [label, str(len(rows))]
+        for name in ("miou", "pixel_accuracy"):
+            cells.append(_cell([row[name] for row in rows.values()], "{:.2f}"))
+        for base in bases:
+            both = sorted(rows.keys() & scores[base].keys())
+            differences = [rows[seed]["miou"] - scores[base][seed]["miou"] for seed in both]
+            cells.append(_cell([] if label == base else differences, "{:+.2f}"))
+        table.add_row(*cells)
+    return table
+
+
+def _cell(values: list[float], form: str) -> str:
+    """Mean and standard error in words; the error of one value is not known."""
+    if not values:
+        return ""
+    mean, error = spread(values)
+    return form.format(mean) + (f" ± {error:.2f}" if len(values) > 1 else "")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,13 +108,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def draw(folder: Path, file: Path) -> None:
-    """Image, FCN, EncNet+SE and label of three validation images, in 255 colours."""
-    checkpoints = {
-        heading: folder / f"{RECIPES[label]}-seed0" / "last.safetensors"
-        for heading, label in (("FCN", "FCN"), ("EncNet", "EncNet+SE"))
-    }
-    data = create_dataset("scenes", "val")
+def draw(checkpoints: Mapping[str, Path], data: Dataset, file: Path) -> None:
+    """Image, predictions of the checkpoints and label of three images, in 255 colours."""
     picture = compare_checkpoints(checkpoints, data, torch.device("cpu"), rows=3)
     save_png(picture.quantize(255), file)
 
@@ -74,28 +117,20 @@ def draw(folder: Path, file: Path) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train every recipe with every seed and print the table, with differences per seed."""
     console = Console()
-    scores: dict[str, list[dict[str, float]]] = {}
+    scores: dict[str, dict[int, Figures]] = {}
     for seed in range(options.seeds):
         for label, recipe in RECIPES.items():
             console.rule(f"{label}, seed {seed}")
-            scores.setdefault(label, []).append(train(recipe, seed, options.runs, options.extra))
-    table = Table(
-        title=f"scenes, {options.seeds} seeds: mean and standard error of the mean, in points"
-    )
-    for column in ("network", "mIoU", "pixAcc", "minus FCN", "minus EncNet"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    miou = {label: [r["miou"] for r in rows] for label, rows in scores.items()}
-    for label, rows in scores.items():
-        cells = [label]
-        for values in (miou[label], [r["pixel_accuracy"] for r in rows]):
-            cells.append("{:.2f} ± {:.2f}".format(*spread(values)))
-        for base in ("FCN", "EncNet"):
-            differences = [a - b for a, b in zip(miou[label], miou[base], strict=True)]
-            cells.append("" if label == base else "{:+.2f} ± {:.2f}".format(*spread(differences)))
-        table.add_row(*cells)
-    console.print(table)
+            found = train(recipe, seed, options.runs, options.extra)
+            scores.setdefault(label, {})[seed] = found
+    title = f"scenes, {options.seeds} seeds: mean and standard error of the mean, in points"
+    console.print(score_table(title, scores, ["FCN", "EncNet"]))
     if options.json is not None:
-        write_json(scores, options.json)
+        write_json({label: list(rows.values()) for label, rows in scores.items()}, options.json)
     if options.picture is not None:
-        draw(options.runs, options.picture)
+        checkpoints = {
+            heading: options.runs / f"{RECIPES[label]}-seed0" / "last.safetensors"
+            for heading, label in (("FCN", "FCN"), ("EncNet", "EncNet+SE"))
+        }
+        draw(checkpoints, create_dataset("scenes", "val"), options.picture)
     return 0

@@ -34,6 +34,7 @@ OPTIONS = {
     "loader": {"--data"},
     "evaluate": {"--device", "--rounds", "--json"},
     "context": {"--seeds", "--runs", "--picture", "--json"},
+    "real": {"--data", "--study", "--only", "--seeds", "--out", "--show", "--test", "--json"},
     "versions": {"--folder", "--triton", "--torch", "--redo", "--table", "--document"},
     "gpu": {"--out", "--minutes", "--stage", "--resume", "--rehearse", "--cifar", "--publish"},
     "tune": {"--out", "--minutes", "--resume", "--rehearse", "--publish"},

@@ -1,0 +1,325 @@
+"""What context is worth on photographs: networks on one pretrained trunk, several seeds each.
+
+    python -m bench real --data DIR --pretrained efficientnet-lite0-57934424.pth --ignore-label 11
+
+Every run is an ordinary run of the trainer, in a folder of its own below --out, with the same
+images, order of samples and steps for all networks. Stop the command whenever you like and give it
+again: what is finished is kept, and the run that was cut off goes on from its last checkpoint.
+
+--study settings compares learning rates and other settings of one network instead. Choose on the
+validation images; when all runs are finished, --test scores the last weights on the test images: of
+every network, or of the setting that is best on the validation images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.apart import Failed
+from bench.context import Figures, draw, last_validation, score_table, train
+from bench.options import add_json
+from encnet_triton.data import create_dataset
+from encnet_triton.files import write_json
+from encnet_triton.inference.windows import resized, window_starts
+from encnet_triton.options import whole
+from encnet_triton.train import cli
+from encnet_triton.train.config import Config
+from encnet_triton.train.log import is_number, read_records
+from encnet_triton.train.run_folder import finished
+from encnet_triton.weights import load_model
+
+TIMED_STEPS = 8
+GRID: Sequence[str] = ("fcn", "encnet_se")  # the columns of grid.png
+FORWARD = 1 / 3  # of the time of a training step, per pixel
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: options of the trainer, and how many seeds it gets."""
+
+    options: tuple[str, ...]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared: variants of a recipe, each with the differences from ``bases``."""
+
+    recipe: str
+    variants: dict[str, Variant]
+    bases: list[str]
+
+
+def _row(seeds: int, options: str) -> Variant:
+    return Variant(tuple(options.split()), seeds)
+
+
+_RANDOM = ("--pretrained", "")
+STUDIES = {
+    "networks": Study(
+        "_folder_lite0",
+        {
+            "fcn": _row(5, "--model fcn"),
+            "encnet": _row(5, "--model encnet --se-loss false"),
+            "encnet_se": _row(5, "--model encnet --se-loss true"),
+            "psp": _row(2, "--model psp"),
+            "deeplab": _row(2, "--model deeplab"),
+            "fcn_random": Variant(("--model", "fcn", *_RANDOM), 2),
+            "encnet_se_random": Variant(("--model", "encnet", *_RANDOM), 2),
+        },
+        ["fcn", "encnet"],
+    ),
+    "settings": Study(
+        "folder_encnet_lite0",
+        {
+            "recipe": _row(1, ""),
+            "lr_0.001": _row(1, "--lr 0.001"),
+            "lr_0.002": _row(1, "--lr 0.002"),
+            "head_x5": _row(1, "--head-lr-scale 5"),
+            "unweighted": _row(1, "--class-weight none"),
+            "colour": _row(1, "--jitter 0.4,0.4,0.4"),
+        },
+        ["recipe"],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    variant: str
+    seed: int
+    recipe: str
+    options: list[str]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.variant}-seed{self.seed}"
+
+    @property
+    def place(self) -> Path:
+        """Its folder."""
+        return self.folder / self.name
+
+    @property
+    def weights(self) -> Path:
+        """The last weights, or the last average of them; never the best, which validation chose."""
+        average = self.place / "average.safetensors"
+        return average if average.exists() else self.place / "last.safetensors"
+
+    @cached_property
+    def config(self) -> Config:
+        """As the trainer will have it."""
+        given = ["--recipe", self.recipe, "--seed", str(self.seed), "--runs", str(self.folder)]
+        return cli.configuration(
+            cli.parse([*given, "--name", self.name, "--resume", *self.options])
+        )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command; the trainer has more."""
+    parser.add_argument("--data", required=True, help="folder of images, as folder_small reads it")
+    parser.add_argument("--study", choices=STUDIES, default="networks", help="(%(default)s)")
+    parser.add_argument("--only", help="rows of the study, such as fcn,encnet_se (default: all)")
+    parser.add_argument(
+        "--seeds", type=whole(1), help="runs of each row (default: 5 or 2; of settings 1)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/real"), help="folder of the runs (%(default)s)"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="train nothing; print what is finished and what is left"
+    )
+    parser.add_argument("--test", action="store_true", help="score split test at the end")
+    add_json(parser)
+
+
+def plan(options: argparse.Namespace) -> list[Run]:
+    """All runs, seed by seed, so that an unfinished study compares whole seeds.
+
+    Raises:
+        ValueError: --only names a row that the study does not have.
+    """
+    study = STUDIES[options.study]
+    rows = options.only.split(",") if options.only else list(study.variants)
+    if unknown := [row for row in rows if row not in study.variants]:
+        known = ", ".join(study.variants)
+        raise ValueError(f"--only {unknown[0]}: the study {options.study} has only {known}")
+    seeds = {row: options.seeds or study.variants[row].seeds for row in rows}
+    shared = ["--data", options.data, *options.extra]
+    return [
+        Run(row, seed, study.recipe, [*shared, *study.variants[row].options], options.out)
+        for seed in range(max(seeds.values()))
+        for row in rows
+        if seed < seeds[row]
+    ]
+
+
+def work(config: Config) -> float:
+    """Images that a run trains on, those it validates counted by the time that they take."""
+    data, epochs, every = config.data, config.optim.epochs, config.run.val_every
+    train_images, val_images = (
+        create_dataset(data.dataset, split, data.data, **data.dataset_options())
+        for split in (data.train_split, data.val_split)
+    )
+    width, height = val_images[0].image.size
+    edges = resized(height, width, data.base_size, data.scale_by)
+    down, across = (len(window_starts(edges[i], data.crop[i])) for i in range(2))
+    validations = -(-epochs // every) if every else 1
+    each = down * across * FORWARD
+    return epochs * len(train_images) + validations * len(val_images) * each
+
+
+def images_per_second(folder: Path) -> float:
+    """The median over the records of a run."""
+    return statistics.median(_recorded(folder, "images_per_second"))
+
+
+def _recorded(folder: Path, key: str) -> list[float]:
+    records = [record for record in read_records(folder) if record["kind"] == "train"]
+    return [float(record[key]) for record in records if is_number(record.get(key))]
+
+
+def forecast(runs: list[Run], done: list[Run]) -> float:
+    """Hours that ``runs`` will take, from the speed of those done, else of a few steps."""
+    timed = done or [_timing(runs[0])]
+    speed = statistics.median(images_per_second(run.place) for run in timed)
+    return sum(work(run.config) for run in runs) / speed / 3600
+
+
+def _timing(run: Run) -> Run:
+    """The first steps of a run, in a folder of its own."""
+    few = ["--stop-at", str(TIMED_STEPS), "--log-every", str(TIMED_STEPS // 2)]
+    trial = Run("timing", run.seed, run.recipe, [*run.options, *few], run.folder)
+    command = [sys.executable, "-m", "encnet_triton.train", "--recipe", trial.recipe, "--resume"]
+    command += ["--runs", str(trial.folder), "--name", trial.name, *trial.options]
+    if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise Failed(f"the training {trial.name} ended with status {status}")
+    return trial
+
+
+def cost(run: Run) -> dict[str, float]:
+    """Parameters, multiply-accumulates of a forward pass of one crop, and what the run recorded."""
+    model, info = load_model(run.weights)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, *info.crop))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gmac": counter.get_total_flops() / 2e9,
+        "images_per_second": images_per_second(run.place),
+        "peak_memory_gib": max(_recorded(run.place, "peak_memory_gib")),
+    }
+
+
+def cost_table(costs: dict[str, dict[str, float]]) -> Table:
+    """What each network costs."""
+    table = Table(title="forward pass of one crop; speed and memory of training, as recorded")
+    table.add_column("network")
+    for column in ("parameters", "GMAC", "images/s", "peak GiB"):
+        table.add_column(column, justify="right")
+    for label, row in costs.items():
+        speed, memory = row["images_per_second"], row["peak_memory_gib"]
+        table.add_row(
+            label,
+            f"{row['parameters']:,.0f}", f"{row['gmac']:.2f}", f"{speed:.2f}", f"{memory:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def collect(runs: list[Run], figures: Any) -> dict[str, dict[int, Figures]]:
+    """``figures`` of each run, by variant and seed."""
+    scores: dict[str, dict[int, Figures]] = {}
+    for run in runs:
+        scores.setdefault(run.variant, {})[run.seed] = figures(run)
+    return scores
+
+
+def test_scores(run: Run) -> Figures:
+    """The last weights on split test; computed once, then read."""
+    file = run.place / "test.json"
+    if not file.exists():
+        command = [sys.executable, "-m", "encnet_triton.evaluate", "--split", "test"]
+        command += ["--checkpoint", str(run.weights), "--json", str(file)]
+        if status := subprocess.run(command).returncode:
+            raise Failed(f"scoring {run.name} on test ended with status {status}")
+    found: Figures = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def chosen(study: str, runs: list[Run], scores: dict[str, dict[int, Figures]]) -> list[Run]:
+    """The runs to be scored on test: of all networks, or of the best setting alone."""
+    if study == "networks":
+        return runs
+    means = {k: statistics.mean(r["miou"] for r in rows.values()) for k, rows in scores.items()}
+    best = max(means, key=lambda variant: means[variant])
+    return [run for run in runs if run.variant == best]
+
+
+def train_all(runs: list[Run], console: Console) -> None:
+    """Train what is not finished, and say before each run how long the rest takes."""
+    done = [run for run in runs if finished(run.config)]
+    left = [run for run in runs if run not in done]
+    while left:
+        hours = forecast(left, done)
+        console.rule(f"{left[0].name}; {len(left)} of {len(runs)} runs left, {hours:.1f} hours")
+        run = left.pop(0)
+        train(run.recipe, run.seed, run.folder, run.options, run.name)
+        done.append(run)
+
+
+def _sections(
+    options: argparse.Namespace, runs: list[Run], done: list[Run]
+) -> Iterator[tuple[str, Table, Any]]:
+    """Name, table and figures of what is known."""
+    study = STUDIES[options.study]
+    scores = collect(done, lambda run: last_validation(run.place))
+    yield "val", score_table("validation images, last weights", scores, study.bases), scores
+    costs = {run.variant: cost(run) for run in reversed(done)}
+    yield "cost", cost_table(costs), costs
+    if options.test and len(done) < len(runs):
+        raise ValueError("--test scores the test images when all runs are finished, not before")
+    if options.test:
+        tested = collect(chosen(options.study, done, scores), test_scores)
+        yield "test", score_table("test images, last weights", tested, study.bases), tested
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train what is left, and print the tables of what is finished."""
+    console = Console()
+    runs = plan(options)
+    if not options.show:
+        train_all(runs, console)
+    done = [run for run in runs if finished(run.config)]
+    console.print(f"{len(done)} of {len(runs)} runs are finished, in {options.out}")
+    if not done:
+        return 0
+    document: dict[str, Any] = {}
+    for name, table, figures in _sections(options, runs, done):
+        console.print(table)
+        document[name] = figures
+    if options.json is not None:
+        write_json(document, options.json)
+    first = {run.variant: run for run in reversed(done)}
+    shown = {name: first[name].weights for name in GRID if name in first}
+    if len(shown) == len(GRID):
+        data = done[0].config.data
+        val = create_dataset(data.dataset, data.val_split, data.data, **data.dataset_options())
+        draw(shown, val, options.out / "grid.png")
+    return 0
