@@ -31,7 +31,7 @@ _NO_MEMORY = re.compile(
 _LOST = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe")
 _FOR_SEGMENTATION = (
     "multi_scale", "scales", "flip", "whole_image", "batch", "precision", "protocol", "workers",
-    "output", "report",
+    "output", "report", "explain",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from encnet_triton import options
 from encnet_triton.data import DataError
 from encnet_triton.files import make_folder
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier, find_images, read_image
+from encnet_triton.inference.explaining import Explainer
 from encnet_triton.inference.photos import label_photo, refuse_equal_names
 from encnet_triton.models import CifarNet
 from encnet_triton.weights import ModelInfo, load_model
@@ -40,6 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     options.add_checkpoint(parser)
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write")
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="of an EncNet: also draw the codewords of the pixels, the gates of the channels and "
+        "the classes that the context predicts",
+    )  # fmt: skip
     options.add_predictor_options(parser)
     return parser
 
@@ -55,8 +61,9 @@ def make_labeller(
         classifier = ImageClassifier(model, info, device)
         return lambda path: classifier.name(read_image(path))
     make_folder(given.output, "the output folder")
+    explain = Explainer(model, info, device) if given.explain else None
     predictor = options.make_predictor(given, model, info, device)
-    return lambda path: label_photo(predictor, path, given.output)
+    return lambda path: label_photo(predictor, path, given.output, explain)
 
 
 def run(given: argparse.Namespace, console: Console) -> int:
@@ -84,7 +91,8 @@ def run(given: argparse.Namespace, console: Console) -> int:
     bad = options.gathered(bad)
     if rank == 0:
         if not classifying:
-            console.print(f"wrote {2 * (len(paths) - len(bad))} pictures to {given.output}")
+            each = 3 if given.explain else 2
+            console.print(f"wrote {each * (len(paths) - len(bad))} pictures to {given.output}")
         if bad:
             print(f"error: {len(bad)} of {len(paths)} images cannot be read:", file=sys.stderr)
             print(*(f"  {sentence}" for sentence in bad), sep="\n", file=sys.stderr)

@@ -11,6 +11,7 @@ from encnet_triton.data.base import DataError
 from encnet_triton.data.files import visible
 from encnet_triton.data.folder import IMAGE_SUFFIXES
 from encnet_triton.data.images import read_image
+from encnet_triton.inference.explaining import Explainer, explanation_picture
 from encnet_triton.inference.predictor import Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
 
@@ -36,8 +37,11 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
             raise ValueError(f"image {path} does not exist")
 
 
-def label_photo(predictor: Predictor, path: Path, output: Path) -> list[tuple[str, float]]:
-    """Write ``<stem>_label.png`` and ``<stem>_overlay.png``; returns (class, share of pixels)."""
+def label_photo(
+    predictor: Predictor, path: Path, output: Path, explain: Explainer | None = None
+) -> list[tuple[str, float]]:
+    """Write ``<stem>_label.png``, ``<stem>_overlay.png`` and, where it is to be explained,
+    ``<stem>_explained.png``; returns (class, share of pixels)."""
     image = read_image(path)
     try:
         label = predictor(np.asarray(image)).cpu().numpy()
@@ -47,6 +51,9 @@ def label_photo(predictor: Predictor, path: Path, output: Path) -> list[tuple[st
     picture = palette_image(label, info.palette)
     save_png(picture, output / f"{path.stem}_label.png")
     save_png(overlay(image, picture), output / f"{path.stem}_overlay.png")
+    if explain is not None:
+        found = explanation_picture(explain(np.asarray(image)), info)
+        save_png(found, output / f"{path.stem}_explained.png")
     values, counts = np.unique(label, return_counts=True)
     shares = [(info.classes[v], float(c) / label.size) for v, c in zip(values, counts, strict=True)]
     return sorted(shares, key=lambda item: -item[1])
