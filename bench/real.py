@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.apart import Failed
 from bench.context import Figures, draw, last_validation, score_table, train
+from bench.details import Details, detail_tables, details
 from bench.options import add_json
-from encnet_triton.data import create_dataset
+from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
 from encnet_triton.inference.windows import resized, window_starts
 from encnet_triton.options import whole
@@ -87,9 +88,14 @@ STUDIES = {
         "folder_encnet_lite0",
         {
             "recipe": _row(1, ""),
+            "lr_0.0005": _row(1, "--lr 0.0005"),
             "lr_0.001": _row(1, "--lr 0.001"),
             "lr_0.002": _row(1, "--lr 0.002"),
+            "lr_0.004": _row(1, "--lr 0.004"),
             "head_x5": _row(1, "--head-lr-scale 5"),
+            "all_layers": _row(1, "--layer-decay 1"),
+            "no_warmup": _row(1, "--warmup-steps 0"),
+            "average": _row(1, "--ema 0.99"),
             "unweighted": _row(1, "--class-weight none"),
             "colour": _row(1, "--jitter 0.4,0.4,0.4"),
         },
@@ -147,6 +153,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", action="store_true", help="train nothing; print what is finished and what is left"
     )
+    parser.add_argument(
+        "--details", action="store_true", help="IoU by class and by area; takes a validation a run"
+    )
     parser.add_argument("--test", action="store_true", help="score split test at the end")
     add_json(parser)
 
@@ -172,13 +181,16 @@ def plan(options: argparse.Namespace) -> list[Run]:
     ]
 
 
+def images(config: Config, split: str) -> Dataset:
+    """A split of a run's data set."""
+    data = config.data
+    return create_dataset(data.dataset, split, data.data, **data.dataset_options())
+
+
 def work(config: Config) -> float:
     """Images that a run trains on, those it validates counted by the time that they take."""
     data, epochs, every = config.data, config.optim.epochs, config.run.val_every
-    train_images, val_images = (
-        create_dataset(data.dataset, split, data.data, **data.dataset_options())
-        for split in (data.train_split, data.val_split)
-    )
+    train_images, val_images = images(config, data.train_split), images(config, data.val_split)
     width, height = val_images[0].image.size
     edges = resized(height, width, data.base_size, data.scale_by)
     down, across = (len(window_starts(edges[i], data.crop[i])) for i in range(2))
@@ -207,7 +219,7 @@ def forecast(runs: list[Run], done: list[Run]) -> float:
 def _timing(run: Run) -> Run:
     """The first steps of a run, in a folder of its own."""
     few = ["--stop-at", str(TIMED_STEPS), "--log-every", str(TIMED_STEPS // 2)]
-    trial = Run("timing", run.seed, run.recipe, [*run.options, *few], run.folder)
+    trial = Run(f"timing_{run.variant}", run.seed, run.recipe, [*run.options, *few], run.folder)
     command = [sys.executable, "-m", "encnet_triton.train", "--recipe", trial.recipe, "--resume"]
     command += ["--runs", str(trial.folder), "--name", trial.name, *trial.options]
     if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
@@ -263,6 +275,15 @@ def test_scores(run: Run) -> Figures:
     return found
 
 
+def run_details(run: Run) -> Details:
+    """Of the last weights on the validation images; computed once, then read."""
+    file = run.place / "details.json"
+    if not file.exists():
+        write_json(details(run.weights, images(run.config, run.config.data.val_split)), file)
+    found: Details = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
 def chosen(study: str, runs: list[Run], scores: dict[str, dict[int, Figures]]) -> list[Run]:
     """The runs to be scored on test: of all networks, or of the best setting alone."""
     if study == "networks":
@@ -293,6 +314,10 @@ def _sections(
     yield "val", score_table("validation images, last weights", scores, study.bases), scores
     costs = {run.variant: cost(run) for run in reversed(done)}
     yield "cost", cost_table(costs), costs
+    if options.details:
+        found = collect(done, run_details)
+        for table in detail_tables(found):
+            yield "details", table, found
     if options.test and len(done) < len(runs):
         raise ValueError("--test scores the test images when all runs are finished, not before")
     if options.test:
@@ -319,7 +344,6 @@ def run(options: argparse.Namespace) -> int:
     first = {run.variant: run for run in reversed(done)}
     shown = {name: first[name].weights for name in GRID if name in first}
     if len(shown) == len(GRID):
-        data = done[0].config.data
-        val = create_dataset(data.dataset, data.val_split, data.data, **data.dataset_options())
+        val = images(done[0].config, done[0].config.data.val_split)
         draw(shown, val, options.out / "grid.png")
     return 0

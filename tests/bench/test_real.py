@@ -79,7 +79,7 @@ def test_the_settings_study_varies_the_recipe_it_speaks_of(data: Path) -> None:
         for run in runs
     }
     assert changed["recipe"] == [] and changed["head_x5"] == ["head_lr_scale"]
-    assert all(len(keys) == 1 for row, keys in changed.items() if row != "recipe")
+    assert all(len(keys) <= 1 for keys in changed.values())
 
 
 def test_what_is_finished_is_kept_and_an_interrupted_study_goes_on(
