@@ -19,8 +19,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +28,14 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.apart import Failed
-from bench.context import Figures, draw, last_validation, score_table, train
+from bench.context import Figures, draw, last_validation, score_table, spread, train
 from bench.details import Details, detail_tables, details
 from bench.options import add_json
+from bench.studies import STUDIES, Run
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
 from encnet_triton.inference.windows import resized, window_starts
 from encnet_triton.options import whole
-from encnet_triton.train import cli
 from encnet_triton.train.config import Config
 from encnet_triton.train.log import is_number, read_records
 from encnet_triton.train.run_folder import finished
@@ -46,97 +44,6 @@ from encnet_triton.weights import load_model
 TIMED_STEPS = 8
 GRID: Sequence[str] = ("fcn", "encnet_se")  # the columns of grid.png
 FORWARD = 1 / 3  # of the time of a training step, per pixel
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table: options of the trainer, and how many seeds it gets."""
-
-    options: tuple[str, ...]
-    seeds: int
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is compared: variants of a recipe, each with the differences from ``bases``."""
-
-    recipe: str
-    variants: dict[str, Variant]
-    bases: list[str]
-
-
-def _row(seeds: int, options: str) -> Variant:
-    return Variant(tuple(options.split()), seeds)
-
-
-_RANDOM = ("--pretrained", "")
-STUDIES = {
-    "networks": Study(
-        "_folder_lite0",
-        {
-            "fcn": _row(5, "--model fcn"),
-            "encnet": _row(5, "--model encnet --se-loss false"),
-            "encnet_se": _row(5, "--model encnet --se-loss true"),
-            "psp": _row(2, "--model psp"),
-            "deeplab": _row(2, "--model deeplab"),
-            "fcn_random": Variant(("--model", "fcn", *_RANDOM), 2),
-            "encnet_se_random": Variant(("--model", "encnet", *_RANDOM), 2),
-        },
-        ["fcn", "encnet"],
-    ),
-    "settings": Study(
-        "folder_encnet_lite0",
-        {
-            "recipe": _row(1, ""),
-            "lr_0.0005": _row(1, "--lr 0.0005"),
-            "lr_0.001": _row(1, "--lr 0.001"),
-            "lr_0.002": _row(1, "--lr 0.002"),
-            "lr_0.004": _row(1, "--lr 0.004"),
-            "head_x5": _row(1, "--head-lr-scale 5"),
-            "all_layers": _row(1, "--layer-decay 1"),
-            "no_warmup": _row(1, "--warmup-steps 0"),
-            "average": _row(1, "--ema 0.99"),
-            "unweighted": _row(1, "--class-weight none"),
-            "colour": _row(1, "--jitter 0.4,0.4,0.4"),
-        },
-        ["recipe"],
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training."""
-
-    variant: str
-    seed: int
-    recipe: str
-    options: list[str]
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.variant}-seed{self.seed}"
-
-    @property
-    def place(self) -> Path:
-        """Its folder."""
-        return self.folder / self.name
-
-    @property
-    def weights(self) -> Path:
-        """The last weights, or the last average of them; never the best, which validation chose."""
-        average = self.place / "average.safetensors"
-        return average if average.exists() else self.place / "last.safetensors"
-
-    @cached_property
-    def config(self) -> Config:
-        """As the trainer will have it."""
-        given = ["--recipe", self.recipe, "--seed", str(self.seed), "--runs", str(self.folder)]
-        return cli.configuration(
-            cli.parse([*given, "--name", self.name, "--resume", *self.options])
-        )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -255,12 +162,39 @@ def cost_table(costs: dict[str, dict[str, float]]) -> Table:
     return table
 
 
+def draw_bars(scores: dict[str, dict[int, Figures]], file: Path) -> bool:
+    """The mIoU of each row with its standard error; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 0.45 * len(scores) + 1), layout="constrained")
+    axes = figure.subplots()
+    for place, rows in enumerate(scores.values()):
+        mean, error = spread([row["miou"] for row in rows.values()])
+        axes.barh(place, mean, xerr=error if len(rows) > 1 else 0, color="C0", capsize=3)
+        axes.text(1, place, f"{mean:.1f}", va="center", color="white")
+    axes.set(xlabel="mIoU of the validation images, %", xlim=(0, 100))
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    figure.savefig(file, dpi=110)
+    return True
+
+
 def collect(runs: list[Run], figures: Any) -> dict[str, dict[int, Figures]]:
     """``figures`` of each run, by variant and seed."""
     scores: dict[str, dict[int, Figures]] = {}
     for run in runs:
         scores.setdefault(run.variant, {})[run.seed] = figures(run)
     return scores
+
+
+def firsts(runs: list[Run]) -> dict[str, Run]:
+    """The first seed of each variant."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(run.variant, run)
+    return found
 
 
 def test_scores(run: Run) -> Figures:
@@ -312,7 +246,7 @@ def _sections(
     study = STUDIES[options.study]
     scores = collect(done, lambda run: last_validation(run.place))
     yield "val", score_table("validation images, last weights", scores, study.bases), scores
-    costs = {run.variant: cost(run) for run in reversed(done)}
+    costs = {variant: cost(run) for variant, run in firsts(done).items()}
     yield "cost", cost_table(costs), costs
     if options.details:
         found = collect(done, run_details)
@@ -341,7 +275,8 @@ def run(options: argparse.Namespace) -> int:
         document[name] = figures
     if options.json is not None:
         write_json(document, options.json)
-    first = {run.variant: run for run in reversed(done)}
+    draw_bars(document["val"], options.out / "bars.png")
+    first = firsts(done)
     shown = {name: first[name].weights for name in GRID if name in first}
     if len(shown) == len(GRID):
         val = images(done[0].config, done[0].config.data.val_split)

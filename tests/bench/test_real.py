@@ -14,6 +14,7 @@ from bench import real
 from bench.__main__ import main
 from bench.commands import parse
 from bench.context import score_table
+from bench.studies import STUDIES, Run
 from encnet_triton.train.recipe import build
 
 MIOU = {"fcn": 0.5, "encnet": 0.6, "encnet_se": 0.625}
@@ -34,12 +35,12 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def planned(data: Path, *more: str) -> list[real.Run]:
+def planned(data: Path, *more: str) -> list[Run]:
     given = ["--data", str(data), "--out", str(data / "runs"), *more]
     return real.plan(parse("real", given))
 
 
-def pretend(runs: list[real.Run]) -> Callable[..., dict[str, float]]:
+def pretend(runs: list[Run]) -> Callable[..., dict[str, float]]:
     """A trainer that leaves what a complete run leaves."""
     configs = {run.name: run.config for run in runs}
 
@@ -62,7 +63,7 @@ def pretend(runs: list[real.Run]) -> Callable[..., dict[str, float]]:
 def test_rows_differ_in_their_options_alone_and_whole_seeds_come_first(data: Path) -> None:
     runs = planned(data, "--lr", "0.25", "--pretrained", "trunk.pth")
     names = [run.name for run in runs]
-    assert names[:7] == [f"{row}-seed0" for row in real.STUDIES["networks"].variants]
+    assert names[:7] == [f"{row}-seed0" for row in STUDIES["networks"].variants]
     assert names[-3:] == [f"{row}-seed4" for row in ("fcn", "encnet", "encnet_se")]
     configs = {run.variant: run.config for run in runs if run.seed == 0}
     assert {config.optim.lr for config in configs.values()} == {0.25}
@@ -99,7 +100,8 @@ def test_what_is_finished_is_kept_and_an_interrupted_study_goes_on(
     monkeypatch.setattr(real, "cost", lambda run: dict.fromkeys(
         ("parameters", "gmac", "images_per_second", "peak_memory_gib"), 1.0
     ))  # fmt: skip
-    monkeypatch.setattr(real, "draw", lambda *_: None)
+    for name in ("draw", "draw_bars"):
+        monkeypatch.setattr(real, name, lambda *_: None)
     monkeypatch.setattr(real, "train", cut_off)
     command = ["real", "--data", str(data), "--out", str(data / "runs"), *given]
     assert main(command) == 130
@@ -150,6 +152,14 @@ def test_the_time_is_that_of_training_and_of_validation_windows(
     assert real.forecast([run, run], [run]) == pytest.approx(2 * whole / 4.0 / 3600)
     (run,) = planned(data, "--only", "fcn", "--seeds", "1", *small, "--crop", "48x48")
     assert real.work(run.config) == pytest.approx(100 + 2 * 4 * 2 * real.FORWARD)
+
+
+def test_bars_of_rows_with_one_seed_and_with_several(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scores = {"fcn": {0: {"miou": 0.5}}, "encnet": {0: {"miou": 0.5}, 1: {"miou": 0.75}}}
+    assert real.draw_bars(scores, tmp_path / "bars.png")
+    with Image.open(tmp_path / "bars.png") as picture:
+        assert picture.format == "PNG" and picture.width > 300
 
 
 def test_only_the_setting_that_validation_chose_is_scored_on_test(data: Path) -> None:
