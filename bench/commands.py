@@ -59,6 +59,9 @@ COMMANDS = {
         "bench.real",
         passes_on="python -m encnet_triton.train",
     ),
+    "smp": Command(
+        "a training step on a light trunk, beside segmentation_models.pytorch", "bench.smp"
+    ),
     "versions": Command(
         "tries the kernels with other versions of Triton and torch; no GPU", "bench.versions"
     ),

@@ -45,6 +45,7 @@ OPTIONS = {
         "--test",
         "--json",
     },
+    "smp": {"--crop", "--batch", "--json"},
     "versions": {"--folder", "--triton", "--torch", "--redo", "--table", "--document"},
     "gpu": {"--out", "--minutes", "--stage", "--resume", "--rehearse", "--cifar", "--publish"},
     "tune": {"--out", "--minutes", "--resume", "--rehearse", "--publish"},
