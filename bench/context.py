@@ -51,7 +51,10 @@ def train(recipe: str, seed: int, folder: Path, extra: list[str], name: str = ""
 
 def last_validation(folder: Path) -> Figures:
     """What the last validation of a run recorded."""
-    return [record for record in read_records(folder) if record["kind"] == "val"][-1]
+    scores = [record for record in read_records(folder) if record["kind"] == "val"]
+    if not scores:
+        raise Failed(f"the training {folder.name} ended before a validation: it has no score")
+    return scores[-1]
 
 
 def spread(values: list[float]) -> tuple[float, float]:

@@ -200,14 +200,19 @@ def test_a_comparison_understands_the_processes_it_starts(
     assert measured == [(CASES[name], "ours", cpu, data)]
 
 
+@pytest.mark.parametrize(
+    ("status", "what"), [(2, "with status 2"), (0, "before a validation: it has no score")]
+)
 def test_a_training_of_context_that_fails_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, status: int, what: str
 ) -> None:
-    failed = SimpleNamespace(run=lambda command: SimpleNamespace(returncode=2))
-    monkeypatch.setattr(context, "subprocess", failed)
-    assert main(["context"]) == 2
+    ended = SimpleNamespace(run=lambda command: SimpleNamespace(returncode=status))
+    monkeypatch.setattr(context, "subprocess", ended)
+    (tmp_path / "scenes_fcn-seed0").mkdir()
+    (tmp_path / "scenes_fcn-seed0" / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    assert main(["context", "--runs", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert said == "error: the training scenes_fcn-seed0 ended with status 2\n"
+    assert said == f"error: the training scenes_fcn-seed0 ended {what}\n"
 
 
 def test_context_hands_on_what_the_trainer_knows(
