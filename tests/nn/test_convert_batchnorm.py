@@ -78,6 +78,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
 )
+@pytest.mark.verify  # a layer is given its group here, and test_ddp.py trains with it
 def test_two_processes_equal_torchs_layers_on_the_joined_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
