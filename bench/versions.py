@@ -296,6 +296,9 @@ def run(options: argparse.Namespace) -> int:
     if options.compile:
         options.to.write_text(json.dumps(compiled_calls(options.compile)))
         return 0
+    file = options.folder / "results.jsonl"
+    if options.table and not file.exists():
+        raise ValueError(f"there is no {file}, so there are no results for a table")
     make_folder(options.folder, "--folder")
     for version in options.torch if not options.table else ():
         torch, python = torch_of(options.folder, version)
@@ -303,8 +306,7 @@ def run(options: argparse.Namespace) -> int:
         for stages in (COMPILE, TESTS):  # the quick answer of every pair first
             for pair in pairs:
                 run_pair(pair, options.folder, stages, options.redo)
-                publish(options.folder / "results.jsonl", options.document)
-    file = options.folder / "results.jsonl"
+                publish(file, options.document)
     publish(file, options.document)
     print(table(file))
     return int(any(map(_wrong, read(file).values())))

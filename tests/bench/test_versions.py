@@ -71,6 +71,15 @@ def test_a_document_without_markers_is_named(tmp_path: Path) -> None:
         versions.publish(tmp_path / "results.jsonl", tmp_path / "text.md")
 
 
+def test_a_table_of_no_results_replaces_none(tmp_path: Path, capsys) -> None:
+    document = tmp_path / "versions.md"
+    document.write_text("old".join(versions.MARKERS))
+    given = ["versions", "--table", "--folder", str(tmp_path / "new"), "--document", str(document)]
+    assert main(given) == 2
+    assert "there are no results for a table" in capsys.readouterr().err
+    assert "old" in document.read_text() and not (tmp_path / "new").exists()
+
+
 def test_the_documents_markers_are_there() -> None:
     text = (versions.ROOT / "docs" / "versions.md").read_text()
     assert all(text.count(marker) == 1 for marker in versions.MARKERS)
