@@ -48,7 +48,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 SHAPES: dict[str, Shape] = {
     "encode C512 K32": Shape("encode", BUDGET["encode"], _SMALL["encode"], ("31", "53")),
     "batch_norm residual C256": Shape("batch_norm", BUDGET["batch_norm"], _SMALL["batch_norm"]),
-    "upsample C150": Shape("upsample", BUDGET["upsample"], _SMALL["upsample"], ("101", "243")),
+    "upsample C150": Shape("upsample", BUDGET["upsample"], _SMALL["upsample"], ("101", "143")),
     "encode C1024 K32": Shape("encode", {"B": 16, "C": 1024, "size": 60, "K": 32}, peers=False),
     "batch_norm C64": Shape("batch_norm", {"B": 16, "C": 64, "size": 120, "residual": False}),
     "cifar 16k64d": Shape("cifar", {}),

@@ -40,7 +40,8 @@ class Config:
         num_warps: warps of a program.
         fused: one kernel that keeps its sums in registers, or separate kernels that store the
             weights in between.
-        whole: fused, and one program takes all pixels of an image and finishes what it sums.
+        whole: fused, and one program takes all pixels of an image and finishes what it sums; of
+            upsampling, its backward pass by cells.
         max_registers: a limit for the compiler, of a thread, or None.
         stages: tiles in flight at once: with 2 the next one is read while one is worked on.
     """

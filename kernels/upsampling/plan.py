@@ -16,6 +16,7 @@ from torch import Tensor
 from ..runtime.launch import Config, Launch, Machine, cdiv, varied
 from ..runtime.tuned import Problem, problem
 from . import backward as backward_kernels
+from . import cells as cells_kernels
 from . import forward as forward_kernels
 from .pytorch import label_dtype
 
@@ -27,6 +28,10 @@ _WIDTHS, _REGISTERS = (256, 128, 64, 32), 128
 _MOST_REGISTERS = 255
 # Programs a multiprocessor that the backward pass is split into, and the fewest rows of a part.
 _PROGRAMS, _LEAST_ROWS = 8, 8
+# Backward by cells: those of a program, parts of 32 classes, and output rows or columns of a cell.
+_CELLS, _PARTS, _MOST_PLACES = 16, 5, 10
+# With fewer classes the other kernel computes less: pixels cost the same for one part as for five.
+_CLASSES_OF_CELLS = 65
 _MOST_NUMBER = 2**31
 
 
@@ -88,6 +93,14 @@ def strip_of(axis: Axis) -> Optional[tuple[int, int]]:
         return None
     _, own, width = min(found)
     return own, width
+
+
+@cache
+def places_of_cell(axis: Axis) -> tuple[int, int]:
+    """The most outputs between two low places, and how many there mostly are: those or one less."""
+    counts = [axis.first_after(i + 1) - axis.first_after(i) for i in axis.gaps]
+    most = max(counts)
+    return most, most - 1 if most > 1 and 2 * counts.count(most) < len(counts) else most
 
 
 @dataclass(frozen=True)
@@ -171,6 +184,23 @@ def backward_configs(
     if smoothing or free.num_warps == 1:
         return [free]
     return [replace(free, max_registers=_REGISTERS), free]
+
+
+def cells_configs(
+    logits: Tensor, height: int, width: int, align_corners: bool, arch: int
+) -> list[Config]:
+    """The configuration of the backward pass by cells, or none where it does not take the size."""
+    classes, *low = logits.shape[1:]
+    axes = [Axis(a, b, align_corners) for a, b in zip(low, (height, width))]
+    most = max(places_of_cell(axis)[0] for axis in axes)
+    smaller = any(axis.low > axis.high for axis in axes)
+    if classes < _CLASSES_OF_CELLS or most > _MOST_PLACES or smaller:
+        return []
+    parts = cdiv(classes, 32)
+    # Elsewhere five parts need 8 bytes of local memory.
+    most_parts = _PARTS if align_corners and arch >= 89 else min(_PARTS, 4)
+    parts = cdiv(parts, cdiv(parts, most_parts))
+    return [Config(_CELLS, 32 * parts, _CELLS, max_registers=_REGISTERS, whole=True)]
 
 
 def _candidates(configs: list[Config]) -> list[Config]:
@@ -330,14 +360,76 @@ class Backward:
         return _asked("backward", *given, align_corners=align, smooth=smooth, map=a_map)
 
     def configs(self, machine: Machine) -> list[Config]:
+        return self._by_cells(machine) + self._by_columns()
+
+    def candidates(self, machine: Machine) -> list[Config]:
+        return self._by_cells(machine) + _candidates(self._by_columns())
+
+    def _by_cells(self, machine: Machine) -> list[Config]:
+        options = self.options
+        plain = options.weight is None and not options.smoothing and not self.grad.dim()
+        if not plain or self.logits.element_size() != 2:
+            return []
+        height, width = self.target.shape[1:]
+        return cells_configs(self.logits, height, width, options.align_corners, machine.arch)
+
+    def _by_columns(self) -> list[Config]:
         options = self.options
         width = self.target.shape[2]
         return backward_configs(self.logits, width, options.align_corners, options.smoothing)
 
-    def candidates(self, machine: Machine) -> list[Config]:
-        return _candidates(self.configs(machine))
-
     def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
+        return (self._launch_cells if config.whole else self._launch_columns)(machine, config)
+
+    def _launch_cells(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
+        logits = self.logits
+        images, classes, h, w = logits.shape
+        _, height, width = self.target.shape
+        problem = _Problem(logits, height, width, self.options.align_corners)
+        (most, mostly), (columns, _) = map(places_of_cell, problem.axes)
+        strips, chunks = cdiv(w, config.block_n - 1), cdiv(classes, config.block_c)
+        columns_of_cells = images * strips * chunks
+
+        def gaps(own_rows: int) -> int:
+            """Between low rows that the multiprocessor with most programs visits."""
+            waves = cdiv(columns_of_cells * cdiv(h, own_rows), machine.processors)
+            return waves * (own_rows + 1)
+
+        own_rows = min(range(h, 0, -1), key=gaps)
+        segments = cdiv(h, own_rows)
+        programs = columns_of_cells * segments
+        result = torch.empty_like(logits)
+        moved = self.lse.new_empty(2 * programs * config.block_n * config.block_c)
+        tensors = {
+            "Target": self.target,
+            "Lse": self.lse,
+            "Grad": self.grad,
+            "Rates": self.grad if self.rates is None else self.rates,
+            "dLogits": result,
+            "Moved": moved,
+        }
+        launch = Launch(
+            cells_kernels.cells_kernel,
+            (programs,),
+            tensors
+            | {"own_rows": own_rows, "segments": segments, "strips": strips}
+            | problem.arguments(),
+            {
+                "C": classes,
+                "ALIGN": self.options.align_corners,
+                "CELLS": config.block_n,
+                "PARTS": config.block_c // 32,
+                "R": most,
+                "MOSTLY": mostly,
+                "Q": columns,
+                "MEAN": self.rates is not None,
+            },
+            num_warps=config.num_warps,
+            max_registers=config.max_registers,
+        )
+        return [launch], result
+
+    def _launch_columns(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
         logits, options = self.logits, self.options
         _, height, width = self.target.shape
         problem = _Problem(logits, height, width, options.align_corners)

@@ -1,0 +1,158 @@
+"""The backward pass by cells, interpreted or on a GPU, against float64, and where it is chosen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from bench.static.interpreter import Watch
+from encnet_triton.kernels import upsample_cross_entropy
+from encnet_triton.kernels.runtime import launch
+from encnet_triton.kernels.runtime.launch import Machine
+from encnet_triton.kernels.upsampling import plan
+from encnet_triton.kernels.upsampling.plan import Axis
+
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
+
+DEVICE = "cpu" if launch.interpreting() else "cuda"
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched since, with cells for any number of classes."""
+    # Fewer cells, so that small maps have several strips; a program's classes are two parts.
+    for name, value in {"_CLASSES_OF_CELLS": 1, "_CELLS": 4, "_PARTS": 2}.items():
+        monkeypatch.setattr(plan, name, value)
+    names: list[str] = []
+    original = launch.run_all
+
+    def run_all(launches: Any) -> None:
+        names.extend(one.name for one in launches)
+        original(launches)
+
+    monkeypatch.setattr(launch, "run_all", run_all)
+    return names
+
+
+def example(
+    shape: tuple[int, ...], dtype: torch.dtype = BF16, spread: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    """Logits, channels last, and uint8 labels, those of the first row and some others ignored."""
+    images, classes, low_height, low_width, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(images, classes, low_height, low_width, generator=generator)
+    target = torch.randint(classes, (images, height, width), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = 255
+    target[:, 0] = 255
+    logits = logits.to(dtype).to(memory_format=torch.channels_last)
+    return logits.to(DEVICE), target.to(torch.uint8).to(DEVICE)
+
+
+def gradient(
+    logits: Tensor, target: Tensor, *, ours: bool, ignore_index: int = 255, **options: Any
+) -> Tensor:
+    """That of the operator, or of what people write in its place."""
+    leaf = logits.detach().requires_grad_()
+    if ours:
+        loss = upsample_cross_entropy(leaf, target, ignore_index=ignore_index, **options)
+    else:
+        corners = options.pop("align_corners", True)
+        upsampled = F.interpolate(leaf, target.shape[1:], mode="bilinear", align_corners=corners)
+        upsampled = upsampled if leaf.dtype == torch.float64 else upsampled.float()
+        loss = F.cross_entropy(upsampled, target.long(), ignore_index=ignore_index, **options)
+    return torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.37))[0]
+
+
+def check(
+    logits: Tensor, target: Tensor, assert_accurate: Callable[..., None], **options: Any
+) -> None:
+    with Watch(order="reverse") if launch.interpreting() else contextlib.nullcontext():
+        ours = gradient(logits, target, ours=True, **options)
+    assert ours.dtype == logits.dtype and ours.stride() == logits.stride()
+    plain = gradient(logits, target, ours=False, **options)
+    exact = gradient(logits.double(), target, ours=False, **options)
+    assert_accurate("gradient", ours, plain, exact)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "align_corners"),
+    [
+        pytest.param((1, 5, 2, 5, 4, 11), BF16, False, id="two strips"),
+        pytest.param((2, 40, 3, 2, 6, 4), FP16, True, id="two parts, few rows of three"),
+        pytest.param((1, 70, 2, 2, 3, 3), BF16, True, id="two programs of classes"),
+        pytest.param((1, 3, 1, 1, 2, 10), FP16, False, id="one low pixel"),
+        pytest.param((1, 4, 2, 3, 2, 3), BF16, True, id="equal size"),
+    ],
+)
+def test_error_is_at_most_twice_that_of_torch(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    align_corners: bool,
+    assert_accurate: Callable[..., None],
+    launched: list[str],
+) -> None:
+    logits, target = example(shape, dtype)
+    check(logits, target, assert_accurate, align_corners=align_corners, reduction="sum")
+    assert launched[-1] == "cells_kernel"
+
+
+def test_neighbours_far_apart(assert_accurate: Callable[..., None], launched: list[str]) -> None:
+    """Factors from pixel to pixel leave the range of float32."""
+    logits, target = example((1, 5, 2, 2, 3, 5), FP16, 300.0)
+    check(logits, target, assert_accurate, reduction="mean")
+    assert launched[-1] == "cells_kernel"
+
+
+def test_labels_of_eight_bytes(assert_accurate: Callable[..., None], launched: list[str]) -> None:
+    """The ignored label is a class; all of an image are."""
+    logits, target = example((2, 35, 2, 2, 3, 4), FP16)
+    target = target.long()
+    target[target == 255] = 33
+    target[1] = 33
+    check(logits, target, assert_accurate, reduction="mean", ignore_index=33)
+    assert launched[-1] == "cells_kernel"
+
+
+def _kernel(classes: int = 150, size: int = 480, dtype: torch.dtype = BF16, **options: Any) -> str:
+    """The backward kernel that is tried first for a map of 60 x 60."""
+    logits = torch.empty(2, classes, 60, 60, dtype=dtype, device="meta")
+    target = torch.empty(2, size, size, dtype=torch.uint8, device="meta")
+    lse, grad = (torch.empty(s, device="meta") for s in (target.shape, options.pop("grad", ())))
+    prepared = plan.options(options.pop("weight", None), 255, True, options.pop("smoothing", 0.0))
+    asked = plan.Backward(grad, plan.channels_last(logits), target, lse, prepared)
+    machine = Machine(90, 132, **options)
+    launches, _ = asked.launches(machine, asked.configs(machine)[0])
+    return launches[0].name
+
+
+def test_where_it_is_chosen() -> None:
+    """Half precision, many classes, not too large a ratio, and nothing but labels in the loss."""
+    assert _kernel() == _kernel(dtype=FP16) == _kernel(171) == "cells_kernel"
+    others = [
+        _kernel(dtype=FP32),
+        _kernel(64),
+        _kernel(size=720),
+        _kernel(size=50),
+        _kernel(smoothing=0.1),
+        _kernel(weight=torch.empty(150, device="meta")),
+        _kernel(grad=(2, 480, 480)),
+    ]
+    assert set(others) == {"backward_kernel"}
+
+
+@pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+@pytest.mark.parametrize(("low", "high"), [(60, 480), (9, 66), (5, 5), (1, 4), (7, 3)])
+def test_outputs_of_a_cell(low: int, high: int, align_corners: bool) -> None:
+    axis = Axis(low, high, align_corners)
+    counts = [sum(axis.before(place) == i for place in range(high)) for i in range(-1, low)]
+    most, mostly = plan.places_of_cell(axis)
+    assert most == max(counts) and mostly in (most, most - 1)
