@@ -31,18 +31,20 @@ def _row(seeds: int, options: str) -> Variant:
     return Variant(tuple(options.split()), seeds)
 
 
+# In the paper's form AdamW saturates the gates: they would be the same for every image.
+_ENCNET = "--model encnet --form released --aux false"
 _RANDOM = ("--pretrained", "")
 STUDIES = {
     "networks": Study(
         "_folder_lite0",
         {
             "fcn": _row(5, "--model fcn"),
-            "encnet": _row(5, "--model encnet --se-loss false"),
-            "encnet_se": _row(5, "--model encnet --se-loss true"),
+            "encnet": _row(5, f"{_ENCNET} --se-loss false"),
+            "encnet_se": _row(5, f"{_ENCNET} --se-loss true"),
             "psp": _row(2, "--model psp"),
             "deeplab": _row(2, "--model deeplab"),
             "fcn_random": Variant(("--model", "fcn", *_RANDOM), 2),
-            "encnet_se_random": Variant(("--model", "encnet", *_RANDOM), 2),
+            "encnet_se_random": Variant((*_ENCNET.split(), *_RANDOM), 2),
         },
         ["fcn", "encnet"],
     ),
@@ -52,7 +54,6 @@ STUDIES = {
             "recipe": _row(1, ""),
             "lr_0.0005": _row(1, "--lr 0.0005"),
             "lr_0.001": _row(1, "--lr 0.001"),
-            "lr_0.002": _row(1, "--lr 0.002"),
             "lr_0.004": _row(1, "--lr 0.004"),
             "head_x5": _row(1, "--head-lr-scale 5"),
             "all_layers": _row(1, "--layer-decay 1"),
@@ -60,6 +61,7 @@ STUDIES = {
             "average": _row(1, "--ema 0.99"),
             "unweighted": _row(1, "--class-weight none"),
             "colour": _row(1, "--jitter 0.4,0.4,0.4"),
+            "paper_form": _row(1, "--form paper --aux none"),
         },
         ["recipe"],
     ),
