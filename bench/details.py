@@ -1,7 +1,7 @@
-"""Where a network is better: IoU by class and by area, and how well its context knows the classes.
+"""Where a network is better: IoU by class and area, and how well its context predicts the classes.
 
-The paper says that the SE loss helps small objects, since a class counts in it by being there and
-not by its pixels.
+The paper says that the SE loss helps small objects, because in it a class counts by its presence
+and not by its pixels.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Details = dict[str, dict[str, float | None]]
 
 
 def details(weights: Path, data: Dataset) -> Details:
-    """Of a checkpoint on a data set, each None where nothing counts.
+    """Figures of a checkpoint on a data set, each None where there is nothing to count.
 
     - class: IoU over all images.
-    - area: for each limit of `AREAS`, the mean over the images and their classes of that area of
-      the IoU in the image.
+    - area: for each range of `AREAS`, the IoU of a class in an image, averaged over all classes and
+      images in which the class has such an area.
     - presence: average precision of the SE loss's prediction that a class is in an image, for
       classes that are in some images and not in all; empty for a network without SE loss.
     """
@@ -87,7 +87,7 @@ def by_area(counts: NDArray[np.int64]) -> dict[str, float | None]:
 
 
 def average_precision(score: NDArray[np.floating], true: NDArray[np.bool_]) -> float | None:
-    """Mean precision at the rank of each true one; None if all or none are true."""
+    """Mean precision at the rank of each true entry; None if all or none are true."""
     if true.all() or not true.any():
         return None
     ranked = true[np.argsort(-score, kind="stable")]

@@ -3,12 +3,12 @@
     python -m bench real --data DIR --pretrained efficientnet-lite0-57934424.pth --ignore-label 11
 
 Every run is an ordinary run of the trainer, in a folder of its own below --out, with the same
-images, order of samples and steps for all networks. Stop the command whenever you like and give it
-again: what is finished is kept, and the run that was cut off goes on from its last checkpoint.
+images, order of samples and steps for all networks. You can stop the command at any time and give
+it again: finished runs are kept, and the interrupted one continues from its last checkpoint.
 
 --study settings compares learning rates and other settings of one network instead. Choose on the
-validation images; when all runs are finished, --test scores the last weights on the test images: of
-every network, or of the setting that is best on the validation images.
+validation images. When all runs are finished, --test scores the last weights on the test images, of
+every network or of the setting that is best on the validation images.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ FORWARD = 1 / 3  # of the time of a training step, per pixel
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of this command; the trainer has more."""
-    parser.add_argument("--data", required=True, help="folder of images, as folder_small reads it")
-    parser.add_argument("--study", choices=STUDIES, default="networks", help="(%(default)s)")
+    """The options of this command; all others go to the trainer."""
+    parser.add_argument("--data", required=True, help="a folder data set")
+    parser.add_argument("--study", choices=STUDIES, default="networks", help="default networks")
     parser.add_argument("--only", help="rows of the study, such as fcn,encnet_se (default: all)")
     parser.add_argument(
-        "--seeds", type=whole(1), help="runs of each row (default: 5 or 2; of settings 1)"
+        "--seeds", type=whole(1), help="runs of each row (default: 5 or 2; for settings 1)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/real"), help="folder of the runs (%(default)s)"
+        "--out", type=Path, default=Path("runs/real"), help="their folder (default %(default)s)"
     )
     parser.add_argument(
         "--show", action="store_true", help="train nothing; print what is finished and what is left"
     )
     parser.add_argument(
-        "--details", action="store_true", help="IoU by class and by area; takes a validation a run"
+        "--details", action="store_true", help="IoU by class and area; one more validation per run"
     )
-    parser.add_argument("--test", action="store_true", help="score split test at the end")
+    parser.add_argument("--test", action="store_true", help="score the split test at the end")
     add_json(parser)
 
 
@@ -95,7 +95,7 @@ def images(config: Config, split: str) -> Dataset:
 
 
 def work(config: Config) -> float:
-    """Images that a run trains on, those it validates counted by the time that they take."""
+    """Images that a run trains on, plus those it validates, weighted by the time that they take."""
     data, epochs, every = config.data, config.optim.epochs, config.run.val_every
     train_images, val_images = images(config, data.train_split), images(config, data.val_split)
     width, height = val_images[0].image.size
@@ -117,7 +117,7 @@ def _recorded(folder: Path, key: str) -> list[float]:
 
 
 def forecast(runs: list[Run], done: list[Run]) -> float:
-    """Hours that ``runs`` will take, from the speed of those done, else of a few steps."""
+    """Hours that ``runs`` will take, from the speed of those done, or else of a few steps."""
     timed = done or [_timing(runs[0])]
     speed = statistics.median(images_per_second(run.place) for run in timed)
     return sum(work(run.config) for run in runs) / speed / 3600
@@ -198,7 +198,7 @@ def firsts(runs: list[Run]) -> dict[str, Run]:
 
 
 def test_scores(run: Run) -> Figures:
-    """The last weights on split test; computed once, then read."""
+    """Scores of the last weights on the split test; computed once, then read."""
     file = run.place / "test.json"
     if not file.exists():
         command = [sys.executable, "-m", "encnet_triton.evaluate", "--split", "test"]
@@ -210,7 +210,7 @@ def test_scores(run: Run) -> Figures:
 
 
 def run_details(run: Run) -> Details:
-    """Of the last weights on the validation images; computed once, then read."""
+    """Details of the last weights on the validation images; computed once, then read."""
     file = run.place / "details.json"
     if not file.exists():
         write_json(details(run.weights, images(run.config, run.config.data.val_split)), file)
@@ -219,7 +219,7 @@ def run_details(run: Run) -> Details:
 
 
 def chosen(study: str, runs: list[Run], scores: dict[str, dict[int, Figures]]) -> list[Run]:
-    """The runs to be scored on test: of all networks, or of the best setting alone."""
+    """The runs to be scored on test: all networks, or only the best setting."""
     if study == "networks":
         return runs
     means = {k: statistics.mean(r["miou"] for r in rows.values()) for k, rows in scores.items()}
@@ -242,7 +242,7 @@ def train_all(runs: list[Run], console: Console) -> None:
 def _sections(
     options: argparse.Namespace, runs: list[Run], done: list[Run]
 ) -> Iterator[tuple[str, Table, Any]]:
-    """Name, table and figures of what is known."""
+    """Name, table and figures of each part of the result."""
     study = STUDIES[options.study]
     scores = collect(done, lambda run: last_validation(run.place))
     yield "val", score_table("validation images, last weights", scores, study.bases), scores

@@ -1,10 +1,10 @@
-"""A training step on one light trunk: EncNet and FCN here, and the decoders of
-segmentation_models.pytorch, as it trains them on CamVid.
+"""A training step on one light trunk: our EncNet and FCN, and the decoders of
+segmentation_models.pytorch, trained as in its CamVid example.
 
 Each network is trained for a few steps on random images in a fresh process, with EfficientNet-Lite0
-below all of them: ours as `folder_encnet_lite0` has it (cross-entropy, SE loss, AdamW), theirs with
-Dice loss and Adam, as in their example. Seconds are those of the processor, which other work on the
-machine changes less than those of the clock. Needs the extra peers.
+as the trunk of all: ours as in `folder_encnet_lite0` (cross-entropy, SE loss, AdamW), theirs with
+Dice loss and Adam. Seconds are processor time, which other work on the machine changes less than
+wall-clock time. Needs the extra `peers`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Found:
-    """A network's cost: processor seconds of a step, and its peak memory above the state before."""
+    """A network's cost: processor seconds of a step, and peak memory above that in use before."""
 
     parameters: int
     gmac: float
@@ -52,8 +52,8 @@ class Found:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
-    parser.add_argument("--crop", type=size, default=(288, 384), help="pixels (288x384)")
-    parser.add_argument("--batch", type=whole(1), default=8, help="images a step (%(default)s)")
+    parser.add_argument("--crop", type=size, default=(288, 384), help="pixels (default 288x384)")
+    parser.add_argument("--batch", type=whole(1), default=8, help="images per step (default 8)")
     parser.add_argument("--network", choices=(*OURS, *THEIRS), help=argparse.SUPPRESS)
     add_json(parser)
 
@@ -85,7 +85,7 @@ def theirs(name: str) -> tuple[nn.Module, Step]:
         import segmentation_models_pytorch as smp
     except ImportError:
         raise ValueError(
-            "segmentation_models.pytorch is not installed; the extra has it: pip install '.[peers]'"
+            "segmentation_models.pytorch is not installed: pip install '.[peers]'"
         ) from None
     made = smp.create_model(name, f"tu-{TRUNK}", encoder_weights=None, classes=CLASSES)
     model: nn.Module = made.to(memory_format=torch.channels_last)
@@ -133,7 +133,7 @@ def _table(found: dict[str, Found], options: argparse.Namespace) -> Table:
     crop = f"{options.crop[0]} x {options.crop[1]}"
     table = Table(title=f"training step, {options.batch} images of {crop}, {TRUNK}")
     table.add_column("network")
-    for column in ("parameters", "GMAC", "processor s", "images a processor s", "extra MiB"):
+    for column in ("parameters", "GMAC", "CPU seconds", "images per CPU second", "extra MiB"):
         table.add_column(column, justify="right")
     for name, one in found.items():
         label = OURS.get(name, f"smp {name}")
@@ -145,7 +145,7 @@ def _table(found: dict[str, Found], options: argparse.Namespace) -> Table:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure all networks and print the table; with --network one, in this process."""
+    """Measure all networks and print the table, or with --network one, in this process."""
     if options.network:
         print(json.dumps(asdict(measure(options.network, options.crop, options.batch))))
         return 0

@@ -20,7 +20,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared: variants of a recipe, each with the differences from ``bases``."""
+    """What is compared: variants of a recipe, each with its differences from ``bases``."""
 
     recipe: str
     variants: dict[str, Variant]
@@ -80,7 +80,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.variant}-seed{self.seed}"
 
     @property
@@ -90,13 +90,13 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """The last weights, or the last average of them; never the best, which validation chose."""
+        """The last weights or their last average; not the best, which the validation chose."""
         average = self.place / "average.safetensors"
         return average if average.exists() else self.place / "last.safetensors"
 
     @cached_property
     def config(self) -> Config:
-        """As the trainer will have it."""
+        """The configuration that the trainer will use."""
         given = ["--recipe", self.recipe, "--seed", str(self.seed), "--runs", str(self.folder)]
         return cli.configuration(
             cli.parse([*given, "--name", self.name, "--resume", *self.options])
