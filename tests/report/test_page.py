@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -126,3 +129,39 @@ def test_runs_side_by_side(tmp_path: Path, capsys) -> None:
     (tmp_path / "a" / "config.json").write_text("{")
     assert compare.main(runs) == 2
     assert "config.json is damaged" in capsys.readouterr().err
+
+
+LOOK = """<script>addEventListener("load", () => {
+document.querySelectorAll("details").forEach(one => one.open = true);
+const images = [...document.images];
+document.body.dataset.seen = JSON.stringify({
+pictures: images.map(one => [one.naturalWidth, one.naturalHeight, one.width]),
+wider: document.documentElement.scrollWidth - innerWidth});
+console.log("looked");
+})</script>"""
+
+
+@pytest.mark.verify
+def test_chromium_shows_every_picture_and_has_nothing_to_say(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the width of a telephone, where nothing is cut off."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("Chromium is not installed")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--recipe", str(recipe), "--epochs", "1", "--report", "true"]) == 0
+    report = Path("runs/tiny/report.html").read_text(encoding="utf-8")
+    Path("looked.html").write_text(report.replace("</body>", LOOK + "</body>"), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800",
+               f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+               "--virtual-time-budget=10000", "--dump-dom",
+               f"file://{tmp_path}/looked.html"]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    assert len(said) == 1 and "looked" in said[0], said
+    seen = json.loads(html.unescape(re.search('data-seen="(.*?)"', shown.stdout)[1]))
+    assert len(seen["pictures"]) == report.count("<img ") > 0
+    assert all(size > 0 for picture in seen["pictures"] for size in picture)
+    assert seen["wider"] <= 0

@@ -331,5 +331,5 @@ def test_checkpoint_for_another_class_count_is_refused(recipe, folder_data, caps
 def test_environment_report_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
     environment.main()
     said = capsys.readouterr().out
-    assert f"torch:         {torch.__version__.split('+')[0]}" in said
+    assert f"torch:           {torch.__version__.split('+')[0]}" in said
     assert "kernels:" in said
