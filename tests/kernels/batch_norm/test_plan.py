@@ -45,7 +45,12 @@ pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 DEVICE = "cpu" if launch.interpreting() else "cuda"
 DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+    "dtype",
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.bfloat16, id="bf16"),
+        pytest.param(torch.float16, id="fp16", marks=pytest.mark.verify),
+    ],
 )
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 
@@ -284,6 +289,7 @@ def test_an_empty_share_of_a_group_has_sums_of_zero() -> None:
     assert mean.tolist() == [3.0, 0.0] and var.tolist() == [1.0, 18.0] and count.tolist() == [2.0]
 
 
+@pytest.mark.verify  # test_operator.py has the processes, tests of kernels what they launch
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
 )

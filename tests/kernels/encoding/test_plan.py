@@ -24,7 +24,7 @@ from tests.support.opcheck import opcheck
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 DEVICE = "cpu" if launch.interpreting() else "cuda"
-HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.verify))
 FUSED, SPLIT = Config(16, 32, 4), Config(16, 32, 4, fused=False)
 WHOLE = Config(16, 32, 4, whole=True)
 
