@@ -24,7 +24,9 @@ img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid #8886; text-align: left; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; min-width: 6rem; }
+td.number { overflow-wrap: normal; min-width: 0; }
+@media (max-width: 40rem) { th, td { padding: .2rem .3rem; } }
 figure { margin: 1.2rem 0; }
 figcaption { margin-bottom: .3rem; overflow-wrap: anywhere; }
 .row { display: grid; gap: .4rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
