@@ -1,13 +1,11 @@
 """Which kernels the upsampling operators launch on a GPU.
 
-They are in forward.py and backward.py. Logits are B x C x h x w, targets B x H x W.
+They are in forward.py, backward.py and cells.py. Logits are B x C x h x w, targets B x H x W.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -18,13 +16,13 @@ from ..runtime.tuned import Problem, problem
 from . import backward as backward_kernels
 from . import cells as cells_kernels
 from . import forward as forward_kernels
+from .axis import LOW_COLUMNS, Axis, places_of_cell, rows_of_part, rows_of_segment, strip_of
 from .pytorch import label_dtype
 
 # Forward: columns of a program, and classes of a chunk that one thread owns.
-_COLUMNS, _OWN_CLASSES, _MOST_ROWS = 32, 8, 9
-# Backward: classes of a program; the low columns it may own, rows of a product of matrices.
-_CLASSES, _LOW_COLUMNS = 16, 32
-_WIDTHS, _REGISTERS = (256, 128, 64, 32), 128
+_COLUMNS, _OWN_CLASSES = 32, 8
+# Backward: classes of a program, and a limit for its registers.
+_CLASSES, _REGISTERS = 16, 128
 _MOST_REGISTERS = 255
 # Programs a multiprocessor that the backward pass is split into, and the fewest rows of a part.
 _PROGRAMS, _LEAST_ROWS = 8, 8
@@ -33,74 +31,6 @@ _CELLS, _PARTS, _MOST_PLACES = 16, 5, 10
 # With fewer classes the other kernel computes less: pixels cost the same for one part as for five.
 _CLASSES_OF_CELLS = 65
 _MOST_NUMBER = 2**31
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One direction of the map, upsampled from `low` to `high` places."""
-
-    low: int
-    high: int
-    align_corners: bool
-
-    def before(self, place: int) -> int:
-        """The low place at or before an output place, -1 where it is before all of them."""
-        if self.align_corners:
-            return place * (self.low - 1) // max(self.high - 1, 1)
-        return max((2 * place + 1) * self.low - self.high, -1) // (2 * self.high)
-
-    def first_after(self, index: int) -> int:
-        """The first output place that does not lie before low place `index`."""
-        if index < 0:
-            return 0
-        if index >= self.low:
-            return self.high
-        if self.align_corners:
-            first = cdiv(index * max(self.high - 1, 1), max(self.low - 1, 1))
-        else:
-            first = cdiv(2 * self.high * index + self.high - self.low, 2 * self.low)
-        return min(max(first, 0), self.high)
-
-    @property
-    def gaps(self) -> range:
-        """The low places that outputs may lie at or after."""
-        return range(0 if self.align_corners else -1, self.low)
-
-
-@cache
-def rows_of_part(axis: Axis) -> tuple[int, int]:
-    """Output rows of a program of the forward pass, and in how many parts the rows of a gap come.
-
-    A program has rows that lie between the same two low rows, or beyond the first or last one.
-    """
-    most = max(axis.first_after(i + 1) - axis.first_after(i) for i in axis.gaps)
-    rows = max(1, min(most, _MOST_ROWS))
-    return rows, cdiv(most, rows)
-
-
-@cache
-def strip_of(axis: Axis) -> Optional[tuple[int, int]]:
-    """Low columns that a program of the backward pass owns, and the width that all theirs fit in.
-
-    The pair with the fewest threads in total; None if even one low column touches too many.
-    """
-    found: list[tuple[int, int, int]] = []
-    for width, own in itertools.product(_WIDTHS, range(1, _LOW_COLUMNS + 1)):
-        strips = range(0, axis.low, own)
-        if all(axis.first_after(c + own) - axis.first_after(c - 1) <= width for c in strips):
-            found.append((len(strips) * width, own, width))
-    if not found:
-        return None
-    _, own, width = min(found)
-    return own, width
-
-
-@cache
-def places_of_cell(axis: Axis) -> tuple[int, int]:
-    """The most outputs between two low places, and how many there mostly are: those or one less."""
-    counts = [axis.first_after(i + 1) - axis.first_after(i) for i in axis.gaps]
-    most = max(counts)
-    return most, most - 1 if most > 1 and 2 * counts.count(most) < len(counts) else most
 
 
 @dataclass(frozen=True)
@@ -121,6 +51,14 @@ class Options:
             "Mean": weight.mean() if needs_mean else weight,
             "ignore": self.ignore_index,
             "smoothing": self.smoothing,
+        }
+
+    def kinds(self) -> dict[str, bool]:
+        """What other programs are compiled for, and other configurations measured."""
+        return {
+            "align_corners": self.align_corners,
+            "weighted": self.weight is not None,
+            "smooth": self.smoothing > 0,
         }
 
     def constants(self) -> dict[str, bool]:
@@ -284,9 +222,8 @@ class Forward:
         return self.logits.device
 
     def problem(self) -> Problem:
-        given, options = (self.logits, *self.target.shape[1:]), self.options
-        align, smooth = options.align_corners, options.smoothing > 0
-        return _asked("forward", *given, align_corners=align, smooth=smooth)
+        height, width = self.target.shape[1:]
+        return _asked("forward", self.logits, height, width, **self.options.kinds())
 
     def configs(self, machine: Machine) -> list[Config]:
         return forward_configs()
@@ -355,9 +292,9 @@ class Backward:
         return self.logits.device
 
     def problem(self) -> Problem:
-        given, options = (self.logits, *self.target.shape[1:]), self.options
-        align, smooth, a_map = options.align_corners, options.smoothing > 0, self.grad.dim() > 0
-        return _asked("backward", *given, align_corners=align, smooth=smooth, map=a_map)
+        height, width = self.target.shape[1:]
+        kinds = self.options.kinds() | {"map": self.grad.dim() > 0}
+        return _asked("backward", self.logits, height, width, **kinds)
 
     def configs(self, machine: Machine) -> list[Config]:
         return self._by_cells(machine) + self._by_columns()
@@ -381,6 +318,15 @@ class Backward:
     def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
         return (self._launch_cells if config.whole else self._launch_columns)(machine, config)
 
+    def _tensors(self, result: Tensor) -> dict[str, Tensor]:
+        return {
+            "Target": self.target,
+            "Lse": self.lse,
+            "Grad": self.grad,
+            "Rates": self.grad if self.rates is None else self.rates,
+            "dLogits": result,
+        }
+
     def _launch_cells(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
         logits = self.logits
         images, classes, h, w = logits.shape
@@ -388,30 +334,17 @@ class Backward:
         problem = _Problem(logits, height, width, self.options.align_corners)
         (most, mostly), (columns, _) = map(places_of_cell, problem.axes)
         strips, chunks = cdiv(w, config.block_n - 1), cdiv(classes, config.block_c)
-        columns_of_cells = images * strips * chunks
-
-        def gaps(own_rows: int) -> int:
-            """Between low rows that the multiprocessor with most programs visits."""
-            waves = cdiv(columns_of_cells * cdiv(h, own_rows), machine.processors)
-            return waves * (own_rows + 1)
-
-        own_rows = min(range(h, 0, -1), key=gaps)
+        side_by_side = images * strips * chunks
+        own_rows = rows_of_segment(h, side_by_side, machine.processors)
         segments = cdiv(h, own_rows)
-        programs = columns_of_cells * segments
+        programs = side_by_side * segments
         result = torch.empty_like(logits)
         moved = self.lse.new_empty(2 * programs * config.block_n * config.block_c)
-        tensors = {
-            "Target": self.target,
-            "Lse": self.lse,
-            "Grad": self.grad,
-            "Rates": self.grad if self.rates is None else self.rates,
-            "dLogits": result,
-            "Moved": moved,
-        }
         launch = Launch(
             cells_kernels.cells_kernel,
             (programs,),
-            tensors
+            self._tensors(result)
+            | {"Moved": moved}
             | {"own_rows": own_rows, "segments": segments, "strips": strips}
             | problem.arguments(),
             {
@@ -441,13 +374,6 @@ class Backward:
         own_rows = cdiv(h, max(1, min(wanted, h // _LEAST_ROWS)))
         segments = cdiv(h, own_rows)
         result = torch.empty_like(logits)
-        tensors = {
-            "Target": self.target,
-            "Lse": self.lse,
-            "Grad": self.grad,
-            "Rates": self.grad if self.rates is None else self.rates,
-            "dLogits": result,
-        }
         sizes = {
             "own_rows": own_rows,
             "own_columns": found[0],
@@ -456,12 +382,12 @@ class Backward:
         }
         # Three TF32 products, which would be exact enough for float32, need too many registers.
         precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(logits.dtype, "ieee")
-        constants = {"BX": config.block_n, "BM": _LOW_COLUMNS}
+        constants = {"BX": config.block_n, "BM": LOW_COLUMNS}
         constants |= {"MAP": self.grad.dim() > 0, "MEAN": self.rates is not None}
         launch = Launch(
             backward_kernels.backward_kernel,
             (images * segments * strips * chunks,),
-            tensors | sizes | problem.arguments() | options.arguments(logits),
+            self._tensors(result) | sizes | problem.arguments() | options.arguments(logits),
             constants
             | {"PRECISION": precision}
             | problem.constants(config.block_c)

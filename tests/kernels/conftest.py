@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +53,17 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     launch.forget()
     monkeypatch.setattr(tuned, "tried", ())
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched since."""
+    names: list[str] = []
+    original = launch.run_all
+
+    def run_all(launches: Any) -> None:
+        names.extend(one.name for one in launches)
+        original(launches)
+
+    monkeypatch.setattr(launch, "run_all", run_all)
+    return names

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -18,57 +18,35 @@ from encnet_triton.kernels import upsample_cross_entropy
 from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.runtime.launch import Machine
 from encnet_triton.kernels.upsampling import plan
-from encnet_triton.kernels.upsampling.plan import Axis
+from encnet_triton.kernels.upsampling.axis import Axis, places_of_cell
+from tests.support import upsampling
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
-DEVICE = "cpu" if launch.interpreting() else "cuda"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched since, with cells for any number of classes."""
+def launched(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """With cells for any number of classes."""
     # Fewer cells, so that small maps have several strips; a program's classes are two parts.
     for name, value in {"_CLASSES_OF_CELLS": 1, "_CELLS": 4, "_PARTS": 2}.items():
         monkeypatch.setattr(plan, name, value)
-    names: list[str] = []
-    original = launch.run_all
-
-    def run_all(launches: Any) -> None:
-        names.extend(one.name for one in launches)
-        original(launches)
-
-    monkeypatch.setattr(launch, "run_all", run_all)
-    return names
+    return launched
 
 
 def example(
-    shape: tuple[int, ...], dtype: torch.dtype = BF16, spread: float = 3.0
+    shape: tuple[int, ...], dtype: torch.dtype, spread: float = 3.0
 ) -> tuple[Tensor, Tensor]:
-    """Logits, channels last, and uint8 labels, those of the first row and some others ignored."""
-    images, classes, low_height, low_width, height, width = shape
-    generator = torch.Generator().manual_seed(0)
-    logits = spread * torch.randn(images, classes, low_height, low_width, generator=generator)
-    target = torch.randint(classes, (images, height, width), generator=generator)
-    target[torch.rand(target.shape, generator=generator) < 0.2] = 255
-    target[:, 0] = 255
-    logits = logits.to(dtype).to(memory_format=torch.channels_last)
-    return logits.to(DEVICE), target.to(torch.uint8).to(DEVICE)
+    """A fifth of the labels ignored."""
+    return upsampling.example(shape, dtype, spread, ignored=0.2)
 
 
 def gradient(
-    logits: Tensor, target: Tensor, *, ours: bool, ignore_index: int = 255, **options: Any
+    function: Callable[..., Tensor], logits: Tensor, target: Tensor, **options: Any
 ) -> Tensor:
-    """That of the operator, or of what people write in its place."""
     leaf = logits.detach().requires_grad_()
-    if ours:
-        loss = upsample_cross_entropy(leaf, target, ignore_index=ignore_index, **options)
-    else:
-        corners = options.pop("align_corners", True)
-        upsampled = F.interpolate(leaf, target.shape[1:], mode="bilinear", align_corners=corners)
-        upsampled = upsampled if leaf.dtype == torch.float64 else upsampled.float()
-        loss = F.cross_entropy(upsampled, target.long(), ignore_index=ignore_index, **options)
+    loss = function(leaf, target, **options)
     return torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.37))[0]
 
 
@@ -76,10 +54,10 @@ def check(
     logits: Tensor, target: Tensor, assert_accurate: Callable[..., None], **options: Any
 ) -> None:
     with Watch(order="reverse") if launch.interpreting() else contextlib.nullcontext():
-        ours = gradient(logits, target, ours=True, **options)
+        ours = gradient(upsample_cross_entropy, logits, target, **options)
     assert ours.dtype == logits.dtype and ours.stride() == logits.stride()
-    plain = gradient(logits, target, ours=False, **options)
-    exact = gradient(logits.double(), target, ours=False, **options)
+    plain = gradient(upsampling.formula, logits, target, **options)
+    exact = gradient(upsampling.formula, logits.double(), target, **options)
     assert_accurate("gradient", ours, plain, exact)
 
 
@@ -122,24 +100,35 @@ def test_labels_of_eight_bytes(assert_accurate: Callable[..., None], launched: l
     assert launched[-1] == "cells_kernel"
 
 
-def _kernel(classes: int = 150, size: int = 480, dtype: torch.dtype = BF16, **options: Any) -> str:
-    """The backward kernel that is tried first for a map of 60 x 60."""
+def _asked(
+    classes: int = 150,
+    size: int = 480,
+    dtype: torch.dtype = BF16,
+    grad: tuple[int, ...] = (),
+    weight: Tensor | None = None,
+    smoothing: float = 0.0,
+) -> plan.Backward:
+    """A backward pass for a map of 60 x 60."""
     logits = torch.empty(2, classes, 60, 60, dtype=dtype, device="meta")
     target = torch.empty(2, size, size, dtype=torch.uint8, device="meta")
-    lse, grad = (torch.empty(s, device="meta") for s in (target.shape, options.pop("grad", ())))
-    prepared = plan.options(options.pop("weight", None), 255, True, options.pop("smoothing", 0.0))
-    asked = plan.Backward(grad, plan.channels_last(logits), target, lse, prepared)
-    machine = Machine(90, 132, **options)
+    lse, upstream = (torch.empty(shape, device="meta") for shape in (target.shape, grad))
+    prepared = plan.options(weight, 255, True, smoothing)
+    return plan.Backward(upstream, plan.channels_last(logits), target, lse, prepared)
+
+
+def _kernel(**options: Any) -> str:
+    """The kernel that is tried first."""
+    asked, machine = _asked(**options), Machine(90, 132)
     launches, _ = asked.launches(machine, asked.configs(machine)[0])
     return launches[0].name
 
 
 def test_where_it_is_chosen() -> None:
     """Half precision, many classes, not too large a ratio, and nothing but labels in the loss."""
-    assert _kernel() == _kernel(dtype=FP16) == _kernel(171) == "cells_kernel"
+    assert _kernel() == _kernel(dtype=FP16) == _kernel(classes=171) == "cells_kernel"
     others = [
         _kernel(dtype=FP32),
-        _kernel(64),
+        _kernel(classes=64),
         _kernel(size=720),
         _kernel(size=50),
         _kernel(smoothing=0.1),
@@ -149,10 +138,17 @@ def test_where_it_is_chosen() -> None:
     assert set(others) == {"backward_kernel"}
 
 
+def test_a_measurement_with_weights_is_none_without() -> None:
+    """Cells are for a loss without weights."""
+    plain, weighted = _asked(), _asked(weight=torch.empty(150, device="meta"))
+    assert plain.problem().distance(_asked().problem()) == 0
+    assert plain.problem().distance(weighted.problem()) == math.inf
+
+
 @pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
 @pytest.mark.parametrize(("low", "high"), [(60, 480), (9, 66), (5, 5), (1, 4), (7, 3)])
 def test_outputs_of_a_cell(low: int, high: int, align_corners: bool) -> None:
     axis = Axis(low, high, align_corners)
     counts = [sum(axis.before(place) == i for place in range(high)) for i in range(-1, low)]
-    most, mostly = plan.places_of_cell(axis)
+    most, mostly = places_of_cell(axis)
     assert most == max(counts) and mostly in (most, most - 1)

@@ -20,12 +20,12 @@ from bench.static.interpreter import Watch
 from encnet_triton.kernels import upsample_argmax, upsample_cross_entropy
 from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.upsampling import library, plan
-from encnet_triton.kernels.upsampling.plan import Axis
+from encnet_triton.kernels.upsampling.axis import Axis, rows_of_part, strip_of
 from tests.support.opcheck import opcheck
+from tests.support.upsampling import DEVICE, example, formula
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
-DEVICE = "cpu" if launch.interpreting() else "cuda"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CORNERS = pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
 # (B, C, h, w, H, W) and dtypes, with the reason for the case
@@ -68,54 +68,6 @@ def watched(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip("a GPU orders its programs itself")
     with watching(request.param):
         yield
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched since."""
-    names: list[str] = []
-    original = launch.run_all
-
-    def run_all(launches: Any) -> None:
-        names.extend(one.name for one in launches)
-        original(launches)
-
-    monkeypatch.setattr(launch, "run_all", run_all)
-    return names
-
-
-def example(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, spread: float = 3.0
-) -> tuple[Tensor, Tensor]:
-    """Logits, channels last, and uint8 labels, those of the first row ignored."""
-    images, classes, low_height, low_width, height, width = shape
-    generator = torch.Generator().manual_seed(0)
-    logits = spread * torch.randn(images, classes, low_height, low_width, generator=generator)
-    target = torch.randint(classes, (images, height, width), generator=generator)
-    if height > 1:
-        target[:, 0] = 255
-    logits = logits.to(dtype).to(memory_format=torch.channels_last)
-    return logits.to(DEVICE), target.to(torch.uint8).to(DEVICE)
-
-
-def formula(
-    logits: Tensor, target: Tensor, *, align_corners: bool = True, reduction: str, **options: Any
-) -> Tensor:
-    """What people write: upsampled logits, their dtype kept, and torch's cross-entropy."""
-    upsampled = F.interpolate(
-        logits, target.shape[1:], mode="bilinear", align_corners=align_corners
-    )
-    if upsampled.dtype != torch.float64:
-        upsampled = upsampled.float()
-    weight = options.pop("weight", None)
-    return F.cross_entropy(
-        upsampled,
-        target.long(),
-        None if weight is None else weight.to(upsampled),
-        ignore_index=options.pop("ignore_index", 255),
-        reduction=reduction,
-        **options,
-    )
 
 
 def value_and_gradient(
@@ -473,13 +425,13 @@ def test_rows_and_columns_are_where_the_formula_has_them(
         before = min(math.floor(source), low - 1)
         assert axis.before(place) == max(before, -1)
         assert axis.first_after(before) <= place < axis.first_after(before + 1)
-    found = plan.strip_of(axis)
+    found = strip_of(axis)
     if found is None:
         return
     own, width = found
     for first in range(0, low, own):
         reach = [p for p in range(high) if first - 1 <= axis.before(p) < first + own]
         assert len(reach) <= width
-    rows, parts = plan.rows_of_part(axis)
+    rows, parts = rows_of_part(axis)
     counts = [axis.first_after(i + 1) - axis.first_after(i) for i in axis.gaps]
     assert sum(counts) == high and max(counts) <= rows * parts
