@@ -217,6 +217,40 @@ def _cell(
 
 
 @triton.jit
+def _shared_out(
+    sums, counts, bases, kept, across, between, first, onward, scale, PARTS: tl.constexpr
+):
+    """A cell's sums, less the labels, as gradients of its four low pixels.
+
+    A tuple of those of the upper left and upper right ones, complete with what was `kept` from the
+    cell above, by parts; and of the lower two, to be kept.
+    """
+    by_row = onward * scale
+    down = first * scale - by_row
+    up = scale - down
+    uppers, lowers = (), ()
+    for k in tl.static_range(PARTS):
+        shares = ()
+        for s in tl.static_range(4):
+            # Alone, times the column, the row, both; of even parts, and of odd ones.
+            word = counts[s // 2 * 4 + k % 2 * 2 + s % 2].to(tl.uint32)
+            count = ((word >> (k // 2 * 2 * FIELD)) & 4095).to(tl.float32)
+            shares = shares + (sums[4 * k + s] * bases[k] - count,)
+        # From sums over columns to shares of the low columns, then the same for the rows.
+        on_right = (across - between) * shares[0] + between * shares[1]
+        on_left = shares[0] - on_right
+        low_right = (across - between) * shares[2] + between * shares[3]
+        low_left = shares[2] - low_right
+        upper_left = kept[2 * k] + up * on_left - by_row * low_left
+        upper_right = kept[2 * k + 1] + up * on_right - by_row * low_right
+        low_left = down * on_left + by_row * low_left
+        low_right = down * on_right + by_row * low_right
+        uppers = uppers + (upper_left, upper_right)
+        lowers = lowers + (low_left, low_right)
+    return uppers, lowers
+
+
+@triton.jit
 def _patch(
     image, Lse, Target, dImage, Moved, scale, h, w, H, W, first_row, end_row, j, end_column,
     lane, first_class, exact, C: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
@@ -281,37 +315,18 @@ def _patch(
         below = _corners(image, i + 2, h, w, left, right, classes, C, PARTS)
         pixels = _pixels(Lse, Target, y * W + x, W, end - y, columns, lane, R, Q)
 
+        uppers, kept = _shared_out(
+            sums, counts, bases, kept, across, between, first, onward, scale, PARTS
+        )
         # The other half, because a warp may still read what this one wrote the last time.
         moved = Moved + (i & 1) * (CELLS * PARTS * LANES) + moved_at
-        by_row = onward * scale
-        down = first * scale - by_row
-        up = scale - down
-        new_kept, totals = (), ()
         for k in tl.static_range(PARTS):
-            shares = ()
-            for s in tl.static_range(4):
-                # Alone, times the column, the row, both; of even parts, and of odd ones.
-                word = counts[s // 2 * 4 + k % 2 * 2 + s % 2].to(tl.uint32)
-                count = ((word >> (k // 2 * 2 * FIELD)) & 4095).to(tl.float32)
-                shares = shares + (sums[4 * k + s] * bases[k] - count,)
-            # From sums over columns to shares of the low columns, then the same for the rows.
-            on_right = (across - between) * shares[0] + between * shares[1]
-            on_left = shares[0] - on_right
-            low_right = (across - between) * shares[2] + between * shares[3]
-            low_left = shares[2] - low_right
-            upper_left = kept[2 * k] + up * on_left - by_row * low_left
-            upper_right = kept[2 * k + 1] + up * on_right - by_row * low_right
-            low_left = down * on_left + by_row * low_left
-            low_right = down * on_right + by_row * low_right
-            tl.store(moved + k * LANES, upper_right)
-            totals = totals + (upper_left,)
-            new_kept = new_kept + (low_left, low_right)
-        kept = new_kept
+            tl.store(moved + k * LANES, uppers[2 * k + 1])
         tl.debug_barrier()
         to = dImage + i * (w * C) + (left * C + classes)
         for k in tl.static_range(PARTS):
             before = tl.load(moved + (k - PARTS) * LANES, mask=cell > 0, other=0.0)
-            total = totals[k] + before
+            total = uppers[2 * k] + before
             mask = stored & (i >= first_row) & (classes + k * LANES < C)
             tl.store(to + k * LANES, total.to(dImage.dtype.element_ty), mask=mask)
     return tl.max(steepest)
