@@ -31,7 +31,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m encnet_triton.convert",
         description="Convert a checkpoint of PyTorch-Encoding, mmsegmentation or torchvision, or "
         "ImageNet weights of a ResNet.",
-        formatter_class=options.Help,
     )
     parser.add_argument(
         "input", help="a .pth, .pt, .pth.tar, .ckpt or .safetensors file, or the URL of one"

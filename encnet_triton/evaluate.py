@@ -29,7 +29,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = options.Parser(
         prog="python -m encnet_triton.evaluate",
         description="Score a checkpoint on a data set.",
-        formatter_class=options.Help,
     )
     options.add_checkpoint(parser)
     parser.add_argument("--dataset", help="name of the data set (default: the training run's)")

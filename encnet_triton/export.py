@@ -22,7 +22,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = options.Parser(
         prog="python -m encnet_triton.export",
         description="Write a network as a file for ONNX Runtime and others, or for any torch.",
-        formatter_class=options.Help,
     )
     parser.add_argument(
         "checkpoint", type=options.checkpoint,

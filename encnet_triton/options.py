@@ -133,7 +133,13 @@ def make_console(**options: Any) -> Console:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses with one sentence and status 2, and names the option that may have been meant."""
+    """Refuses with one sentence and status 2, and names the option that may have been meant.
+
+    Its help, and that of its commands, is formatted by `Help` unless told otherwise.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Help, **options})
 
     def error(self, message: str) -> NoReturn:
         said = f"{message}{self._meant(message)}"

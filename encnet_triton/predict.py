@@ -33,7 +33,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m encnet_triton.predict",
         description="Label photos: writes a palette PNG and an overlay of each. With a classifier: "
         "prints the likeliest classes.",
-        formatter_class=options.Help,
     )
     parser.add_argument(
         "inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER",

@@ -24,7 +24,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = options.Parser(
         prog="python -m encnet_triton.submit",
         description="Predict a test split and write the archive that its server takes.",
-        formatter_class=options.Help,
     )
     options.add_checkpoint(parser)
     parser.add_argument("--dataset", choices=tuple(SERVERS), help="default: the training run's")

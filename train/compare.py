@@ -147,7 +147,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = options.Parser(
         prog="encnet compare",
         description="Put runs side by side: scores, speed, and the fields in which they differ.",
-        formatter_class=options.Help,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder, such as runs/a")
     parser.add_argument(

@@ -34,7 +34,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="encnet hub",
         description="Write a model as a folder with a card, for others to load, or upload it to "
         "the Hugging Face Hub.",
-        formatter_class=options.Help,
     )
     parser.add_argument(
         "checkpoint", type=options.checkpoint, help="best.safetensors of a run, or such a folder"

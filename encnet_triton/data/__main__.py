@@ -37,10 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = options.Parser(prog="python -m encnet_triton.data")
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser(
-        "check", help="count, decode and verify every file of a data set",
-        formatter_class=options.Help,
-    )  # fmt: skip
+    check = commands.add_parser("check", help="count, decode and verify every file of a data set")
     check.add_argument("dataset", choices=[name for name in DATASETS if name != "scenes"])
     check.add_argument("--data", required=True, help="its folder")
     check.add_argument("--split", action="append", help="split to check (default: train and val)")
@@ -56,10 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--option", action="append", default=[], metavar="NAME=VALUE",
         help="any option of the data set, for example label_order=alphabetical (default: none)",
     )  # fmt: skip
-    made = commands.add_parser(
-        "prepare", help="convert official masks that are not PNGs to PNGs",
-        formatter_class=options.Help,
-    )  # fmt: skip
+    made = commands.add_parser("prepare", help="convert official masks that are not PNGs to PNGs")
     made.add_argument("dataset", choices=PREPARED)
     made.add_argument("--data", type=Path, required=True, help="VOC2012, VOC2010 or COCO's folder")
     made.add_argument(
