@@ -32,21 +32,22 @@ RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"
 Figures = dict[str, Any]
 
 
-def train(recipe: str, seed: int, folder: Path, extra: list[str], name: str = "") -> Figures:
-    """Run one training to its end and return its last validation.
+def train(
+    recipe: str, seed: int, folder: Path, extra: list[str], name: str, quiet: bool = False
+) -> None:
+    """Run one training to its end, or go on with it.
 
     Args:
         recipe, seed: of the run.
         folder: of all runs.
         extra: options of the trainer.
-        name: of the run; the recipe's and the seed by default.
+        name: of the run.
+        quiet: show only its errors.
     """
-    name = name or f"{recipe}-seed{seed}"
     command = [sys.executable, "-m", "encnet_triton.train", "--recipe", recipe, "--resume"]
     command += ["--seed", str(seed), "--runs", str(folder), "--name", name, *extra]
-    if status := subprocess.run(command).returncode:
+    if status := subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None).returncode:
         raise Failed(f"the training {name} ended with status {status}")
-    return last_validation(folder / name)
 
 
 def last_validation(folder: Path) -> Figures:
@@ -124,8 +125,9 @@ def run(options: argparse.Namespace) -> int:
     for seed in range(options.seeds):
         for label, recipe in RECIPES.items():
             console.rule(f"{label}, seed {seed}")
-            found = train(recipe, seed, options.runs, options.extra)
-            scores.setdefault(label, {})[seed] = found
+            name = f"{recipe}-seed{seed}"
+            train(recipe, seed, options.runs, options.extra, name)
+            scores.setdefault(label, {})[seed] = last_validation(options.runs / name)
     title = f"scenes, {options.seeds} seeds: mean and standard error of the mean, in points"
     console.print(score_table(title, scores, ["FCN", "EncNet"]))
     if options.json is not None:

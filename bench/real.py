@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.apart import Failed
 from bench.context import Figures, draw, last_validation, score_table, spread, train
 from bench.details import Details, detail_tables, details
 from bench.options import add_json
+from bench.static.cost import gmac
 from bench.studies import STUDIES, Run
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
@@ -127,21 +127,16 @@ def _timing(run: Run) -> Run:
     """The first steps of a run, in a folder of its own."""
     few = ["--stop-at", str(TIMED_STEPS), "--log-every", str(TIMED_STEPS // 2)]
     trial = Run(f"timing_{run.variant}", run.seed, run.recipe, [*run.options, *few], run.folder)
-    command = [sys.executable, "-m", "encnet_triton.train", "--recipe", trial.recipe, "--resume"]
-    command += ["--runs", str(trial.folder), "--name", trial.name, *trial.options]
-    if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        raise Failed(f"the training {trial.name} ended with status {status}")
+    train(trial.recipe, trial.seed, trial.folder, trial.options, trial.name, quiet=True)
     return trial
 
 
 def cost(run: Run) -> dict[str, float]:
     """Parameters, multiply-accumulates of a forward pass of one crop, and what the run recorded."""
     model, info = load_model(run.weights)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, *info.crop))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "gmac": counter.get_total_flops() / 2e9,
+        "gmac": gmac(lambda: model(torch.zeros(1, 3, *info.crop))),
         "images_per_second": images_per_second(run.place),
         "peak_memory_gib": max(_recorded(run.place, "peak_memory_gib")),
     }

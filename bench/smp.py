@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench import apart, report, timing
 from bench.options import add_json
+from bench.static.cost import gmac
 from encnet_triton.files import write_json
 from encnet_triton.models import create_model
 from encnet_triton.nn import SegmentationLoss
@@ -112,8 +112,7 @@ def measure(name: str, crop: tuple[int, int], batch: int) -> Found:
     images = torch.randn(batch, 3, *crop).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, CLASSES, (batch, *crop), dtype=torch.uint8)
     model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images[:1])
+    counted = gmac(lambda: model(images[:1]))
     model.train()
     timing.forget_peak()
     before, times = timing.resident(), []
@@ -123,7 +122,7 @@ def measure(name: str, crop: tuple[int, int], batch: int) -> Found:
         times.append(time.process_time() - start)
     return Found(
         parameters=sum(p.numel() for p in model.parameters()),
-        gmac=counter.get_total_flops() / 2e9,
+        gmac=counted,
         seconds=statistics.median(times[WARM_UP:]),
         extra_mib=(timing.peak_resident() - before) / 2**20,
     )

@@ -7,6 +7,7 @@ FCN with the same trunk. torch's FLOP counter counts them on tensors without val
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,22 +43,27 @@ class Cost:
     over_fcn: float
 
 
+def gmac(forward: Callable[[], object]) -> float:
+    """Multiply-accumulates of a call, in 1e9; autograd records nothing of it."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return float(counter.get_total_flops()) / 2e9
+
+
 def encoding_gmac() -> float:
     """The Encoding layer alone: 512 channels, 32 codewords, 60 x 60 positions."""
     side = SIZE // STRIDE
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode():
         x = torch.empty(1, CHANNELS, side, side)
-        encode(x, torch.empty(CODEWORDS, CHANNELS), torch.empty(CODEWORDS))
-    return float(counter.get_total_flops()) / 2e9
+        codewords, scale = torch.empty(CODEWORDS, CHANNELS), torch.empty(CODEWORDS)
+        return gmac(lambda: encode(x, codewords, scale))
 
 
 def network_gmac(backbone: str, options: dict[str, Any]) -> float:
     """A whole network for one image."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode():
         model = create_model(num_classes=CLASSES, backbone=backbone, **options).eval()
-        with torch.no_grad():
-            model(torch.empty(1, 3, SIZE, SIZE))
-    return float(counter.get_total_flops()) / 2e9
+        return gmac(lambda: model(torch.empty(1, 3, SIZE, SIZE)))
 
 
 def costs(backbones: tuple[str, ...] = ("resnet50", "resnet101")) -> list[Cost]:

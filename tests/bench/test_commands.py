@@ -206,8 +206,8 @@ def test_a_comparison_understands_the_processes_it_starts(
 def test_a_training_of_context_that_fails_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, status: int, what: str
 ) -> None:
-    ended = SimpleNamespace(run=lambda command: SimpleNamespace(returncode=status))
-    monkeypatch.setattr(context, "subprocess", ended)
+    ended = SimpleNamespace(returncode=status)
+    monkeypatch.setattr(context.subprocess, "run", lambda command, **_: ended)
     (tmp_path / "scenes_fcn-seed0").mkdir()
     (tmp_path / "scenes_fcn-seed0" / "metrics.jsonl").write_text('{"kind": "train"}\n')
     assert main(["context", "--runs", str(tmp_path)]) == 2
@@ -221,11 +221,12 @@ def test_context_hands_on_what_the_trainer_knows(
     """Options of other commands too: --device, --data and --crop are the trainer's here."""
     given = []
 
-    def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> dict[str, float]:
+    def train(recipe: str, seed: int, folder: Path, extra: list[str], name: str) -> None:
         given.append((seed, folder, extra))
-        return {"miou": 0.5, "pixel_accuracy": 0.5}
 
     monkeypatch.setattr(context, "train", train)
+    scores = {"miou": 0.5, "pixel_accuracy": 0.5}
+    monkeypatch.setattr(context, "last_validation", lambda folder: scores)
     extra = ["--epochs", "3", "--device", "cpu", "--data", "x", "--crop", "64"]
     assert main(["context", "--seeds", "1", "--runs", str(tmp_path), *extra]) == 0
     assert given == [(0, tmp_path, extra)] * 3
