@@ -50,9 +50,7 @@ class PlainEncoding(nn.Module):
     def __init__(self, layer: Encoding | ShakeEncoding) -> None:
         super().__init__()
         self.codewords = layer.codewords
-        # In evaluation, random factors are their mean.
-        halves = torch.full((layer.num_codewords,), -0.5, dtype=layer.codewords.dtype)
-        self.register_buffer("scale", layer.scale if isinstance(layer, Encoding) else halves)
+        self.register_buffer("scale", layer.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         # The mean codeword is the origin: the square is expanded and would lose a common offset.

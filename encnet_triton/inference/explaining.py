@@ -132,9 +132,8 @@ def assignment(context: ContextEncoding, x: Tensor) -> Tensor | None:
     if context.project is not None:
         x = context.project(x)
     pixels = x[0].flatten(1).T.double()  # [N, C]
-    codewords = context.encoding.codewords.double()
-    scale = getattr(context.encoding, "scale", codewords.new_full((len(codewords),), -0.5))
-    weights = (scale.double() * torch.cdist(pixels, codewords).square()).softmax(1)  # [N, K]
+    codewords, scale = context.encoding.codewords.double(), context.encoding.scale.double()
+    weights = (scale * torch.cdist(pixels, codewords).square()).softmax(1)  # [N, K]
     return weights.T.reshape(-1, *x.shape[2:])
 
 

@@ -92,11 +92,15 @@ class ShakeEncoding(_Codebook):
         super().__init__(channels, num_codewords)
         self.reset_parameters()
 
+    @property
+    def scale(self) -> Tensor:
+        """K scaling factors of evaluation, the mean of the random ones."""
+        return self.codewords.new_full((self.num_codewords,), -0.5)
+
     def forward(
         self, x: Tensor, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        codewords = _at_least_fp32(self.codewords)
-        scale = codewords.new_full((self.num_codewords,), -0.5)
+        codewords, scale = _at_least_fp32(self.codewords), _at_least_fp32(self.scale)
         backward_scale = None
         if self.training:
             scale = -torch.rand_like(scale)
