@@ -26,10 +26,13 @@ _CLASSES, _REGISTERS = 16, 128
 _MOST_REGISTERS = 255
 # Programs a multiprocessor that the backward pass is split into, and the fewest rows of a part.
 _PROGRAMS, _LEAST_ROWS = 8, 8
-# Backward by cells: those of a program, parts of 32 classes, and output rows or columns of a cell.
-_CELLS, _PARTS, _MOST_PLACES = 16, 5, 10
-# With fewer classes the other kernel computes less: pixels cost the same for one part as for five.
-_CLASSES_OF_CELLS = 65
+# Backward by cells: those of a program, and the most output rows or columns of a cell.
+_CELLS, _MOST_PLACES = 16, 10
+# Parts of 32 classes that a program may have; for sm_90, instructions of a cell beside its parts
+# and of each part, and how many the other kernel takes for the same pixels and one class.
+_PARTS, _OF_CELL, _OF_PART, _OF_CLASS = (3, 4, 5), 775, 245, 22.6
+# Capability and corners for which a program of five parts needs local memory.
+_FIVE_SPILL = ((80, True), (90, False))
 _MOST_NUMBER = 2**31
 
 
@@ -127,18 +130,24 @@ def backward_configs(
 def cells_configs(
     logits: Tensor, height: int, width: int, align_corners: bool, arch: int
 ) -> list[Config]:
-    """The configuration of the backward pass by cells, or none where it does not take the size."""
+    """Configurations of the backward pass by cells that compute less than the other kernel, the
+    cheapest first; none where it does not take the size."""
     classes, *low = logits.shape[1:]
     axes = [Axis(a, b, align_corners) for a, b in zip(low, (height, width))]
     most = max(places_of_cell(axis)[0] for axis in axes)
     smaller = any(axis.low > axis.high for axis in axes)
-    if classes < _CLASSES_OF_CELLS or most > _MOST_PLACES or smaller:
+    if most > _MOST_PLACES or smaller:
         return []
-    parts = cdiv(classes, 32)
-    # Elsewhere five parts need 8 bytes of local memory.
-    most_parts = _PARTS if align_corners and arch >= 89 else min(_PARTS, 4)
-    parts = cdiv(parts, cdiv(parts, most_parts))
-    return [Config(_CELLS, 32 * parts, _CELLS, max_registers=_REGISTERS, whole=True)]
+
+    def instructions(parts: int) -> int:
+        return cdiv(classes, 32 * parts) * (_OF_CELL + parts * _OF_PART)
+
+    spills = (arch, align_corners) in _FIVE_SPILL
+    return [
+        Config(_CELLS, 32 * parts, _CELLS, max_registers=_REGISTERS, whole=True)
+        for parts in sorted(_PARTS, key=instructions)
+        if instructions(parts) < _OF_CLASS * classes and not (parts == 5 and spills)
+    ]
 
 
 def _candidates(configs: list[Config]) -> list[Config]:

@@ -30,7 +30,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 def launched(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """With cells for any number of classes."""
     # Fewer cells, so that small maps have several strips; a program's classes are two parts.
-    for name, value in {"_CLASSES_OF_CELLS": 1, "_CELLS": 4, "_PARTS": 2}.items():
+    for name, value in {"_OF_CLASS": math.inf, "_CELLS": 4, "_PARTS": (2,)}.items():
         monkeypatch.setattr(plan, name, value)
     return launched
 
@@ -136,6 +136,26 @@ def test_where_it_is_chosen() -> None:
         _kernel(grad=(2, 480, 480)),
     ]
     assert set(others) == {"backward_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "arch", "align_corners", "blocks"),
+    [
+        (150, 90, True, [160, 96]),
+        (150, 90, False, [96]),  # with five parts it keeps values in local memory
+        (150, 80, True, [96]),
+        (171, 90, True, [96, 128]),
+        (128, 100, True, [128, 160]),
+        (90, 89, True, [96, 128, 160]),
+        (64, 90, True, []),
+    ],
+)
+def test_the_cheapest_division_of_the_classes_comes_first(
+    classes: int, arch: int, align_corners: bool, blocks: list[int]
+) -> None:
+    logits = torch.empty(1, classes, 60, 60, dtype=BF16, device="meta")
+    found = plan.cells_configs(logits, 480, 480, align_corners, arch)
+    assert [config.block_c for config in found] == blocks
 
 
 def test_a_measurement_with_weights_is_none_without() -> None:
