@@ -60,7 +60,8 @@ class Traffic:
 
     Attributes:
         requested: bytes of all elements not masked out.
-        by_program: distinct 32-byte sectors of each program, summed over programs, in bytes.
+        by_program: distinct 32-byte sectors of each program, or of `Watch.together` neighbouring
+            ones, summed over them, in bytes.
         by_launch: distinct 32-byte sectors of the launch, in bytes.
     """
 
@@ -80,7 +81,7 @@ class LaunchRecord:
 
 
 class _Region:
-    """The memory of one tensor argument, with the last program that touched each sector."""
+    """The memory of one tensor argument, with the last group of programs in each sector."""
 
     def __init__(self, name: str, tensor: Any) -> None:
         self.name = name
@@ -95,20 +96,20 @@ class _Region:
             kind: np.zeros(sectors, np.int32) for kind in self.traffic
         }
 
-    def count(self, kind: Kind, addresses: Integers, size: int, program: int) -> None:
+    def count(self, kind: Kind, addresses: Integers, size: int, group: int) -> None:
         if kind != "atomic":
-            self._count(kind, addresses, size, program)
+            self._count(kind, addresses, size, group)
             return
-        self._count("load", addresses, size, program)
-        self._count("store", addresses, size, program)
+        self._count("load", addresses, size, group)
+        self._count("store", addresses, size, group)
 
-    def _count(self, kind: _Direction, addresses: Integers, size: int, program: int) -> None:
+    def _count(self, kind: _Direction, addresses: Integers, size: int, group: int) -> None:
         sectors = addresses // SECTOR - self._first
         # Neighbours mostly share a sector: what is left to sort is a fraction.
         sectors = sectors[np.flatnonzero(np.diff(sectors, prepend=-1))]
         last = self._last[kind]
-        new = np.unique(sectors[last[sectors] != program])
-        last[new] = program
+        new = np.unique(sectors[last[sectors] != group])
+        last[new] = group
         self.traffic[kind].requested += size * addresses.size
         self.traffic[kind].by_program += SECTOR * new.size
 
@@ -121,6 +122,11 @@ class Watch:
     """A context in which every launch is checked and recorded in ``launches``.
 
     An access at an address that is not a multiple of its element's size raises Misaligned.
+
+    Attributes:
+        launches: what each launch did.
+        together: how many neighbouring programs count as one in `Traffic.by_program`, from the next
+            launch on.
 
     Args:
         order: order of the programs: None as launched, "reverse", or a seed to shuffle them.
@@ -140,6 +146,7 @@ class Watch:
     ) -> None:
         self.order, self.bounds, self.races, self.values = order, bounds, races, values
         self.launches: list[LaunchRecord] = []
+        self.together = 1
         self._patches = ExitStack()
         self._regions: list[_Region] = []
         self._detector: RaceDetector | None = None
@@ -256,8 +263,9 @@ class Watch:
         addresses = pointers.data[wanted].view(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         self._check_alignment(kind, addresses, size)
+        group = (self._program - 1) // self.together + 1
         for region, part in self._owners(kind, addresses, size):
-            region.count(kind, part, size, self._program)
+            region.count(kind, part, size, group)
             race = self._detector and self._detector.check(kind, part, size, self._program)
             if race:
                 address, other = race

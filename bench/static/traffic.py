@@ -3,7 +3,9 @@
 Counted in Triton's interpreter, so no GPU is needed and nothing is timed. The caches are modelled
 in the simplest way: within a program a sector of 32 bytes of a large tensor (features, gradients,
 partial sums) comes from memory once; everything else (parameters, tables) is small and comes from
-memory once per launch. Loads and stores count separately.
+memory once per launch. Neighbouring programs that take the same pixels at the same time, for
+different channels, count as one: what one of them reads the others find in the L2 cache. Loads and
+stores count separately.
 """
 
 from __future__ import annotations
@@ -173,6 +175,14 @@ def cases(quick: bool) -> Iterator[Case]:
             yield from batch_norm_cases(BatchNormShape(4, 256, 14400, channels_last), variant)
 
 
+def together(launch: Launch) -> int:
+    """How many neighbouring programs take the same pixels at the same time."""
+    sizes = launch.constants
+    if launch.name == "forward_kernel" and "OWN" in sizes:
+        return int(sizes["CHUNKS"] // sizes["OWN"])
+    return -(-sizes["C"] // sizes["BC"]) if launch.name == "aggregate_kernel" else 1
+
+
 def _memory_bytes(launch: LaunchRecord, streamed: tuple[str, ...]) -> int:
     return sum(
         traffic.by_program if name in streamed else traffic.by_launch
@@ -188,6 +198,7 @@ def count(case: Case) -> Row:
     # Loads return zeros, so kernels divide by counts of zero.
     with np.errstate(invalid="ignore", divide="ignore"), Watch(values=False) as watch:
         for launch in case.launches():
+            watch.together = together(launch)
             launch.run()
     accesses = [t for w in watch.launches for a in (w.loads, w.stores) for t in a.values()]
     return Row(

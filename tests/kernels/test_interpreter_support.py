@@ -212,8 +212,11 @@ def test_programs_are_counted_apart_and_the_launch_together() -> None:
     count, ticket = torch.zeros(1), torch.empty(6)
     with Watch() as watch:
         ticket_kernel[(2, 3)](count, ticket)
-    load = watch.launches[0].loads["COUNT"]
+        watch.together = 3
+        ticket_kernel[(2, 3)](count, ticket)
+    load, shared = (launch.loads["COUNT"] for launch in watch.launches)
     assert (load.requested, load.by_program, load.by_launch) == (6 * 4, 6 * 32, 32)
+    assert (shared.requested, shared.by_program, shared.by_launch) == (6 * 4, 2 * 32, 32)
 
 
 @pytest.mark.parametrize("shift", [1, -1, 1 << 20])

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.static import traffic
-from bench.static.launches import VARIANTS, BatchNormShape
+from bench.static.launches import VARIANTS, BatchNormShape, EncodeShape
 
 ROOT = Path(__file__).parents[3]
 KEYS = (
@@ -53,6 +53,14 @@ def test_the_least_reads_inputs_and_writes_outputs_once(printed_and_rows) -> Non
         x, code, codewords = b * n * c * size[row["dtype"]], 4 * b * k * c, 4 * k * c
         least = {"forward": x + code + codewords, "backward": 2 * x + code + 2 * codewords}
         assert row["least_bytes"] == least[row["direction"]]
+
+
+def test_programs_that_divide_the_channels_of_the_same_pixels_count_together() -> None:
+    """Of 1024 channels, two programs take half each; later, each takes 64."""
+    forward, backward = traffic.encode_cases(EncodeShape(1024, 32, 128, 1))
+    assert [traffic.together(launch) for launch in forward.launches()] == [2, 1]
+    counts = {launch.name: traffic.together(launch) for launch in backward.launches()}
+    assert counts.pop("aggregate_kernel") == 16 and set(counts.values()) == {1}
 
 
 def test_the_least_of_batch_norm_is_that_of_the_design() -> None:
