@@ -103,7 +103,8 @@ def check_arguments(
 
 def checked_momentum(training: bool, momentum: Any, *running: Optional[Tensor]) -> float:
     """As a float; not looked at where there are no statistics to move."""
-    if not training or running == (None, None):
+    # Comparing tuples would compare tensors, which torch 2.11 cannot compile.
+    if not training or all(statistic is None for statistic in running):
         return 0.0
     check_number("batch_norm_act", "momentum", momentum)
     return float(momentum)
