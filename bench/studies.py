@@ -31,7 +31,6 @@ def _row(seeds: int, options: str) -> Variant:
     return Variant(tuple(options.split()), seeds)
 
 
-# In the paper's form AdamW saturates the gates: they would be the same for every image.
 _ENCNET = "--model encnet --form released --aux false"
 _RANDOM = ("--pretrained", "")
 STUDIES = {

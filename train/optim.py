@@ -9,26 +9,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from encnet_triton.nn import ContextEncoding
 from encnet_triton.train.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> Iterator[dict[str, Any]]:
     """Groups of parameters with one learning rate, split by whether they have weight decay.
 
-    Every group carries ``scale``, its learning rate relative to the schedule's.
+    Every group carries ``scale``, its learning rate relative to the schedule's. AdamW moves each
+    weight by about the rate, whatever its gradient, so weights of a sum over K codewords would move
+    their outputs K times as far as those of the mean: they get 1/K of the rate, and the same decay.
     """
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
     plain = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
     plain |= {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    terms = _terms(model) if config.optimizer == "adamw" else {}
     for scale, parameters in _scales(model, config):
-        decayed: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        groups: dict[tuple[bool, int], list[nn.Parameter]] = {(True, 1): [], (False, 1): []}
         for p in parameters:
-            keep = config.decay_norm_bias or id(p) not in plain
-            (decayed if keep else others).append(p)
-        for members, decay in ((decayed, config.weight_decay), (others, 0.0)):
+            decayed = config.decay_norm_bias or id(p) not in plain
+            groups.setdefault((decayed, terms.get(id(p), 1)), []).append(p)
+        for (decayed, count), members in groups.items():
+            decay = config.weight_decay * count if decayed else 0.0
             if members:
-                yield {"params": members, "weight_decay": decay, "scale": scale}
+                yield {"params": members, "weight_decay": decay, "scale": scale / count}
+
+
+def _terms(model: nn.Module) -> dict[int, int]:
+    """By the identity of a weight, how many codewords its input is the sum over."""
+    modules = [m for m in model.modules() if isinstance(m, ContextEncoding)]
+    return {id(p): m.num_codewords for m in modules for p in m.weights_of_sums()}
 
 
 def _scales(model: nn.Module, config: OptimConfig) -> Iterator[tuple[float, list[nn.Parameter]]]:

@@ -94,8 +94,7 @@ class ContextEncoding(nn.Module):
         if num_classes is not None:
             check_count("num_classes", num_classes)
             self.presence = nn.Linear(channels, num_classes)
-        if num_codewords and self.combine == "sum":
-            self._start_unsaturated()
+        self._start_unsaturated()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         e = self.encode_context(x)
@@ -107,13 +106,18 @@ class ContextEncoding(nn.Module):
             return x * gamma, se
         return F.relu_(x * (1 + gamma)), se
 
+    def weights_of_sums(self) -> list[Tensor]:
+        """The weights whose input is a sum over the codewords, and not their mean."""
+        if not self.num_codewords or self.combine == "mean":
+            return []
+        return [linear.weight for linear in (self.attention, self.presence) if linear is not None]
+
     @torch.no_grad()
     def _start_unsaturated(self) -> None:
         # The sum over codewords is K times their mean: under the usual initialisation every gate
         # would start at 0 or 1, the same for all images.
-        for linear in (self.attention, self.presence):
-            if linear is not None:
-                linear.weight.div_(self.num_codewords)
+        for weight in self.weights_of_sums():
+            weight.div_(self.num_codewords)
 
     def encode_context(self, x: Tensor) -> Tensor:
         """The encoded semantics e of B x C x H x W features: B x C."""

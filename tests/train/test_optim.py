@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from encnet_triton.models import create_model
+from encnet_triton.nn import ContextEncoding
 from encnet_triton.train import optim
 from encnet_triton.train.config import ConfigError, OptimConfig
 
@@ -112,3 +114,36 @@ def test_steps_are_torchs_with_a_group_for_each_parameter(optimizer: str, float6
         peer.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+class _Head(nn.Module):
+    """A network that is a Context Encoding module and nothing else."""
+
+    def __init__(self, combine: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.context = ContextEncoding(12, 5, num_codewords=8, combine=combine)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"backbone": [], "head": list(self.parameters())}
+
+
+def test_adamw_moves_the_gates_of_a_sum_over_codewords_as_far_as_those_of_their_mean(
+    float64: None,
+) -> None:
+    """Otherwise its first steps saturate the paper's gates, which are then alike for all images."""
+    config = OptimConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, decay_norm_bias=False)
+    x = torch.randn(2, 12, 5, 5)
+    outputs = {}
+    for combine in ("sum", "mean"):
+        head = _Head(combine)
+        optimizer = optim.make_optimizer(head, config)
+        for _ in range(5):
+            optim.set_rate(optimizer, 0.01)
+            y, se = head.context(x)
+            optimizer.zero_grad()
+            (1e3 * (y.square().sum() + se.square().sum())).backward()
+            optimizer.step()
+        outputs[combine] = head.context(x)
+    # AdamW adds 1e-8 to the size of a gradient, and the gradients differ by a factor of 8.
+    torch.testing.assert_close(outputs["sum"], outputs["mean"], rtol=1e-6, atol=1e-8)
