@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 # Arguments that come from memory once per program.
 STREAMED = {
-    "encode": ("X", "dX", "P", "PM", "PW"),
+    "encode": ("X", "dX", "P", "PW"),
     "batch_norm_act": ("X", "R", "Y", "dY", "Other", "dX", "dR", "Bits", "P", "PN"),
     # An image's logits, labels and lse are a few MB, and its programs follow one another: what one
     # of them read the others find in the L2 cache.
