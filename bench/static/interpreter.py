@@ -225,10 +225,12 @@ class Watch:
         self._program = number + 1
         former(*_coordinates(number))
 
-    def _load(self, former: Any, pointers: Any, mask: Any, other: Any, *options: Any) -> Any:
+    def _load(
+        self, former: Any, pointers: Any, mask: Any, other: Any, *options: Any, **named: Any
+    ) -> Any:
         self._access("load", pointers, mask)
         if self.values:
-            return former(pointers, mask, other, *options)
+            return former(pointers, mask, other, *options, **named)
         element = pointers.get_element_ty()
         zeros = np.zeros(pointers.data.shape, interpreter._get_np_dtype(element))
         return interpreter.TensorHandle(zeros, element)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,11 +38,19 @@ def _machine(arch: int) -> Machine:
     return Machine(arch, LIMITS[arch].processors)
 
 
-def launches_of(passes: Sequence[Pass], machine: Machine, config: int = 0) -> list[Launch]:
+def configs_of(one: Pass, machine: Machine, candidates: bool = False) -> list[Config]:
+    """What the launcher may choose from, the default first, and what else is worth measuring."""
+    more = one.candidates(machine) if candidates else ()
+    return list(dict.fromkeys([*one.configs(machine), *more]))
+
+
+def launches_of(
+    passes: Sequence[Pass], machine: Machine, config: int = 0, candidates: bool = False
+) -> list[Launch]:
     """What these passes launch; `config` is an index into the list of each, at most its last."""
     made: list[Launch] = []
     for one in passes:
-        choices = one.configs(machine)
+        choices = configs_of(one, machine, candidates)
         made += one.launches(machine, choices[min(config, len(choices) - 1)])[0]
     return made
 
@@ -355,6 +363,7 @@ class Call:
     arch: int
     size: Size
     config: int = 0
+    candidates: bool = False
 
     @property
     def shape(self) -> str:
@@ -364,27 +373,28 @@ class Call:
         return _PASSES[self.op](self.size, getattr(torch, self.dtype), self.direction)
 
     def configs(self) -> list[Config]:
-        """What the launcher may choose from in the first pass, the default first."""
-        return list(self.passes()[0].configs(_machine(self.arch)))
+        """Those of the first pass: see `configs_of`."""
+        return configs_of(self.passes()[0], _machine(self.arch), self.candidates)
 
     def launches(self) -> list[Launch]:
-        return launches_of(self.passes(), _machine(self.arch), self.config)
+        return launches_of(self.passes(), _machine(self.arch), self.config, self.candidates)
 
 
 def calls(
-    op: str, archs: list[int], dtypes: list[str], sizes: Sequence[Size], every_config: bool
-) -> Iterator[Call]:
+    op: str, archs: list[int], dtypes: list[str], sizes: Sequence[Size], every_config: bool,
+    candidates: bool = False,
+) -> Iterator[Call]:  # fmt: skip
     """With only the default configuration or with every one; none where there are no kernels."""
     for direction in DIRECTIONS:
         for size in sizes:
             for dtype in dtypes:
                 for arch in archs:
-                    call = Call(op, direction, dtype, arch, size)
+                    call = Call(op, direction, dtype, arch, size, candidates=candidates)
                     if not call.passes():
                         continue
                     every = every_config and size in _EVERY_CONFIG.get(op, sizes)
                     for config in range(len(call.configs()) if every else 1):
-                        yield Call(op, direction, dtype, arch, size, config)
+                        yield replace(call, config=config)
 
 
 encode_calls = partial(calls, "encode")

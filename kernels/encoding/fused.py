@@ -140,6 +140,13 @@ def squares(x, center):
 
 
 @triton.jit
+def squares_of_columns(xt, center):
+    """The same of rows that are given as columns."""
+    shifted = xt.to(tl.float32) - center[:, None]
+    return tl.sum(shifted * shifted, 0)
+
+
+@triton.jit
 def load_center(Center, cols, column, C: tl.constexpr, EVEN: tl.constexpr):
     """BC entries of c from `column` on; zeros outside."""
     if EVEN:
@@ -203,6 +210,7 @@ def forward_kernel(
     sxn,  # and from pixel to pixel
     N,  # pixels of an image
     splits,  # runs that an image's pixels are cut into
+    Boxes,  # None, or what reads X (CHUNKS is 1): a tensor descriptor, boxes of 1 x BN x BC
     C: tl.constexpr,  # channels
     K: tl.constexpr,  # codewords
     KP: tl.constexpr,  # K padded to a power of two, 16 at least
@@ -259,13 +267,18 @@ def forward_kernel(
         x = load_tile(first, rows, cols, rows < N - begin * BN, part, sxn, C, BC, OWN, CHUNKS)
     for t in range(begin, end):
         in_n = rows < N - t * BN
-        if not AHEAD:
+        if Boxes is not None:
+            # One box, not one a chunk: Triton waits for each box apart, and after a wait keeps in
+            # registers what the second product needs of it. Zeros outside the image.
+            x = (Boxes.load([b.to(tl.int32), t * BN, 0]).reshape(BN, BC),)
+        elif not AHEAD:
             tile = base + t * step
             x = load_tile(tile, rows, cols, in_n, part, sxn, C, BC, OWN, CHUNKS)
         xr = tl.zeros((KP, BN), tl.float32)
         x2 = tl.zeros((BN,), tl.float32)
         for j in tl.static_range(CHUNKS):
-            xr = tl.dot(codewords[j], tl.trans(x[j]), xr, input_precision=PRECISION)
+            xt = tl.trans(x[j])
+            xr = tl.dot(codewords[j], xt, xr, input_precision=PRECISION)
             if HELD:
                 center = centers[j]
             else:
@@ -274,7 +287,11 @@ def forward_kernel(
                 # would keep the values in registers throughout.
                 here = own + tl.minimum(t, 0) * C
                 center = load_center(here, cols, column, C, EVEN)
-            x2 += squares(x[j], center)
+            if Boxes is not None:
+                # Of x as it is, the compiler reads half of the entries from the box one by one.
+                x2 += squares_of_columns(xt, center)
+            else:
+                x2 += squares(x[j], center)
         if AHEAD:
             # The tile is in shared memory now, so its registers are free for the next one while
             # the softmax and the second product run.

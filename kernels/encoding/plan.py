@@ -15,11 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from ..runtime.tuned import Problem, problem
 from . import finish, fused, paired, split
-from .tiles import HELD_CHANNELS, backward_configs, candidates, forward_configs, padded, parts
+from .tiles import (
+    HELD_CHANNELS,
+    backward_configs,
+    boxed_configs,
+    candidates,
+    forward_configs,
+    padded,
+    parts,
+)
 
 # Channels beyond which `encode` runs PyTorch code.
 MAX_CHANNELS = 2048
@@ -27,8 +36,6 @@ MAX_CHANNELS = 2048
 _MOST_STRIDE = 2**31 // 128
 # Images whose rows one program adds up, and entries of a row that it adds at once.
 _GROUP, _ROW_ENTRIES = 16, 512
-# Chunks of channels up to which a fused program keeps what it knows of codewords in registers.
-_HELD_CHUNKS = 2
 # Codewords whose mean stands in for that of all in the split form's tables; all programs read them.
 _FEW = 8
 
@@ -90,13 +97,20 @@ class _Problem:
             **more,
         )
 
-    def held(self, chunks: int) -> bool:
+    @property
+    def held(self) -> bool:
         """Whether a fused program has what it knows of the codewords in registers."""
-        return self.config.whole or chunks <= _HELD_CHUNKS
+        return self.config.whole or self.channels <= HELD_CHANNELS
 
-    def notes(self, programs: int, chunks: int, numbers: int) -> Tensor:
+    def boxes(self) -> TensorDescriptor:
+        """x as a tensor descriptor: no box reaches into another image."""
+        rows = self.x.transpose(1, 2)
+        block = [1, self.config.block_n, self.config.block_c]
+        return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block)
+
+    def notes(self, programs: int, numbers: int) -> Tensor:
         """Room for `numbers` numbers per program, if it does not hold them; not initialised."""
-        size = (0,) if self.held(chunks) else (programs, numbers)
+        size = (0,) if self.held else (programs, numbers)
         return self.x.new_empty(size, dtype=torch.float32)
 
     def partial(self, splits: int) -> Tensor:
@@ -218,7 +232,8 @@ class Forward:
         return forward_configs(machine.arch, self.x.dtype, channels, num, pixels)
 
     def candidates(self, machine: Machine) -> list[Config]:
-        return candidates(self.configs(machine), self.x.shape[1])
+        boxed = boxed_configs(machine.arch, self.x, len(self.codewords))
+        return boxed + candidates(self.configs(machine), self.x.shape[1])
 
     def launches(
         self, machine: Machine, config: Config
@@ -263,19 +278,20 @@ def _fused_forward(problem: _Problem, code: _Code) -> tuple[Launch, Tensor, Tens
         (sharing * splits * problem.images,),
         dict(
             problem.walk(), **code.arguments(), D=problem.codewords, S=problem.scale, P=partial,
-            PM=masses, Own=problem.notes(sharing * splits * problem.images, chunks, channels),
-            splits=splits,
+            PM=masses, Own=problem.notes(sharing * splits * problem.images, channels),
+            splits=splits, Boxes=problem.boxes() if config.boxed else None,
         ),
         problem.constants(
             config,
             OWN=chunks // sharing,
             CHUNKS=chunks,
-            HELD=problem.held(chunks),
-            AHEAD=config.stages > 1,
+            HELD=problem.held,
+            AHEAD=config.stages > 1 and not config.boxed,
             WHOLE=config.whole,
             STATS=config.whole and code.with_stats,
         ),
         config.num_warps,
+        num_stages=config.stages if config.boxed else 1,
         max_registers=config.max_registers,
     )  # fmt: skip
     return launch, partial, masses

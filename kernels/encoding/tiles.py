@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ..runtime.launch import Config, cdiv, next_power_of_2, varied
 
@@ -19,7 +20,7 @@ _MOST_REGISTERS = 255
 # Entries of an image's x, and its channels, up to which one program takes the whole image.
 _WHOLE_ENTRIES, _WHOLE_CHANNELS = 32768, 128
 
-# Channels up to which a fused backward program has what it knows of codewords in registers.
+# Channels up to which a fused program has what it knows of codewords in registers.
 HELD_CHANNELS = 128
 
 
@@ -115,6 +116,26 @@ def forward_configs(
         if channels > 128 and arch < 100:
             fused.insert(0, Config(block_n, 64, 8, stages=2))
     return _whole(fused, channels, num, pixels)
+
+
+def boxed_configs(arch: int, x: Tensor, num: int) -> list[Config]:
+    """Fused forms of the forward pass that read x, B x C x N, by tensor descriptor.
+
+    No GPU has run them, so they are to be measured, and no plan's own. A descriptor needs addresses
+    and strides that are multiples of 16 bytes, and images that do not overlap.
+    """
+    channels, pixels = x.shape[1:]
+    between_images, _, between_pixels = x.stride()
+    size = x.element_size()
+    aligned = not (x.data_ptr() % 16 or between_images * size % 16 or between_pixels * size % 16)
+    apart = len(x) > 0 and between_images >= pixels * between_pixels
+    if arch < 90 or size != 2 or not HELD_CHANNELS < channels <= 512 or padded(num) > 32:
+        return []
+    if not aligned or not apart or pixels < 64:
+        return []
+    # Pixels of a tile, and stages: one less is the number of tiles in the ring.
+    rings = [(16, 4)] if _little_shared(arch) and channels > 256 else [(64, 3), (32, 4)]
+    return [Config(n, padded(channels), 8, stages=stages, boxed=True) for n, stages in rings]
 
 
 def _little_shared(arch: int) -> bool:

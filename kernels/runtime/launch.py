@@ -44,6 +44,7 @@ class Config:
             upsampling, its backward pass by cells.
         max_registers: a limit for the compiler, of a thread, or None.
         stages: tiles in flight at once: with 2 the next one is read while one is worked on.
+        boxed: tiles are read by tensor descriptor, into a ring of `stages` - 1 of them.
     """
 
     block_n: int
@@ -53,12 +54,14 @@ class Config:
     max_registers: Optional[int] = None
     whole: bool = False
     stages: int = 1
+    boxed: bool = False
 
     def __str__(self) -> str:
         kind = "whole" if self.whole else "fused" if self.fused else "split"
         limit = "" if self.max_registers is None else f" r{self.max_registers}"
         stages = "" if self.stages == 1 else f" s{self.stages}"
-        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}{stages}"
+        boxed = " boxed" if self.boxed else ""
+        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}{stages}{boxed}"
 
 
 def varied(config: Config, **options: Sequence[Any]) -> list[Config]:

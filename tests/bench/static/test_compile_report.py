@@ -7,12 +7,14 @@ started with TRITON_INTERPRET, and nothing needs a GPU.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bench.__main__ import main
 from bench.static import compile as compile_report
+from bench.static.launches import EncodeShape, encode_calls
 from bench.static.resources import LIMITS, accesses, blocks_per_sm, local_memory, widths
 from tests.support.compiled import Row, faults, needs_triton, run_apart, select
 
@@ -70,6 +72,18 @@ def test_two_blocks_or_eight_warps_share_an_h100_processor(rows, direction) -> N
         if row["arch"] == 90 and row["blocks_per_sm"] < (1 if row["num_warps"] >= 8 else 2)
     }
     assert not few, "blocks and warps per block"
+
+
+@needs_triton
+def test_what_is_only_measured_can_be_compiled_too() -> None:
+    """Behind what the launcher may choose from."""
+    found = encode_calls([90], ["bfloat16"], [EncodeShape(512, 32)], True, candidates=True)
+    forward = [call for call in found if call.direction == "forward"]
+    own = replace(forward[0], candidates=False).configs()
+    assert forward[0].configs()[: len(own)] == own
+    boxed = [call for call in forward if call.configs()[call.config].boxed]
+    assert [call.launches()[0].num_stages for call in boxed] == [3, 4]
+    assert forward[0].launches()[0].num_stages == 1
 
 
 @needs_triton

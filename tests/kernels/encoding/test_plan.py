@@ -42,9 +42,11 @@ CASES = {
     "two groups of images": (18, 5, 16, 3),
     "several tiles read ahead": (1, 75, 136, 33),
     "read ahead both ways": (1, 75, 136, 9),
+    "several tiles by descriptor": (2, 40, 136, 5),
 }
 WIDE = "two programs share the channels"
 AHEAD = ("several tiles read ahead", "read ahead both ways")
+BOXED = "several tiles by descriptor"
 
 
 @pytest.fixture(
@@ -143,7 +145,7 @@ def largest_error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.usefixtures("config")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c not in (WIDE, *AHEAD)])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in (WIDE, *AHEAD, BOXED)])
 def test_error_is_at_most_twice_that_of_the_matrix_products(
     case: str, dtype: torch.dtype, assert_accurate: Callable[..., None]
 ) -> None:
@@ -244,6 +246,68 @@ def test_a_program_that_reads_ahead_reads_the_tile_that_follows(
     with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
         ours = run(encode, *inputs, grad=grad)
     check([*inputs, grad], assert_accurate, ours)
+
+
+@pytest.mark.skipif(
+    not launch.interpreting() and launch.machine(torch.device(DEVICE)).arch < 90,
+    reason="no tensor descriptors below sm_90",
+)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_tensor_descriptor_reads_the_tiles_of_its_image(
+    dtype: torch.dtype, assert_accurate: Callable[..., None]
+) -> None:
+    """Three tiles a program; the last one goes beyond the pixels and the channels of its image."""
+    x, codewords, scale, grad = example(BOXED, dtype)
+    around = x.new_full((2, 40, 152), torch.nan)
+    around[:, :, 8:144] = x
+    last = around.clone()
+    last[1] = torch.nan  # what follows the first image
+    codes = []
+    for rows in (around, last):
+        call = plan.Forward(rows[:, :, 8:144].transpose(1, 2), codewords, scale, False)
+        config = Config(16, 256, 8, stages=3, boxed=True)
+        launches, (code, *_) = call.launches(Machine(90, 1), config)
+        assert launches[0].arguments["splits"] == 1
+        with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
+            launch.run_all(launches)
+        codes.append(code)
+    plain, exact = with_products(x, codewords, scale, grad)
+    assert_accurate("E", codes[0].cpu(), plain["E"], exact["E"])
+    assert torch.equal(codes[1][0], codes[0][0])
+
+
+def boxed(x: Tensor, num: int, arch: int = 90) -> list[bool]:
+    """Of the candidates for x, B x N x C: which read it by tensor descriptor."""
+    codewords, scale = torch.empty(num, x.shape[2]), torch.empty(num)
+    call, machine = plan.Forward(x.transpose(1, 2), codewords, scale, False), Machine(arch, 132)
+    assert not any(config.boxed for config in call.configs(machine))
+    return [config.boxed for config in call.candidates(machine)]
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+def test_what_no_gpu_has_run_is_measured_first_and_is_no_default(arch: int) -> None:
+    x = torch.empty(16, 3600, 512, dtype=torch.bfloat16, device="meta")
+    found = boxed(x, 32, arch)
+    assert any(found) == (arch >= 90)
+    assert found == sorted(found, reverse=True)
+
+
+def test_only_what_a_tensor_descriptor_can_read_is_read_by_one() -> None:
+    memory = torch.empty(2 * 100 * 520 + 8, dtype=torch.bfloat16)
+    rows = memory[:-8].view(2, 100, 520)
+    assert any(boxed(rows[:, :, 8:], 32))
+    others = {
+        "32-bit numbers": rows.float()[:, :, :512],
+        "few channels": rows[:, :, :128],
+        "many channels": rows,
+        "few pixels": rows[:, :63, :512],
+        "an odd address": rows[:, :, 1:513],
+        "rows of an odd length": memory[: 2 * 100 * 516].view(2, 100, 516)[:, :, :512],
+        "one image for all": rows[:1, :, :512].expand(2, -1, -1),
+        "no images": rows[:0, :, :512],
+    }
+    assert not [name for name, x in others.items() if any(boxed(x, 32))]
+    assert not any(boxed(rows[:, :, 8:], 33))
 
 
 def around_codewords(offset: float, dtype: torch.dtype) -> list[Tensor]:
