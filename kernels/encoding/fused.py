@@ -288,7 +288,7 @@ def forward_kernel(
                 here = own + tl.minimum(t, 0) * C
                 center = load_center(here, cols, column, C, EVEN)
             if Boxes is not None:
-                # Of x as it is, the compiler reads half of the entries from the box one by one.
+                # Of rows, the compiler reads half of the entries one by one from shared memory.
                 x2 += squares_of_columns(xt, center)
             else:
                 x2 += squares(x[j], center)
