@@ -155,6 +155,23 @@ def load_center(Center, cols, column, C: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def store_center(D, own, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
+    """Write c of all codewords to `own`, where the whole program can read it.
+
+    A thread adds up its own channels: sums over the rows of a chunk of codewords would go through
+    shared memory, with up to tenfold bank conflicts.
+    """
+    c = tl.arange(0, CP)
+    total = tl.zeros((CP,), tl.float32)
+    total2 = tl.zeros((CP,), tl.float32)
+    for i in range(K):
+        d = tl.load(D + i * C + c, mask=c < C, other=0.0).to(tl.float32)
+        total, total2 = total + d, total2 + d * d
+    tl.store(own + c, center_of(total, total2, K), mask=c < C)
+    tl.debug_barrier()
+
+
+@triton.jit
 def softmax(distance, scale, in_k, in_n):
     """Weights K x pixels; 0 for codewords and pixels that are only padding."""
     logits = tl.where(in_k[:, None], scale[:, None] * distance, float("-inf"))
@@ -214,6 +231,7 @@ def forward_kernel(
     C: tl.constexpr,  # channels
     K: tl.constexpr,  # codewords
     KP: tl.constexpr,  # K padded to a power of two, 16 at least
+    CP: tl.constexpr,  # C padded to a power of two
     BN: tl.constexpr,  # pixels of a tile
     BC: tl.constexpr,  # channels of a chunk, which one product covers
     OWN: tl.constexpr,  # chunks whose sums this program keeps; all of them unless programs share
@@ -241,20 +259,20 @@ def forward_kernel(
     dr = tl.zeros((KP,), tl.float32)
     cr = tl.zeros((KP,), tl.float32)
     own = Own + tl.program_id(0).to(tl.int64) * C
+    if not HELD:
+        store_center(D, own, K, C, CP)
     for j in tl.static_range(CHUNKS):
         column = _column(part, j, OWN, CHUNKS, BC)
         d = load_rows(D, k, cols, in_k, column, C, C, EVEN).to(tl.float32)
-        center = center_of(tl.sum(d, 0), tl.sum(d * d, 0), K)
+        if HELD:
+            center = center_of(tl.sum(d, 0), tl.sum(d * d, 0), K)
+            centers = centers + (center,)
+        else:
+            center = load_center(own, cols, column, C, EVEN)
         r, d_d, d_r, c_r = prepare(d, center, in_k, X.dtype.element_ty)
         d2, dr, cr = d2 + d_d, dr + d_r, cr + c_r
         codewords = codewords + (r,)
-        if HELD:
-            centers = centers + (center,)
-        else:
-            tl.store(own + column + cols, center, mask=cols + column < C)
     m, q = line_of(d2, dr, cr)
-    if not HELD:
-        tl.debug_barrier()
     for _ in tl.static_range(OWN):
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
     mass = tl.zeros((KP, BN), tl.float32)

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 
 from .fused import (
-    center_of,
     line_of,
     load_center,
     load_rows,
     load_tile,
     squares,
+    store_center,
     store_rows,
 )
 
@@ -55,16 +55,7 @@ def _load_pairs(
     """
     cols, row = tl.arange(0, BC), tl.arange(0, 2 * KP)
     is_g, in_row = row % 2 == 1, row // 2 < K
-    # A thread adds up its own channels: sums over the rows of a chunk would go through shared
-    # memory, with tenfold bank conflicts.
-    c = tl.arange(0, CP)
-    d_sum = tl.zeros((CP,), tl.float32)
-    d_sum2 = tl.zeros((CP,), tl.float32)
-    for i in range(K):
-        value = tl.load(D + i * C + c, mask=c < C, other=0.0).to(tl.float32)
-        d_sum, d_sum2 = d_sum + value, d_sum2 + value * value
-    tl.store(own + c, center_of(d_sum, d_sum2, K), mask=c < C)
-    tl.debug_barrier()
+    store_center(D, own, K, C, CP)
     pairs = ()
     exact2 = tl.zeros((2 * KP,), tl.float32)
     rounded2 = tl.zeros((2 * KP,), tl.float32)

@@ -289,6 +289,7 @@ def _fused_forward(problem: _Problem, code: _Code) -> tuple[Launch, Tensor, Tens
             AHEAD=config.stages > 1 and not config.boxed,
             WHOLE=config.whole,
             STATS=config.whole and code.with_stats,
+            CP=next_power_of_2(channels),
         ),
         config.num_warps,
         num_stages=config.stages if config.boxed else 1,
