@@ -112,6 +112,9 @@ def forward_configs(
     else:
         block_n = 16 if padded(num) > 32 or parts(channels, num) > 1 else 32
         fused = [Config(block_n, 64, 8), split]
+        # Where two programs share the channels, what they keep does not fit there.
+        if (arch >= 100 and channels > 512) or (arch >= 120 and parts(channels, num) > 1):
+            return [split]
         # Reading ahead spills up to 24 bytes on sm_100 and 120.
         if channels > 128 and arch < 100:
             fused.insert(0, Config(block_n, 64, 8, stages=2))
