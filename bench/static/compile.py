@@ -215,20 +215,20 @@ def _cell(row: Row) -> str:
 
 def _calls(options: argparse.Namespace) -> Iterator[Call]:
     which = list(options.arch), list(options.dtype)
-    more = options.all or options.candidates, options.candidates
+    configs = options.all or options.candidates, options.candidates
 
     def sizes(some: Sequence[Any], more: Sequence[Any], few: int = 1) -> list[Any]:
         return list(some[:few]) if options.quick else [*some, *(more if options.all else ())]
 
     if "encode" in options.op:
         of_encode = options.shape or sizes(ENCODE_SHAPES, MORE_ENCODE_SHAPES)
-        yield from encode_calls(*which, of_encode, *more)
+        yield from encode_calls(*which, of_encode, *configs)
     if "batch_norm_act" in options.op:
         layers = sizes(BATCH_NORM_SHAPES, MORE_BATCH_NORM_SHAPES, few=2)
-        yield from batch_norm_calls(*which, layers, *more)
+        yield from batch_norm_calls(*which, layers, *configs)
     if "upsample" in options.op:
         maps = sizes(UPSAMPLE_SHAPES, MORE_UPSAMPLE_SHAPES)
-        yield from upsample_calls(*which, maps, *more)
+        yield from upsample_calls(*which, maps, *configs)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

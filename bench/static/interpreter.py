@@ -126,7 +126,7 @@ class Watch:
     Attributes:
         launches: what each launch did.
         together: how many neighbouring programs count as one in `Traffic.by_program`, from the next
-            launch on.
+            launch on; they must run in order.
 
     Args:
         order: order of the programs: None as launched, "reverse", or a seed to shuffle them.

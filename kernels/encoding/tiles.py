@@ -34,6 +34,11 @@ def parts(channels: int, num: int) -> int:
     return cdiv(padded(num) * channels, _FUSED_ENTRIES)
 
 
+def _most_parts(arch: int, channels: int) -> int:
+    """Programs that may share the channels; as compiled, two of them spill on sm_100 and 120."""
+    return 1 if arch >= 120 or (arch >= 100 and channels > 512) else 2
+
+
 def _split_config(arch: int, dtype: torch.dtype, channels: int, num: int) -> Config:
     """Small tiles: K x BC and K x BN must fit the registers beside the operands."""
     height = padded(num)
@@ -105,16 +110,17 @@ def forward_configs(
     split = _split_config(arch, dtype, channels, num)
     if _is_small(dtype, channels, num):
         fused = [_small_config(dtype, channels, num, pixels), split]
-    elif dtype == torch.float32 or padded(num) > 64 or parts(channels, num) > 2:
+    elif (
+        dtype == torch.float32
+        or padded(num) > 64
+        or parts(channels, num) > _most_parts(arch, channels)
+    ):
         fused = [split]
     elif channels <= 64:
         fused = [Config(64, padded(channels), 4), split]
     else:
         block_n = 16 if padded(num) > 32 or parts(channels, num) > 1 else 32
         fused = [Config(block_n, 64, 8), split]
-        # Where two programs share the channels, what they keep does not fit there.
-        if (arch >= 100 and channels > 512) or (arch >= 120 and parts(channels, num) > 1):
-            return [split]
         # Reading ahead spills up to 24 bytes on sm_100 and 120.
         if channels > 128 and arch < 100:
             fused.insert(0, Config(block_n, 64, 8, stages=2))

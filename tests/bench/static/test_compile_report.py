@@ -16,7 +16,7 @@ from bench.__main__ import main
 from bench.static import compile as compile_report
 from bench.static.launches import EncodeShape, encode_calls
 from bench.static.resources import LIMITS, accesses, blocks_per_sm, local_memory, widths
-from tests.support.compiled import Row, faults, needs_triton, run_apart, select
+from tests.support.compiled import Row, compiled, faults, needs_triton, run_apart, select
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +38,17 @@ def of_calls(rows: list[Row], direction: str) -> list[Row]:
 @each_call
 def test_defaults_fit_and_do_not_spill(rows, direction) -> None:
     assert not faults(of_calls(rows, direction))
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.verify
+def test_no_network_of_the_paper_has_a_default_that_spills_on_any_architecture(
+    tmp_path_factory,
+) -> None:
+    """`rows` has all shapes for sm_90 only; stage 3 has 1024 channels."""
+    arguments = ("--op", "encode", "--dtype", "bfloat16", "--arch", "80", "89", "100", "120")
+    assert not faults(compiled(tmp_path_factory, *arguments))
 
 
 @needs_triton

@@ -13,7 +13,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bench.static.interpreter import Watch
-from bench.static.launches import CIFAR_ENCODE_SHAPES, EncodeShape, encode_launches
 from encnet_triton.kernels import encode, reference
 from encnet_triton.kernels.encoding import plan
 from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
@@ -274,40 +273,6 @@ def test_a_tensor_descriptor_reads_the_tiles_of_its_image(
     assert torch.equal(codes[1][0], codes[0][0])
 
 
-def boxed(x: Tensor, num: int, arch: int = 90) -> list[bool]:
-    """Of the candidates for x, B x N x C: which read it by tensor descriptor."""
-    codewords, scale = torch.empty(num, x.shape[2]), torch.empty(num)
-    call, machine = plan.Forward(x.transpose(1, 2), codewords, scale, False), Machine(arch, 132)
-    assert not any(config.boxed for config in call.configs(machine))
-    return [config.boxed for config in call.candidates(machine)]
-
-
-@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-def test_what_no_gpu_has_run_is_measured_first_and_is_no_default(arch: int) -> None:
-    x = torch.empty(16, 3600, 512, dtype=torch.bfloat16, device="meta")
-    found = boxed(x, 32, arch)
-    assert any(found) == (arch >= 90)
-    assert found == sorted(found, reverse=True)
-
-
-def test_only_what_a_tensor_descriptor_can_read_is_read_by_one() -> None:
-    memory = torch.empty(2 * 100 * 520 + 8, dtype=torch.bfloat16)
-    rows = memory[:-8].view(2, 100, 520)
-    assert any(boxed(rows[:, :, 8:], 32))
-    others = {
-        "32-bit numbers": rows.float()[:, :, :512],
-        "few channels": rows[:, :, :128],
-        "many channels": rows,
-        "few pixels": rows[:, :63, :512],
-        "an odd address": rows[:, :, 1:513],
-        "rows of an odd length": memory[: 2 * 100 * 516].view(2, 100, 516)[:, :, :512],
-        "one image for all": rows[:1, :, :512].expand(2, -1, -1),
-        "no images": rows[:0, :, :512],
-    }
-    assert not [name for name, x in others.items() if any(boxed(x, 32))]
-    assert not any(boxed(rows[:, :, 8:], 33))
-
-
 def around_codewords(offset: float, dtype: torch.dtype) -> list[Tensor]:
     """Pixels at a distance of 0.7 from codewords at a distance of 1 from the offset, and dE."""
     generator = torch.Generator().manual_seed(0)
@@ -341,18 +306,6 @@ def test_a_common_offset_costs_no_digits(config: Config) -> None:
 def test_a_common_offset_costs_few_digits_of_float32(config: Config) -> None:
     """20 has 4 binary digits that 1 has not: 16 times 2^-24 for x itself."""
     assert errors(20.0, torch.float32)["E"] <= 1e-5
-
-
-@pytest.mark.parametrize("images", [1, 2, 16, 48, 67, 133, 500])
-def test_programs_fill_the_chip_whatever_the_number_of_images(images: int) -> None:
-    """The multiprocessor that is done last has at most a fifth more than its share of the tiles."""
-    x = torch.empty(images, 3600, 512, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    codewords, scale = torch.empty(32, 512, device="meta"), torch.empty(32, device="meta")
-    call, h100 = plan.Forward(x, codewords, scale, False), Machine(90, 132)
-    walk = call.launches(h100, call.configs(h100)[0])[0][0]
-    tiles, splits = -(-3600 // walk.constants["BN"]), walk.arguments["splits"]
-    rounds = -(-images * splits // 132)
-    assert rounds * -(-tiles // splits) <= max(1.2 * images * tiles / 132, 1)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -504,20 +457,3 @@ def test_exports() -> None:
     *inputs, _ = example("nothing fits a tile", torch.float32)
     program = torch.export.export(Layer(), tuple(inputs))
     assert torch.equal(program.module()(*inputs), encode(*inputs))
-
-
-def test_launches_within_the_budget() -> None:
-    """At most 2 forward and 4 backward, whatever the architecture and the shape's route."""
-    for arch in (80, 89, 90, 100, 120):
-        shape = EncodeShape(512, 32)
-        assert len(encode_launches(shape, torch.bfloat16, "forward", arch)) <= 2
-        assert len(encode_launches(shape, torch.bfloat16, "backward", arch)) <= 4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("shape", CIFAR_ENCODE_SHAPES, ids=str)
-def test_small_images_are_one_launch_each_way(shape: EncodeShape, dtype: torch.dtype) -> None:
-    for arch in (80, 89, 90, 100, 120):
-        for direction in ("forward", "backward"):
-            (made,) = encode_launches(shape, dtype, direction, arch, return_stats=True)
-            assert made.grid == (shape.B,)
