@@ -62,6 +62,11 @@ COMMANDS = {
     "smp": Command(
         "a training step on a light trunk, beside segmentation_models.pytorch", "bench.smp"
     ),
+    "smp_train": Command(
+        "trains networks of segmentation_models.pytorch as ours are, on your own images",
+        "bench.smp_train",
+        passes_on="python -m encnet_triton.train",
+    ),
     "versions": Command(
         "tries the kernels with other versions of Triton and torch; no GPU", "bench.versions"
     ),

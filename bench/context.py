@@ -26,7 +26,7 @@ from encnet_triton.files import write_json
 from encnet_triton.inference import compare_checkpoints
 from encnet_triton.options import whole
 from encnet_triton.pictures import save_png
-from encnet_triton.train.log import read_records
+from encnet_triton.train.log import is_number, read_records
 
 RECIPES = {"FCN": "scenes_fcn", "EncNet": "scenes_encnet", "EncNet+SE": "scenes"}
 Figures = dict[str, Any]
@@ -56,6 +56,12 @@ def last_validation(folder: Path) -> Figures:
     if not scores:
         raise Failed(f"the training {folder.name} ended before a validation: it has no score")
     return scores[-1]
+
+
+def recorded(folder: Path, key: str) -> list[float]:
+    """What a run recorded of a figure while training."""
+    records = [record for record in read_records(folder) if record["kind"] == "train"]
+    return [float(record[key]) for record in records if is_number(record.get(key))]
 
 
 def spread(values: list[float]) -> tuple[float, float]:

@@ -27,7 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.apart import Failed
-from bench.context import Figures, draw, last_validation, score_table, spread, train
+from bench.context import (
+    Figures,
+    draw,
+    last_validation,
+    recorded,
+    score_table,
+    spread,
+    train,
+)
 from bench.details import Details, detail_tables, details
 from bench.options import add_json
 from bench.static.cost import gmac
@@ -37,7 +45,6 @@ from encnet_triton.files import write_json
 from encnet_triton.inference.windows import resized, window_starts
 from encnet_triton.options import whole
 from encnet_triton.train.config import Config
-from encnet_triton.train.log import is_number, read_records
 from encnet_triton.train.run_folder import finished
 from encnet_triton.weights import load_model
 
@@ -108,12 +115,7 @@ def work(config: Config) -> float:
 
 def images_per_second(folder: Path) -> float:
     """The median over the records of a run."""
-    return statistics.median(_recorded(folder, "images_per_second"))
-
-
-def _recorded(folder: Path, key: str) -> list[float]:
-    records = [record for record in read_records(folder) if record["kind"] == "train"]
-    return [float(record[key]) for record in records if is_number(record.get(key))]
+    return statistics.median(recorded(folder, "images_per_second"))
 
 
 def forecast(runs: list[Run], done: list[Run]) -> float:
@@ -138,7 +140,7 @@ def cost(run: Run) -> dict[str, float]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmac": gmac(lambda: model(torch.zeros(1, 3, *info.crop))),
         "images_per_second": images_per_second(run.place),
-        "peak_memory_gib": max(_recorded(run.place, "peak_memory_gib")),
+        "peak_memory_gib": max(recorded(run.place, "peak_memory_gib")),
     }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench import apart, report, timing
 from bench.options import add_json
+from bench.smp_train import RATE, THEIRS, TRUNK, create, import_smp
 from bench.static.cost import gmac
 from encnet_triton.files import write_json
 from encnet_triton.models import create_model
@@ -32,9 +33,7 @@ from encnet_triton.options import size, whole
 from encnet_triton.train.optim import make_optimizer
 from encnet_triton.train.recipe import build
 
-TRUNK = "tf_efficientnet_lite0"
 OURS = {"encnet_se": "EncNet + SE", "fcn": "FCN"}
-THEIRS = ("FPN", "DeepLabV3Plus", "Unet")
 CLASSES, STEPS, WARM_UP = 11, 5, 2
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -81,16 +80,10 @@ def theirs(name: str) -> tuple[nn.Module, Step]:
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        import segmentation_models_pytorch as smp
-    except ImportError:
-        raise ValueError(
-            "segmentation_models.pytorch is not installed: pip install '.[peers]'"
-        ) from None
-    made = smp.create_model(name, f"tu-{TRUNK}", encoder_weights=None, classes=CLASSES)
-    model: nn.Module = made.to(memory_format=torch.channels_last)
-    criterion = smp.losses.DiceLoss("multiclass", from_logits=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+    criterion = import_smp().losses.DiceLoss("multiclass")
+    model = create(name, CLASSES)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         return _stepped(criterion(model(images), labels.long()), optimizer)

@@ -96,7 +96,7 @@ class Segmentation(Task[Scores]):
             pin_memory=device.type == "cuda",
         )
         self.steps_per_epoch = len(self.loader)
-        self.model = initial(config, world, lambda: make_model(config, classes))
+        self.model = initial(config, world, lambda: self.network(classes))
         weight = None
         if optim.class_weight == "balanced":
             weight = balanced_weights(self.train_set, classes).to(device)
@@ -112,6 +112,10 @@ class Segmentation(Task[Scores]):
         self._transfer = Transfer(device)
         self._jitter = ColourJitter(data.jitter, data.hue, device)
         self._normalise = Normalise(self.info.mean, self.info.std, device)
+
+    def network(self, classes: int) -> nn.Module:
+        """What is trained, with its initial weights."""
+        return make_model(self.config, classes)
 
     @classmethod
     def reads(cls, config: Config) -> frozenset[str]:

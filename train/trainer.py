@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -345,11 +345,19 @@ class Trainer:
         return score
 
 
-def train(config: Config, world: World) -> bool:
-    """Build, restore and run, then report the result; returns whether the run is complete."""
+def train(
+    config: Config, world: World, make: Callable[[Config, World], Task[Any]] | None = None
+) -> bool:
+    """Build, restore and run, then report the result; returns whether the run is complete.
+
+    Args:
+        config: validated configuration.
+        world: this process and its device.
+        make: what is trained; default the task of the configuration's data set.
+    """
     loggers.require(config.run.logger)
     try:
-        task = task_of(config)(config, world)
+        task = (make or task_of(config))(config, world)
     except UnlabelledError as error:
         note_refusal(config, world, str(error))
         raise

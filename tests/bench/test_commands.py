@@ -46,6 +46,7 @@ OPTIONS = {
         "--json",
     },
     "smp": {"--crop", "--batch", "--json"},
+    "smp_train": {"--data", "--only", "--out", "--json"},
     "versions": {"--folder", "--triton", "--torch", "--redo", "--table", "--document"},
     "gpu": {"--out", "--minutes", "--stage", "--resume", "--rehearse", "--cifar", "--publish"},
     "tune": {"--out", "--minutes", "--resume", "--rehearse", "--publish"},
