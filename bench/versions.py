@@ -37,6 +37,7 @@ from bench.static.launches import (
     upsample_calls,
 )
 from encnet_triton.files import make_folder, write_text
+from encnet_triton.kernels.runtime.launch import MOST_LOCAL
 
 ROOT = Path(__file__).parents[1]
 MARKERS = ("<!-- made by: python -m bench versions -->\n", "<!-- end -->\n")
@@ -152,7 +153,7 @@ def compile_apart(pair: Pair, place: Path, op: str) -> Row:
 def compiled_calls(op: str) -> Row:
     """How many kernels one shape needs, and what replaces a bad configuration.
 
-    The launcher takes the first configuration whose kernels compile and do not spill.
+    Bad is what the launcher does not take.
     """
     dtypes, calls = list(compiler.DTYPES), list[Call]()
     if op == "encode":
@@ -168,7 +169,7 @@ def compiled_calls(op: str) -> Row:
         kernels += len(rows)
         bad: dict[Call, list[Row]] = {}
         for kernel, row in zip(found, rows, strict=True):
-            if compiler.bad(row):
+            if row["stack_bytes"] > MOST_LOCAL or not row["fits"]:
                 bad.setdefault(kernel.call, []).append(row)
         instead += [_instead(call, wrong) for call, wrong in bad.items()]
         calls = [replace(c, config=c.config + 1) for c in bad if c.config + 1 < len(c.configs())]
@@ -177,11 +178,11 @@ def compiled_calls(op: str) -> Row:
 
 def _instead(call: Call, bad: list[Row]) -> Row:
     configs = [*map(str, call.configs()), None]
-    spilled = sum(row["spill_bytes"] for row in bad)
+    local = max(row["stack_bytes"] for row in bad)
     return {
         "call": f"{call.direction} {call.dtype} {call.shape}",
         "config": configs[call.config],
-        "why": bad[0]["note"] or f"spills {spilled} bytes",
+        "why": bad[0]["note"] or f"needs {local} bytes of local memory",
         "next": configs[call.config + 1],
     }
 
