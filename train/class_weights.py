@@ -30,7 +30,8 @@ def balanced_weights(dataset: Dataset, num_classes: int) -> Tensor:
     indices: Sequence[int] = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     pixels, around = np.zeros(num_classes), np.zeros(num_classes)
     for index in indices:
-        histogram = np.bincount(dataset[index].label.ravel(), minlength=256)[:num_classes]
+        label = dataset.open(index).label  # compares the sizes, decodes no image
+        histogram = np.bincount(label.ravel(), minlength=256)[:num_classes]
         pixels += histogram
         around += np.where(histogram > 0, histogram.sum(), 0)
     seen = pixels > 0
