@@ -219,8 +219,8 @@ def _keep(ctx: Any, logits: Tensor, target: Tensor, weight: Optional[Tensor], *r
     # vmap hides from the caller that a gradient will be needed: then nothing was kept for it.
     ctx.made = with_grad
     needs_inputs = not with_grad or saved.dim() == 3
-    inputs = (logits, target, weight) if needs_inputs else ()
-    ctx.save_for_backward(saved, rates if mean else None, *inputs)
+    inputs = (target, weight) if needs_inputs else ()
+    ctx.save_for_backward(saved, rates if mean else None, logits, *inputs)
 
 
 def _reduced_autograd(
@@ -230,17 +230,30 @@ def _reduced_autograd(
 
 
 def _reduced_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
-    saved, rates, *inputs = ctx.saved_tensors
+    saved, rates, logits, *inputs = ctx.saved_tensors
     if not ctx.made:
-        logits, *rest = inputs
-        saved = reduced(logits.detach(), *rest, *ctx.options, False, True)[2]
+        saved = reduced(logits.detach(), *inputs, *ctx.options, False, True)[2]
     gradient: Tensor
     if saved.dim() == 3:
-        logits, target, weight = inputs
+        target, weight = inputs
         gradient = _direct_backward(grad_loss, logits, target, saved, rates, weight, *ctx.options)
     else:
         gradient = _direct_scale(grad_loss, rates, saved, ctx.dtype)
+        if torch.is_grad_enabled():
+            gradient = _Once.apply(gradient, logits)
     return gradient
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that was kept, and so does not know that it depends on the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, logits: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:  # type: ignore[override]
+        raise NotImplementedError("upsample_cross_entropy has no second derivative")
 
 
 reduced.register_autograd(_reduced_autograd, setup_context=_reduced_setup_context)

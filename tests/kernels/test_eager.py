@@ -213,7 +213,8 @@ def test_second_derivatives_are_refused_as_the_operators_do(name: str) -> None:
             (grad,) = torch.autograd.grad(call(*inputs).sum(), inputs[:1], create_graph=True)
             grad.square().sum().backward()
         said.append(str(refused.value))
-    assert said[0] == said[1]
+    # Not that the gradient is a constant: beside another loss it would then count for nothing.
+    assert said[0] == said[1] and "does not require grad" not in said[0]
 
 
 @cases
