@@ -70,6 +70,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
     if given.output.suffix != ".safetensors":
         raise ValueError(f"the output {given.output} must be a .safetensors file")
     options.refuse_place(given.output, "the output")
+    if given.output.exists() and Path(given.input).exists() and given.output.samefile(given.input):
+        raise ValueError(f"{given.output} is the input too, and would be lost; name another output")
     if given.export_backbone:
         export_backbone(Path(given.input), given.output)
         console.print(f"wrote the backbone of {given.input} to {given.output}")

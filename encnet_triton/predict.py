@@ -20,7 +20,7 @@ from encnet_triton.data import DataError
 from encnet_triton.files import make_folder
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier, find_images, read_image
 from encnet_triton.inference.explaining import Explainer
-from encnet_triton.inference.photos import label_photo, refuse_equal_names
+from encnet_triton.inference.photos import label_photo, refuse_clashes
 from encnet_triton.models import CifarNet
 from encnet_triton.weights import ModelInfo, load_model
 
@@ -74,7 +74,7 @@ def run(given: argparse.Namespace, console: Console) -> int:
         options.refuse_segmentation_options(given, make_parser())
     paths = list(find_images(given.inputs))
     if not classifying:
-        refuse_equal_names(paths)
+        refuse_clashes(paths, given.output)
     label = make_labeller(given, model, info, device)
     rank, size = options.join_others(device)
     if given.whole_image and rank == 0:

@@ -15,7 +15,7 @@ from encnet_triton.inference.explaining import Explainer, explanation_picture
 from encnet_triton.inference.predictor import Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
 
-__all__ = ["find_images", "label_photo", "read_image", "refuse_equal_names"]
+__all__ = ["find_images", "label_photo", "read_image", "refuse_clashes"]
 
 
 def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
@@ -40,8 +40,9 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
 def label_photo(
     predictor: Predictor, path: Path, output: Path, explain: Explainer | None = None
 ) -> list[tuple[str, float]]:
-    """Write ``<stem>_label.png``, ``<stem>_overlay.png`` and, where it is to be explained,
-    ``<stem>_explained.png``; returns (class, share of pixels)."""
+    """Write the pictures of `written`, the last where it is to be explained; returns (class, share
+    of pixels)."""
+    label_file, overlay_file, explained_file = written(path, output)
     image = read_image(path)
     try:
         label = predictor(np.asarray(image)).cpu().numpy()
@@ -49,18 +50,30 @@ def label_photo(
         raise DataError(f"image {path}: {error}") from None
     info = predictor.info
     picture = palette_image(label, info.palette)
-    save_png(picture, output / f"{path.stem}_label.png")
-    save_png(overlay(image, picture), output / f"{path.stem}_overlay.png")
+    save_png(picture, label_file)
+    save_png(overlay(image, picture), overlay_file)
     if explain is not None:
         found = explanation_picture(explain(np.asarray(image)), info)
-        save_png(found, output / f"{path.stem}_explained.png")
+        save_png(found, explained_file)
     values, counts = np.unique(label, return_counts=True)
     shares = [(info.classes[v], float(c) / label.size) for v, c in zip(values, counts, strict=True)]
     return sorted(shares, key=lambda item: -item[1])
 
 
-def refuse_equal_names(paths: Sequence[Path]) -> None:
-    """A ValueError if two photos would be written to one file."""
+def written(path: Path, output: Path) -> list[Path]:
+    """The files of a photo's label, of its overlay and of its explanation."""
+    return [output / f"{path.stem}_{what}.png" for what in ("label", "overlay", "explained")]
+
+
+def refuse_clashes(paths: Sequence[Path], output: Path) -> None:
+    """A ValueError if two photos would be written to one file, or over a file that is read."""
+    own = {file.resolve(): path for path in paths for file in written(path, output)}
+    for path in paths:
+        if (other := own.get(path.resolve())) is not None:
+            raise ValueError(
+                f"{path} is one of the images and would be overwritten by what is found in {other};"
+                " give another --output, or leave it out"
+            )
     seen: dict[str, Path] = {}
     for path in paths:
         if path.stem in seen:

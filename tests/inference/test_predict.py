@@ -81,6 +81,23 @@ def test_damaged_photos_are_listed_after_the_others(
     assert "Traceback" not in said.err
 
 
+def test_no_image_that_is_read_is_written_over(
+    checkpoint: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as somebody's own labels, or the pictures of the call before."""
+    own = photos / "photo1_label.png"
+    Image.new("L", (50, 40), 7).save(own)
+    before = own.read_bytes()
+    command = ["--checkpoint", checkpoint, str(photos), "--output"]
+    assert main([*command, str(photos.parent / photos.name)]) == 2
+    said = capsys.readouterr().err
+    assert f"{own} is one of the images" in said and "photo1.jpg" in said
+    assert own.read_bytes() == before and labelled(photos) == [own.name]
+    own.unlink()
+    assert main([*command, str(photos)]) == 0
+    assert main([*command, str(photos)]) == 2
+
+
 def test_what_cannot_be_labelled_at_all(
     checkpoint: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,9 @@ def test_command_writes_a_checkpoint_that_others_load(
 
     exported = tmp_path / "backbone.safetensors"
     assert main([str(output), str(exported), "--export-backbone"]) == 0
+    kept = output.read_bytes()
+    assert main([str(output), str(output), "--export-backbone"]) == 2  # it would lose the head
+    assert output.read_bytes() == kept
     prefix = "pretrained."
     trunk = {k.removeprefix(prefix): t for k, t in small.items() if k.startswith(prefix)}
     back = read_tensors(str(exported))
