@@ -78,7 +78,7 @@ def _beside(checkpoint: Path | str, form: str) -> Path:
     """The file to write by default; of a model on the Hub, in the current folder."""
     if isinstance(checkpoint, str):
         checkpoint = Path(Path(checkpoint.partition("@")[0]).name)
-    return checkpoint.with_suffix(f".{form}")
+    return checkpoint.with_suffix(f".{form}") if checkpoint.name else Path(f"encnet.{form}")
 
 
 def main(arguments: list[str] | None = None) -> int:

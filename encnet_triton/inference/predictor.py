@@ -111,8 +111,8 @@ class Predictor:
             return resized(height, width, info.base_size, info.scale_by, scale)
         long = ceil((info.base_size or max(height, width)) * scale)
         if height > width:
-            return long, int(width * long / height + 0.5)
-        return int(height * long / width + 0.5), long
+            return long, max(1, int(width * long / height + 0.5))
+        return max(1, int(height * long / width + 0.5)), long
 
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if size == x.shape[2:]:

@@ -5,6 +5,7 @@ Nothing in a file can run: pickles are read by `encnet_triton.unpickle`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,10 +165,12 @@ class _WrongName(ValueError):
 def _download(url: str) -> Path:
     if not url.endswith(_SUFFIXES):
         raise _WrongName(f"{url}: a URL must end in one of {_suffixes()}")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    hashed, name = _HASHED_NAME.search(url), url.rpartition("/")[2]
+    if not hashed:  # files of other URLs may have the same name
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        hashed = _HASHED_NAME.search(url)
         torch.hub.download_url_to_file(url, str(path), hashed and hashed[1], progress=False)
     return path
 

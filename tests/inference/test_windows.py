@@ -143,3 +143,9 @@ def test_wrong_images_are_refused() -> None:
         predictor(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match=r"got uint8 of shape \(4, 4\)"):
         predictor(np.zeros((4, 4), dtype=np.uint8))
+
+
+def test_the_released_protocol_keeps_a_pixel_of_what_is_very_long() -> None:
+    views = Views(scales=(0.5, 1.0), released=True)
+    predictor = Predictor(Brightness().eval(), info((32, 32), base_size=64), views=views)
+    assert predictor(np.zeros((2, 300, 3), np.uint8)).shape == (2, 300)

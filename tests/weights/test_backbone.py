@@ -59,7 +59,21 @@ def test_url_is_downloaded_into_torchs_cache(
     network = model()
     load_backbone(network, file.as_uri())
     assert_loaded(network, published())
-    assert (tmp_path / "cache/hub/checkpoints/weights.pth").exists()
+    (cached,) = (tmp_path / "cache/hub/checkpoints").iterdir()
+    assert cached.name.endswith("-weights.pth")
+
+
+def test_urls_of_files_with_one_name_are_not_taken_for_each_other(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "other").mkdir()
+    changed = {k: v + 1 if k == "bn1.weight" else v for k, v in published().items()}
+    torch.save(changed, tmp_path / "other" / file.name)
+    for url, state in ((file, published()), (tmp_path / "other" / file.name, changed)):
+        network = model()
+        load_backbone(network, url.as_uri())
+        assert torch.equal(network.backbone.bn1.weight, state["bn1.weight"])
 
 
 def test_url_whose_hash_is_wrong_is_refused(
