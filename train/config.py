@@ -12,6 +12,7 @@ import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 from encnet_triton.data.loader import MAX_WORKERS
@@ -406,16 +407,29 @@ def changed_fields(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """Names of the fields of two fingerprints that differ.
 
     A field that is newer than one of them counts as having had its default, and a field that now
-    takes several values may have held a single one.
+    takes several values may have held a single one. A file may have been moved, with its folder.
     """
     known = all_fields()
     defaults = {name: _plain(f.default) for name, (_, f) in known.items()}
     found = []
     for key in sorted(saved.keys() | now.keys()):
         before, after = (of.get(key, defaults.get(key)) for of in (saved, now))
-        if after not in (before, [before]):
+        moved = key in _ENDS and _same_end(before, after, _ENDS[key])
+        if after not in (before, [before]) and not moved:
             found.append(key)
     return found
+
+
+# How many of the last parts of a path tell a file from another.
+_ENDS = {"pretrained": 1, "init_from": 2}
+
+
+def _same_end(before: Any, after: Any, parts: int) -> bool:
+    if not (before and after):
+        return False
+    ends = [PurePath(path).parts[-parts:] for path in (before, after)]
+    shared = min(map(len, ends))
+    return shared > 0 and ends[0][-shared:] == ends[1][-shared:]
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -191,9 +192,24 @@ def as_toml(config: Config, brief: bool = False) -> str:
             value = getattr(getattr(config, section), f.name)
             left_out = brief and (f.metadata.get("free") or (value is None and f.default is None))
             if f.name in read and not left_out:
-                # What JSON writes of texts, numbers, lists and booleans is TOML as well.
-                lines.append(f"{f.name} = {json.dumps('none' if value is None else value)}")
+                lines.append(f"{f.name} = {_toml('none' if value is None else value)}")
     return "\n".join(lines) + "\n"
+
+
+# In JSON: an escaped backslash, a character in two halves, and one that TOML wants escaped.
+_NOT_TOML = re.compile(r"\\\\|\\u(d[89ab]..)\\u(d[c-f]..)|\x7f")
+
+
+def _toml(value: Any) -> str:
+    """A text, number, list or boolean, in ASCII: as JSON, but for the characters that differ."""
+
+    def mended(match: re.Match[str]) -> str:
+        if match[1]:
+            high, low = int(match[1], 16) - 0xD800, int(match[2], 16) - 0xDC00
+            return f"\\U{0x10000 + (high << 10) + low:08x}"
+        return "\\u007f" if match[0] == "\x7f" else match[0]
+
+    return _NOT_TOML.sub(mended, json.dumps(value))
 
 
 def task_of(config: Config) -> type[Segmentation] | type[Classification]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encnet_triton.models import create_model
 from encnet_triton.train.average import Average
 from encnet_triton.train.config import Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, WorldError, gather
@@ -223,8 +224,8 @@ def initialise(path: Path | str, model: nn.Module, num_classes: int, new_head: b
     """Start from another run's weights; returns the names of tensors that kept their initial
     values.
 
-    With ``new_head`` the tensors that depend on the number of classes (last convolutions and SE
-    layers) may differ in shape and are then left at their initial values.
+    With ``new_head`` the tensors whose shape depends on the number of classes (last convolutions
+    and SE layers) are left at their initial values.
 
     Raises:
         CheckpointError: tensors do not fit, or the class count differs without new_head.
@@ -243,17 +244,20 @@ def initialise(path: Path | str, model: nn.Module, num_classes: int, new_head: b
     if not new_head:
         checkpoint.load_weights(model, tensors, path)
         return []
-    own = {checkpoint.MODEL_PREFIX + name: t for name, t in model.state_dict().items()}
-    kept = [
-        name
-        for name, t in own.items()
-        if name in tensors
-        and tensors[name].shape[1:] == t.shape[1:]
-        and (tensors[name].shape[:1], t.shape[:1]) == ((theirs,), (num_classes,))
-    ]
-    merged = tensors | {name: own[name] for name in kept}
+    kept = _of_classes(model)
+    own = model.state_dict()
+    merged = tensors | {checkpoint.MODEL_PREFIX + name: own[name] for name in kept}
     checkpoint.load_weights(model, merged, path)
-    return [name.removeprefix(checkpoint.MODEL_PREFIX) for name in kept]
+    return kept
+
+
+def _of_classes(model: nn.Module) -> list[str]:
+    """Names of the tensors whose shape depends on the number of classes."""
+    options: Any = dict(model.options)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        other = create_model(**options | {"num_classes": options["num_classes"] + 1})
+    shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
+    return [name for name, t in model.state_dict().items() if t.shape != shapes[name]]
 
 
 def _progress(path: Path, found: Any) -> Progress:

@@ -42,6 +42,7 @@ from encnet_triton.train.distributed import World, all_reduce_sum
 from encnet_triton.train.forecast import peak_memory
 from encnet_triton.train.log import Log
 from encnet_triton.train.optim import make_optimizer
+from encnet_triton.train.run_folder import folder_of
 from encnet_triton.train.run_report import REPORT
 from encnet_triton.train.run_state import Progress
 from encnet_triton.train.task import Task, initial
@@ -114,8 +115,9 @@ class Segmentation(Task[Scores]):
         self._normalise = Normalise(self.info.mean, self.info.std, device)
 
     def network(self, classes: int) -> nn.Module:
-        """What is trained, with its initial weights."""
-        return make_model(self.config, classes)
+        """What is trained, with its initial weights, unless those of a checkpoint follow."""
+        resumes = self.config.run.resume and (folder_of(self.config) / run_state.LAST).is_file()
+        return make_model(self.config, classes, start=not resumes)
 
     @classmethod
     def reads(cls, config: Config) -> frozenset[str]:
@@ -272,19 +274,20 @@ def names_digest(dataset: Dataset, root: str | None) -> str:
         name = dataset.name_of(index)
         for prefix in roots:
             name = name.removeprefix(prefix)
+        if root is not None and not name.startswith("/"):  # below "."
+            name = f"/{name}"
         found.update(name.encode(errors="surrogateescape") + b"\0")
     return found.hexdigest()
 
 
-def make_model(config: Config, num_classes: int) -> nn.Module:
-    """The network, with pretrained weights if the configuration names any."""
+def make_model(config: Config, num_classes: int, *, start: bool = True) -> nn.Module:
+    """The network, with ``start`` from the weights that the configuration names, if any."""
     model = create_model(num_classes=num_classes, **config.model.options())
     model.backbone.activation_checkpointing = config.run.activation_checkpointing
-    if config.model.pretrained:
+    if start and config.model.pretrained:
         load_backbone(model, config.model.pretrained)
-    if config.run.init_from:
-        start = config.run.init_from
-        run_state.initialise(start, model, num_classes, config.run.new_head)
+    if start and config.run.init_from:
+        run_state.initialise(config.run.init_from, model, num_classes, config.run.new_head)
     return model
 
 

@@ -173,3 +173,11 @@ def test_several_label_values(tmp_path: Path) -> None:
         data = build("folder_small", {"ignore_label": given, "label_map": "7=1"}).data
         assert data.dataset_options() == {"ignore_label": (0, 255), "label_map": "7=1"}
     assert build("folder_small", {"ignore_label": "11"}).data.ignore_label == (11,)
+
+
+@pytest.mark.parametrize(
+    "name", ["é", "\U0001f600 \U00020bb7", "a\x7f", "\\ud83d\\ude00", 'a"\\', "\t"]
+)
+def test_a_printed_recipe_is_toml_whatever_the_characters(name: str) -> None:
+    text = as_toml(build("scenes", {"runs": name}))
+    assert text.isascii() and tomllib.loads(text)["run"]["runs"] == name

@@ -93,6 +93,10 @@ def test_stages_follow_each_other_and_resume_where_they_stopped(staged: Path, ca
     capsys.readouterr()
     assert main(command) == 0
     assert capsys.readouterr().out.count("complete already") == 2
+    Path("runs").rename("moved")
+    assert main([*command, "--runs", "moved"]) == 0
+    assert capsys.readouterr().out.count("complete already") == 2
+    Path("moved").rename("runs")
     assert main(["--recipe", str(staged)]) == 2
     assert "exists; add --resume" in capsys.readouterr().err
     assert main([*command, "--lr", "0.5"]) == 2

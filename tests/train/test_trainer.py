@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from encnet_triton import environment, evaluate, predict
 from encnet_triton.models import create_model
 from encnet_triton.scoring.metrics import Scores
+from encnet_triton.train import run_state
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.segmentation import Segmentation
 from encnet_triton.train.trainer import Trainer
@@ -63,8 +65,9 @@ def test_evaluate_and_predict_need_only_the_checkpoint(recipe: Path, folder_data
     assert train(recipe, "--epochs", "1") == 0
     said = records("tiny", "val")[-1]
     best = "runs/tiny/best.safetensors"
-    # On the device of the training, so that the same code counts the same pixels.
+    # As in training, so that the same code counts the same pixels.
     device = ["--device", json.loads(Path("runs/tiny/config.json").read_text())["run"]["device"]]
+    device += ["--precision", "float32"]
     assert evaluate.main(["--checkpoint", best, *device, "--json", "scores.json"]) == 0
     scores = json.loads(Path("scores.json").read_text())
     assert scores["miou"] == pytest.approx(said["miou"], abs=1e-12)
@@ -119,7 +122,7 @@ def test_a_run_as_is_usual_today_resumes_to_the_same_bits(recipe: Path) -> None:
     assert any(not torch.equal(tensor, whole[name]) for name, tensor in average.items())
     score = records("whole", "val")[-1]["miou"]
     arguments = ["--checkpoint", "runs/whole/average.safetensors", "--json", "score.json"]
-    assert evaluate.main(arguments) == 0
+    assert evaluate.main([*arguments, "--precision", "float32"]) == 0
     assert json.loads(Path("score.json").read_text())["miou"] == pytest.approx(score, abs=1e-6)
 
 
@@ -301,6 +304,37 @@ def test_new_head_takes_another_number_of_classes(recipe: Path, folder_data, cap
     new, _ = read(Path("runs/taken/last.safetensors"), "model.backbone.conv1.weight")
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, rtol=1e-5, atol=1e-8)
+
+
+def test_new_head_is_only_what_depends_on_the_number_of_classes(tmp_path: Path) -> None:
+    """With 16 classes not the 16 codewords, nor the trunk's layers of 16 channels."""
+    options = {"backbone": "small", "head_channels": 32, "num_codewords": 16, "lateral": True}
+    theirs, ours = (create_model("encnet", 16, **options) for _ in range(2))
+    names, colours = [f"class {i}" for i in range(16)], [[i] * 3 for i in range(16)]
+    info = replace(INFO, options=theirs.options, classes=names, palette=colours)
+    save_model(tmp_path / "theirs.safetensors", theirs, info)
+    kept = run_state.initialise(tmp_path / "theirs.safetensors", ours, 16, new_head=True)
+    layers = {"head.classifier", "head.context.presence", "stage3.presence"}
+    assert {name.rpartition(".")[0] for name in kept} == layers
+    given = theirs.state_dict()
+    assert all(n in kept or torch.equal(t, given[n]) for n, t in ours.state_dict().items())
+
+
+def test_a_run_resumes_without_what_it_started_from_and_wherever_its_folders_are(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(recipe, "--name", "a", "--stop-at", "1") == 0
+    start = str(Path("runs/a/last.safetensors"))
+    assert train(recipe, "--name", "b", "--init-from", start, "--stop-at", "1") == 0
+    Path(start).unlink()
+    Path("runs").rename("moved")
+    data = json.loads(Path("moved/b/config.json").read_text())["data"]["data"]
+    monkeypatch.chdir(data)
+    again = ["--runs", str(tmp_path / "moved"), "--init-from", str(tmp_path / start), "--data", "."]
+    assert train(recipe, "--name", "b", *again, "--stop-at", "2", "--resume") == 0
+    monkeypatch.chdir(tmp_path / "moved")
+    assert train(recipe, "--name", "b", *again[:2], "--data", data, "--resume",
+                 "--init-from", "../c/last.safetensors") == 2  # fmt: skip
 
 
 def test_mistakes_are_one_sentence(recipe: Path, folder_data: Path, capsys) -> None:
