@@ -27,10 +27,13 @@ help:
 train: $(VENV)/.installed
 	$(BIN)/python -m encnet_triton.train --resume $(TRAIN_ARGS)
 
+# All tests that run in it; to collect the others takes seconds.
+INTERPRETED := tests/kernels tests/bench/test_channel_programs.py
+
 # Tests with these markers, the kernels' in Triton's interpreter where there is Triton.
 define PYTEST
 $(BIN)/python -m pytest $(PARALLEL) -m "$(1)"
-@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "(interpreter or triton) and $(1)"
+@! $(BIN)/python -c 'import triton' 2>/dev/null || TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "(interpreter or triton) and $(1)" $(INTERPRETED)
 endef
 
 test: export OMP_NUM_THREADS ?= 1
@@ -102,12 +105,12 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Modules are compiled by all cores at once, where pip does it one by one; some of other packages'
-# are of older Pythons and do not.
+# Modules are compiled by all cores at once, where pip does it one by one, without other packages'
+# tests; some are of older Pythons and do not compile.
 comma := ,
 define INSTALL
 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt setuptools -e '.[$(1)]'
-@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 endef
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt

@@ -234,3 +234,12 @@ def test_tests_are_collected_without_optional_packages() -> None:
     }  # fmt: skip
     for path in (ROOT / "tests").rglob("*.py"):
         assert not optional & {name.split(".")[0] for name in _imports(path)}, path
+
+
+def test_the_makefile_knows_where_the_interpreters_tests_are() -> None:
+    """It collects no others there."""
+    (given,) = re.findall(r"(?m)^INTERPRETED := (.+)$", (ROOT / "Makefile").read_text())
+    marked = re.compile(r"mark\.(interpreter|triton)\b")
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        if marked.search(file.read_text(encoding="utf-8")):
+            assert any(file.is_relative_to(ROOT / place) for place in given.split()), file

@@ -25,6 +25,7 @@ SCENARIOS = [
     scenarios.graph,
     scenarios.reduce_overhead,
 ]
+ON_KERNELS = SCENARIOS[:3]
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
 
 
@@ -54,9 +55,15 @@ def assert_holds(scenario: Callable[..., None], name: str) -> None:
     scenario(StandIn(), name)
 
 
-@pytest.mark.interpreter
 @operators
-@each_scenario
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        # The others repeat a call, which shows the same without the interpreted kernels.
+        pytest.param(s, marks=[pytest.mark.interpreter] * (s in ON_KERNELS), id=s.__name__)
+        for s in SCENARIOS
+    ],
+)
 def test_the_scenarios_without_a_gpu(scenario: Callable[..., None], name: str) -> None:
     assert_holds(scenario, name)
 

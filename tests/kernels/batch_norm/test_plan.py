@@ -39,20 +39,19 @@ from tests.support.batch_norm import (
     run,
     torch_formula,
 )
+from tests.support.fraction import half
 from tests.support.opcheck import opcheck
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 DEVICE = "cpu" if launch.interpreting() else "cuda"
-DTYPES = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float32, id="fp32"),
-        pytest.param(torch.bfloat16, id="bf16"),
-        pytest.param(torch.float16, id="fp16", marks=pytest.mark.verify),
-    ],
-)
-TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+TILES = {"": None, "small tiles": (256, 8)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FP16 = {"fp16": pytest.param(torch.float16, marks=pytest.mark.verify)}
+MODES = {"training": True, "frozen": False}
+ORDERS = {"contiguous": "contiguous", "channels_last": "channels_last"}
+EVERY_LAYOUT = {layout: layout for layout in LAYOUTS if layout != "two values"}
+TRAINING = pytest.mark.parametrize("training", MODES.values(), ids=MODES)
 
 
 @pytest.fixture(
@@ -71,7 +70,7 @@ def watched(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[None, (256, 8)], ids=["", "small tiles"])
+@pytest.fixture(params=TILES.values(), ids=TILES)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles of every launch as they are, or so small that a program walks several."""
     if request.param is not None:
@@ -95,12 +94,17 @@ def check(
     return ours
 
 
-@pytest.mark.usefixtures("tiles")
-@DTYPES
-@TRAINING
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "two values"])
+@pytest.mark.parametrize(
+    ("tiles", "dtype", "training", "layout"),
+    half(TILES, DTYPES | FP16, MODES, EVERY_LAYOUT),
+    indirect=["tiles"],
+)
 def test_error_is_at_most_twice_that_of_torch(
-    layout: str, training: bool, dtype: torch.dtype, assert_accurate: Callable[..., None]
+    tiles: None,
+    layout: str,
+    training: bool,
+    dtype: torch.dtype,
+    assert_accurate: Callable[..., None],
 ) -> None:
     tensors = example(layout, dtype, residual=True, device=DEVICE)
     with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
@@ -109,11 +113,11 @@ def test_error_is_at_most_twice_that_of_torch(
     assert ours["dweight"].dtype == ours["running_var"].dtype == torch.float32
 
 
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "two values"])
+@pytest.mark.parametrize(
+    ("tiles", "dtype", "layout"), half(TILES, DTYPES, EVERY_LAYOUT), indirect=["tiles"]
+)
 def test_a_normalised_residual_in_every_layout(
-    layout: str, dtype: torch.dtype, assert_accurate: Callable[..., None]
+    tiles: None, layout: str, dtype: torch.dtype, assert_accurate: Callable[..., None]
 ) -> None:
     tensors = example(layout, dtype, residual=True, normalised=True, device=DEVICE)
     with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():
@@ -132,12 +136,17 @@ def test_two_values_a_channel(training: bool) -> None:
     assert_same({n: t.double() for n, t in ours.items()}, exact, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("tiles")
-@TRAINING
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("tiles", "training", "layout", "options"),
+    half(TILES, MODES, ORDERS, OPTIONS),
+    indirect=["tiles"],
+)
 def test_every_option(
-    options: dict[str, Any], layout: str, training: bool, assert_accurate: Callable[..., None]
+    tiles: None,
+    options: dict[str, Any],
+    layout: str,
+    training: bool,
+    assert_accurate: Callable[..., None],
 ) -> None:
     options = dict(options)
     call = {"training": training, "activation": options.pop("activation", "relu")}
