@@ -126,4 +126,6 @@ def _table(title: str, of_runs: Mapping[str, Mapping[int, Details]], part: str) 
             cells.append(f"{100 * statistics.mean(values):.1f}" if values else "")
         if any(cells):
             table.add_row(key, *cells)
+    if columns and part == "presence" and not table.rows:
+        table.caption = "none: each class is in all of these images, or in none"
     return table

@@ -78,3 +78,6 @@ def test_details_of_a_checkpoint(name: str, tmp_path: Path) -> None:
     assert found["presence"].keys() == ({"a", "b"} if name == "encnet" else set())
     tables = detail_tables({name: {0: found, 1: found}})
     assert [len(table.columns) for table in tables] == [2, 2, 1 + (name == "encnet")]
+    everywhere = found | {"presence": dict.fromkeys(found["presence"])}
+    caption = detail_tables({name: {0: everywhere}})[2].caption
+    assert (caption is not None and caption.startswith("none:")) is (name == "encnet")
