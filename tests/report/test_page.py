@@ -94,7 +94,8 @@ def test_a_run_and_an_evaluation_have_a_report(
     shares = [float(share) for share in re.findall(r"([\d.]+) % right", found.text)]
     assert len(shares) == shown and shares == sorted(shares)
     checkpoint = ["--checkpoint", "runs/tiny/best.safetensors"]
-    assert evaluate.main([*checkpoint, "--report", "scores.html"]) == 0
+    precision = ["--precision", "float32"]  # as in training, also where auto is another
+    assert evaluate.main([*checkpoint, *precision, "--report", "scores.html"]) == 0
     again = read_page(Path("scores.html"))
     assert [float(s) for s in re.findall(r"([\d.]+) % right", again.text)] == shares
     assert evaluate.main([*checkpoint, "--report", "no/scores.html"]) == 2
