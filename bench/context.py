@@ -58,8 +58,17 @@ def last_validation(folder: Path) -> Figures:
     return scores[-1]
 
 
-def recorded(folder: Path, key: str) -> list[float]:
-    """What a run recorded of a figure while training."""
+def images_per_second(folder: Path) -> float:
+    """The median over the records of a run."""
+    return statistics.median(_recorded(folder, "images_per_second"))
+
+
+def peak_memory_gib(folder: Path) -> float:
+    """The most that a run recorded."""
+    return max(_recorded(folder, "peak_memory_gib"))
+
+
+def _recorded(folder: Path, key: str) -> list[float]:
     records = [record for record in read_records(folder) if record["kind"] == "train"]
     return [float(record[key]) for record in records if is_number(record.get(key))]
 

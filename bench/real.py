@@ -30,8 +30,9 @@ from bench.apart import Failed
 from bench.context import (
     Figures,
     draw,
+    images_per_second,
     last_validation,
-    recorded,
+    peak_memory_gib,
     score_table,
     spread,
     train,
@@ -113,11 +114,6 @@ def work(config: Config) -> float:
     return epochs * len(train_images) + validations * len(val_images) * each
 
 
-def images_per_second(folder: Path) -> float:
-    """The median over the records of a run."""
-    return statistics.median(recorded(folder, "images_per_second"))
-
-
 def forecast(runs: list[Run], done: list[Run]) -> float:
     """Hours that ``runs`` will take, from the speed of those done, or else of a few steps."""
     timed = done or [_timing(runs[0])]
@@ -140,7 +136,7 @@ def cost(run: Run) -> dict[str, float]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmac": gmac(lambda: model(torch.zeros(1, 3, *info.crop))),
         "images_per_second": images_per_second(run.place),
-        "peak_memory_gib": max(recorded(run.place, "peak_memory_gib")),
+        "peak_memory_gib": peak_memory_gib(run.place),
     }
 
 

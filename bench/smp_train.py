@@ -11,7 +11,6 @@ Needs the extra `peers`.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.apart import Failed
-from bench.context import last_validation, recorded
+from bench.context import images_per_second, last_validation, peak_memory_gib
 from bench.options import add_json
 from encnet_triton.files import write_json
 from encnet_triton.models.trunk import TimmTrunk
@@ -223,8 +222,8 @@ def run(options: argparse.Namespace) -> int:
         place = options.out / name
         last = last_validation(place)
         found[name] = {key: last[key] for key in ("miou", "pixel_accuracy")}
-        found[name]["images_per_second"] = statistics.median(recorded(place, "images_per_second"))
-        found[name]["peak_memory_gib"] = max(recorded(place, "peak_memory_gib"))
+        found[name]["images_per_second"] = images_per_second(place)
+        found[name]["peak_memory_gib"] = peak_memory_gib(place)
     console.print(_table(found))
     if options.json is not None:
         write_json(found, options.json)

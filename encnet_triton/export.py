@@ -78,7 +78,8 @@ def _beside(checkpoint: Path | str, form: str) -> Path:
     """The file to write by default; of a model on the Hub, in the current folder."""
     if isinstance(checkpoint, str):
         checkpoint = Path(Path(checkpoint.partition("@")[0]).name)
-    return checkpoint.with_suffix(f".{form}") if checkpoint.name else Path(f"encnet.{form}")
+    named = checkpoint if checkpoint.name else checkpoint.resolve()  # the current folder
+    return named.with_suffix(f".{form}")
 
 
 def main(arguments: list[str] | None = None) -> int:

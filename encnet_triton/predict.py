@@ -74,7 +74,7 @@ def run(given: argparse.Namespace, console: Console) -> int:
         options.refuse_segmentation_options(given, make_parser())
     paths = list(find_images(given.inputs))
     if not classifying:
-        refuse_clashes(paths, given.output)
+        refuse_clashes(paths, given.output, given.explain)
     label = make_labeller(given, model, info, device)
     rank, size = options.join_others(device)
     if given.whole_image and rank == 0:

@@ -279,3 +279,11 @@ def test_other_networks(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     with torch.no_grad():
         found = program.exported.module()(image)
     assert program.network.difference(image, found) < 1e-5
+
+
+def test_the_current_folder_gives_its_name_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert export._beside(Path("."), "onnx") == tmp_path.with_suffix(".onnx")
+    assert export._beside(Path("runs/best.safetensors"), "pt2") == Path("runs/best.pt2")

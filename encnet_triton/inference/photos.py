@@ -65,9 +65,10 @@ def written(path: Path, output: Path) -> list[Path]:
     return [output / f"{path.stem}_{what}.png" for what in ("label", "overlay", "explained")]
 
 
-def refuse_clashes(paths: Sequence[Path], output: Path) -> None:
+def refuse_clashes(paths: Sequence[Path], output: Path, explained: bool) -> None:
     """A ValueError if two photos would be written to one file, or over a file that is read."""
-    own = {file.resolve(): path for path in paths for file in written(path, output)}
+    count = 3 if explained else 2
+    own = {file.resolve(): path for path in paths for file in written(path, output)[:count]}
     for path in paths:
         if (other := own.get(path.resolve())) is not None:
             raise ValueError(
