@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "make_folder",
+    "naming",
     "remove_leftovers",
     "replacing",
     "without_nan",
@@ -37,18 +38,36 @@ def replacing(path: Path) -> Iterator[Path]:
     The content is flushed to disk before the rename. If the block or the writing fails, the file
     that was at ``path`` is untouched and no temporary file is left. The file's permissions follow
     the umask, whatever the block gives it.
+
+    Raises:
+        OSError: it cannot be written (full disk, quota, no permission); names ``path``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as made:
-            mode = os.fstat(made.fileno()).st_mode & 0o777
-        yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            with open(temporary, "wb") as made:
+                mode = os.fstat(made.fileno()).st_mode & 0o777
+            yield temporary
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Give ``path`` to an error of the system that names no file, or the temporary one.
+
+    Opening a file names it, but writing to it does not: "No space left on device".
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_folder(path: Path, what: str) -> Path:
@@ -125,7 +144,8 @@ def write_tensors(
         with replacing(path) as temporary:
             save_file(plain, temporary, dict(metadata) if metadata is not None else None)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot save {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"cannot save {path}: {reason}") from error
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from encnet_triton.files import (
     write_text,
 )
 from encnet_triton.pictures import save_png
+from encnet_triton.train.log import Log
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: write_text("new", path),
@@ -53,6 +54,21 @@ def test_a_failing_write_leaves_the_old_content_and_nothing_else(
     with pytest.raises(OSError, match="No space left"):
         WRITERS[kind](path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_that_finds_no_room_is_named(kind: str, full_disk: None, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="No space left") as failure:
+        WRITERS[kind](path)
+    assert str(path) in str(failure.value) and "tmp:" not in str(failure.value)
+
+
+def test_a_record_that_finds_no_room_names_its_file(tmp_path: Path) -> None:
+    log = Log(tmp_path, enabled=True)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # opens, but takes nothing
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"):
+        log.write({"kind": "train", "step": 1})
 
 
 def test_content_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from encnet_triton.files import without_nan, write_text
+from encnet_triton.files import naming, without_nan, write_text
 
 if TYPE_CHECKING:
     from encnet_triton.train.loggers import Logger
@@ -104,7 +104,8 @@ class Log:
         if not self.enabled:
             return
         record = without_nan({**record, "time": round(time.time(), 3)})
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+        path = self.folder / METRICS
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.logger is not None:
             self.logger.write(record)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from encnet_triton.files import naming
 from encnet_triton.train.config import ConfigError
 
 LOCK = "lock.json"
@@ -63,7 +64,7 @@ class RunLock:
         except FileExistsError:
             return False
         try:
-            with open(descriptor, "w", encoding="utf-8") as file:
+            with naming(self.path), open(descriptor, "w", encoding="utf-8") as file:
                 json.dump(self._own, file)
         except OSError:
             self.path.unlink(missing_ok=True)  # of a full disk: a lock that names nobody
