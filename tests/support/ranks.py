@@ -8,6 +8,8 @@ import socket
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 def exit_statuses(main: Callable[[list[str]], int], arguments: list[str], size: int) -> list[int]:
     """Run a command's main function as each rank of a group on the CPU; their exit statuses."""
@@ -19,7 +21,9 @@ def exit_statuses(main: Callable[[list[str]], int], arguments: list[str], size: 
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
         }  # fmt: skip
+        torch.set_num_threads(1)  # a fork has none of the threads that OpenMP would wait for
         status = main([*arguments, "--device", "cpu"])
         sys.stdout.flush()
         sys.exit(status)
