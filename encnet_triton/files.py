@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,21 @@ def replacing(path: Path) -> Iterator[Path]:
             os.chmod(temporary, mode)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk: the error of the writing says so
+            temporary.unlink()
 
 
 @contextmanager
-def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Give ``path`` to an error of the system that names no file, or the temporary one.
+def naming(path: Path, *temporary: Path) -> Iterator[None]:
+    """Give ``path`` to an error of the system that names no file, or a temporary one.
 
     Opening a file names it, but writing to it does not: "No space left on device".
     """
+    unnamed = (None, *temporary, *map(str, temporary))
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+        if error.errno is None or error.filename not in unnamed:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -144,7 +146,7 @@ def write_tensors(
         with replacing(path) as temporary:
             save_file(plain, temporary, dict(metadata) if metadata is not None else None)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error  # without the path, which stands here
         raise OSError(f"cannot save {path}: {reason}") from error
 
 

@@ -64,6 +64,30 @@ def test_a_file_that_finds_no_room_is_named(kind: str, full_disk: None, tmp_path
     assert str(path) in str(failure.value) and "tmp:" not in str(failure.value)
 
 
+def test_a_read_only_disk_refuses_the_file_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
+
+    # Removing, too, is refused there, even of a file that was not made.
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=r"Read-only file system: '.*/file'"):
+        write_text("new", tmp_path / "file")
+
+
+def test_an_error_without_a_number_keeps_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk left")
+
+    monkeypatch.setattr("encnet_triton.files.save_file", fail)
+    with pytest.raises(OSError, match="cannot save .*/file: the disk left"):
+        write_tensors({"new": torch.zeros(3)}, tmp_path / "file")
+
+
 def test_a_record_that_finds_no_room_names_its_file(tmp_path: Path) -> None:
     log = Log(tmp_path, enabled=True)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # opens, but takes nothing
