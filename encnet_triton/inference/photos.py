@@ -42,7 +42,7 @@ def label_photo(
 ) -> list[tuple[str, float]]:
     """Write the pictures of `written`, the last where it is to be explained; returns (class, share
     of pixels)."""
-    label_file, overlay_file, explained_file = written(path, output)
+    label_file, overlay_file, *explained_file = written(path, output, explain is not None)
     image = read_image(path)
     try:
         label = predictor(np.asarray(image)).cpu().numpy()
@@ -54,21 +54,21 @@ def label_photo(
     save_png(overlay(image, picture), overlay_file)
     if explain is not None:
         found = explanation_picture(explain(np.asarray(image)), info)
-        save_png(found, explained_file)
+        save_png(found, *explained_file)
     values, counts = np.unique(label, return_counts=True)
     shares = [(info.classes[v], float(c) / label.size) for v, c in zip(values, counts, strict=True)]
     return sorted(shares, key=lambda item: -item[1])
 
 
-def written(path: Path, output: Path) -> list[Path]:
-    """The files of a photo's label, of its overlay and of its explanation."""
-    return [output / f"{path.stem}_{what}.png" for what in ("label", "overlay", "explained")]
+def written(path: Path, output: Path, explained: bool) -> list[Path]:
+    """The files of a photo's label, of its overlay and, if ``explained``, of its explanation."""
+    kinds = ("label", "overlay", "explained") if explained else ("label", "overlay")
+    return [output / f"{path.stem}_{what}.png" for what in kinds]
 
 
 def refuse_clashes(paths: Sequence[Path], output: Path, explained: bool) -> None:
     """A ValueError if two photos would be written to one file, or over a file that is read."""
-    count = 3 if explained else 2
-    own = {file.resolve(): path for path in paths for file in written(path, output)[:count]}
+    own = {file.resolve(): path for path in paths for file in written(path, output, explained)}
     for path in paths:
         if (other := own.get(path.resolve())) is not None:
             raise ValueError(
