@@ -226,7 +226,7 @@ def batch_norm_passes(x: Tensor, variant: Variant, direction: str) -> list[Pass]
         pack = packed and not frozen
         of_residual = affine if variant.projected else None
         return [*made, plan.Normalise(x, affine, residual, relu, pack, frozen, of_residual)]
-    mask = x.new_empty(plan.mask_bytes(x), dtype=torch.uint8) if packed else None
+    mask = x.new_empty(plan.mask_shape(x), dtype=torch.uint8) if packed else None
     given = (x, torch.empty_like(x), mask, affine, relu)
     other = torch.empty_like(x) if variant.forked else None
     residual = plan.Residual(torch.empty_like(x), affine) if variant.projected else None

@@ -60,6 +60,9 @@ def gradients_of(
     """
     x, kept, mean, var, count, weight, bias, *of_residual = given[:SAVED]
     relu, eps, group_name, need_x, write_residual = given[SAVED:]
+    plan = plan_of(__package__, x)
+    if plan and kept is not None:
+        x = plan.as_packed(x, kept)
     call = (x, kept, mean, var, weight, bias)
     if count is None:
         grad_x, grad_weight, grad_bias, grad_residual = direct_backward_frozen(
@@ -73,7 +76,7 @@ def gradients_of(
     if group_name:
         sums = all_reduce(sums, group_name)
     # The PyTorch code has made g where it has y.
-    if other is not None or (kept is not None and not plan_of(__package__, x)):
+    if other is not None or (kept is not None and not plan):
         grad, kept, relu = masked, None, False
     normalised = of_residual[0] is not None
     g_is_made = grad is masked and not normalised

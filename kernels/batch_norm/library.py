@@ -223,8 +223,8 @@ def _normalise_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_devices(x, {"mean": mean, "weight": weight, "bias": bias, "residual": residual})
     plan = plan_of(__package__, x) if pack else None
-    size = plan.mask_bytes(x) if plan else 0
-    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8), _twin(x, forked)
+    mask = x.new_empty(plan.mask_shape(x) if plan else 0, dtype=torch.uint8)
+    return torch.empty_like(x), mask, _twin(x, forked)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("batch_norm_backward_sums"), mutates_args=())

@@ -165,7 +165,7 @@ def _derived(grad: Tensor, other: Optional[Tensor], *given: Any) -> tuple[Option
     """`gradients_of` in x's own shape, None where there is no gradient."""
     saved, options = Saved(*given[:SAVED]), given[SAVED:]
     x, kept = saved.x, saved.kept
-    if kept is not None and kept.dim() > 1:  # y, and not a mask
+    if kept is not None and kept.is_floating_point():  # y, and not a mask
         kept = _as_planes(kept)
     twin, residual = (None if t is None else _as_planes(t) for t in (other, saved.residual))
     planes = saved._replace(x=_as_planes(x), kept=kept, residual=residual)

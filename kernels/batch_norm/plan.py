@@ -91,13 +91,25 @@ def _configs(
     return made
 
 
-def mask_bytes(x: Tensor) -> int:
-    """Bytes of the packed mask of x."""
+def mask_shape(x: Tensor) -> tuple[int, ...]:
+    """Of the packed mask of x, in bytes; of 2 dimensions where the channels lie innermost, or 3."""
     images, channels, pixels, last = _layout(x)
     if last:
         block = _block(channels)
-        return cdiv(channels, block) * images * pixels * (block // 8)
-    return images * channels * cdiv(pixels, 8)
+        return cdiv(channels, block), images * pixels * (block // 8)
+    return images, channels, cdiv(pixels, 8)
+
+
+def as_packed(x: Tensor, mask: Tensor) -> Tensor:
+    """x as it lay in memory when its mask was packed.
+
+    What keeps x for the backward pass may give back another layout, as save_on_cpu does with
+    pinned memory.
+    """
+    last = mask.dim() == 2
+    if last == _channels_last(x):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if last else x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -332,7 +344,7 @@ class Normalise(_Pass):
     ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
         x, residual = self.x, self.residual
         y = torch.empty_like(x)
-        mask = x.new_empty(mask_bytes(x) if self.pack else 0, dtype=torch.uint8)
+        mask = x.new_empty(mask_shape(x) if self.pack else 0, dtype=torch.uint8)
         arguments = {"X": x, "R": x if residual is None else residual, "Y": y}
         of_residual = self.of_residual or self.affine
         arguments |= of_residual.of_residual("Mean", "Var", "Weight", "Bias")

@@ -236,6 +236,16 @@ def test_checkpoints_and_hooks_see_what_is_kept(name: str) -> None:
     assert all(map(torch.equal, plain, again))
 
 
+@pytest.mark.triton
+@cases
+def test_what_is_kept_may_come_back_with_other_strides(name: str) -> None:
+    """As from `torch.autograd.graph.save_on_cpu` with pinned memory."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.contiguous, lambda kept: kept)
+    plain = _results(name, torch.float32, contextlib.nullcontext())
+    for ours, moved in zip(plain, _results(name, torch.float32, hooks), strict=True):
+        torch.testing.assert_close(moved, ours)
+
+
 @cases
 def test_the_output_is_no_view_and_may_be_changed(name: str) -> None:
     call, inputs = CASES[name](torch.float32)

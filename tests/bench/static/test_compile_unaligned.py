@@ -42,7 +42,7 @@ def batch_norm_launches() -> list[Launch]:
     x = unaligned(3600, 64)
     channel = torch.empty(64, device="meta")
     affine = batch_norm.Affine(channel, channel, channel, channel, 1e-5)
-    mask = channel.new_empty(batch_norm.mask_bytes(x), dtype=torch.uint8)
+    mask = channel.new_empty(batch_norm.mask_shape(x), dtype=torch.uint8)
     sums, count = channel.new_empty(2, 64).double(), channel.new_empty(1).double()
     forward = batch_norm.Normalise(x, affine, x, True, True, False)
     backward = batch_norm.BackwardInput(x, x, mask, affine, True, sums, count, True)
