@@ -374,6 +374,8 @@ def _normalise_all(
     tensors = x, weight, bias, running_mean, running_var, residual, *of_residual
     derived = _needs_gradient(x, weight, bias, residual, *of_residual[:2])
     forked = forked and derived and training
+    if training is False or (running_mean is None and running_var is None):
+        momentum = 0.0  # nothing looks at it; as `checked_momentum` has it
     options = activation, derived, group, statistics
     if quiet() and type(eps) is float and eps >= 0.0:
         given = *tensors, training, momentum, res_momentum, eps, *options
@@ -417,4 +419,8 @@ def _as_planes(x: Tensor) -> Tensor:
 
 def _needs_gradient(*tensors: Optional[Tensor]) -> bool:
     """Whether any needs one; takes arguments that were not checked yet."""
-    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and getattr(tensor, "requires_grad", False):
+                return True
+    return False

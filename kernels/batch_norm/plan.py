@@ -6,13 +6,14 @@ x is B x C x N (images, channels, pixels) and dense, contiguous or with the chan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
+from ..runtime.replay import MOST_KINDS
 from ..runtime.tuned import Problem, problem
 from . import finish, kernels
 
@@ -69,7 +70,7 @@ def _block(channels: int) -> int:
     return min(_CHANNELS, max(8, next_power_of_2(int(channels))))
 
 
-@cache
+@lru_cache(MOST_KINDS)
 def _configs(
     images: int,
     channels: int,
@@ -135,7 +136,7 @@ class Walk:
         )
 
 
-@cache
+@lru_cache(MOST_KINDS)
 def _walk(
     images: int, channels: int, pixels: int, last: bool, processors: int, config: Config
 ) -> Walk:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import tuned
 from .dispatch import interpreting
+from .replay import MOST_KINDS, run_noted
 from .replay import forget as forget_replays
-from .replay import run_noted
 from .tuned import Entry, Problem
 
 logger = logging.getLogger(__name__)
@@ -232,6 +232,8 @@ def run(call: Call[Outputs]) -> Outputs:
             config, made, outputs = choose(
                 _preferred_first(call, here), partial(call.launches, here), call.device
             )
+            if len(_chosen) >= MOST_KINDS:
+                _chosen.clear()
             _chosen[key] = here, config
             if _seen is not None:
                 _seen.append((call, config))

@@ -32,6 +32,9 @@ from .dispatch import interpreting, takes_triton
 _KNOWN = ("3.6", "3.7", "3.8", "3.9")
 # Buffers within one allocation begin at a multiple of this many bytes.
 _ALIGNED = 256
+# Kinds of arguments that a body or a plan remembers; with more it begins anew. A network has some
+# hundreds; images that each have another size would fill the memory, by 10 KB a layer.
+MOST_KINDS = 4096
 # Calls that are watched for arguments of one kind, at most: two tensors that are the same one, as
 # the arguments may be by chance, are not told apart.
 _WATCHED = 3
@@ -126,6 +129,8 @@ class Repeated:
         kinds = kinds_of(arguments, [], [])
         if kinds is None or kinds in self._replays:
             return self.plain(*arguments)
+        if kinds not in self._calls and len(self._calls) >= MOST_KINDS:
+            self.forget()
         calls = self._calls[kinds] = self._calls.get(kinds, 0) + 1
         # The first one chooses and compiles.
         if not 1 < calls <= 1 + _WATCHED:
@@ -402,7 +407,7 @@ class Replay:
             )
             for one, program in launches
         ]
-        self._device, self._single = places.device, places.single
+        self._empty, self._single = _allocator(places.device), places.single
         self._outputs = [
             None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in places.outputs
         ]
@@ -420,7 +425,7 @@ class Replay:
 
     def run(self, pointers: list[int], numbers: list[float]) -> Any:
         """The outputs, or None if an allocation does not begin at a multiple of 16 bytes."""
-        device = self._device
+        empty = self._empty
         outputs: list[Optional[Tensor]] = []
         values: list[Any] = [*pointers, *numbers]
         bits = 0
@@ -428,13 +433,13 @@ class Replay:
             if made is None:
                 outputs.append(None)
                 continue
-            tensor = torch.empty_strided(made[0], made[1], dtype=made[2], device=device)
+            tensor = empty(*made)
             outputs.append(tensor)
             pointer = tensor.data_ptr()
             values.append(pointer)
             bits |= pointer
         # Held until all is launched; the allocator knows the stream.
-        buffer = torch.empty(self._bytes, dtype=torch.uint8, device=device) if self._bytes else None
+        buffer = empty((self._bytes,), (1,), torch.uint8) if self._bytes else None
         pointer = 0 if buffer is None else buffer.data_ptr()
         values.append(pointer)
         if (bits | pointer) & 15:
@@ -446,6 +451,20 @@ class Replay:
         for run, grid, function, metadata, arguments in self._programs:
             run(*grid, stream, function, metadata, None, None, None, *arguments(values))
         return outputs[0] if self._single else tuple(outputs)
+
+
+def _allocator(device: torch.device) -> Callable[..., Tensor]:
+    """What allocates on the device, the current one, by shape, strides and dtype.
+
+    Compiled code has one of its own in torch, which takes the host half the time.
+    """
+    of_compiled_code = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    found = getattr(of_compiled_code, f"_empty_strided_{device.type}", None)
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+    return lambda shape, strides, dtype: torch.empty_strided(
+        shape, strides, dtype=dtype, device=device
+    )
 
 
 def _calls_of(hook: Any) -> Any:

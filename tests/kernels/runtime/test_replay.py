@@ -114,14 +114,18 @@ DIFFERENTIABLE = {"x", "weight", "bias", "residual", "codewords", "scale", "logi
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What replays allocate stays, so that addresses tell tensors apart."""
     made: list[Tensor] = []
-    for name in ("empty", "empty_strided"):
-        allocate = getattr(torch, name)
 
-        def keep(*given: Any, allocate: Any = allocate, **named: Any) -> Tensor:
+    def keeping(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def keep(*given: Any, **named: Any) -> Tensor:
             made.append(allocate(*given, **named))
             return made[-1]
 
-        monkeypatch.setattr(torch, name, keep)
+        return keep
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, keeping(getattr(torch, name)))
+    allocator = replay._allocator
+    monkeypatch.setattr(replay, "_allocator", lambda device: keeping(allocator(device)))
     return made
 
 
@@ -209,6 +213,22 @@ def test_the_same_programs_get_the_same_arguments(name: str, launched: list[Laun
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["torch has one", "torch has none"])
+def test_what_allocates_gives_what_was_asked_for(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    empty = replay._allocator(torch.device("cpu"))
+    for shape, strides, dtype in (((2, 3, 4), (12, 1, 3), HALF), ((9,), (1,), torch.uint8)):
+        made = empty(shape, strides, dtype)
+        assert (made.shape, made.stride(), made.dtype) == (shape, strides, dtype)
+        assert made.untyped_storage().nbytes() == made.numel() * made.element_size()
+        assert not made.requires_grad
+    with torch.inference_mode():
+        assert empty((9,), (1,), torch.float32).is_inference()
+
+
 def test_operators_that_compiled_code_calls_repeat_launches(launched: list[Launched]) -> None:
     for _ in range(3):
         launched.clear()
@@ -283,6 +303,31 @@ def test_numbers_are_those_of_the_call(launched: list[Launched]) -> None:
         said, _ = _runs(_norm(eps=eps, momentum=momentum), launched)
         assert {v for one in said for v in one if type(v) is float} == {eps, momentum}
     assert not _by_triton(said)
+
+
+@pytest.mark.parametrize("options", [{"training": False}, {"momentum": None, "training": False}])
+def test_a_known_call_is_not_checked_again(
+    options: dict[str, Any], launched: list[Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation nothing looks at the momentum, so it makes no other kind of call."""
+    for _ in range(2):
+        _runs(_norm(**options), launched)
+    monkeypatch.setattr(norm_operators, "check_arguments", None)
+    assert not _by_triton(_runs(_norm(**options), launched)[0])
+
+
+def test_ever_new_sizes_do_not_fill_the_memory(
+    launched: list[Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "MOST_KINDS", 4)
+    monkeypatch.setattr(launch, "MOST_KINDS", 10)
+    for size in range(2, 10):
+        for _ in range(3):
+            said, _ = _runs(_norm(size=size), launched)
+        assert not _by_triton(said)
+        forward = norm_operators._forward
+        assert len(forward._replays) <= len(forward._calls) <= 4
+        assert len(launch._chosen) <= 10
 
 
 def test_running_statistics_count_their_changes(launched: list[Launched]) -> None:
