@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument(
         "--returns", choices=RETURNS, default="labels",
-        help="arg-max of the upsampled logits; these; or logits as the network gives them",
+        help="class numbers; logits at the size of the image; or logits as the network gives them",
     )  # fmt: skip
     parser.add_argument(
         "--uint8", action="store_true",

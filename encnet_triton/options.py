@@ -217,7 +217,9 @@ def add_predictor_options(parser: argparse.ArgumentParser, whole_image: bool = T
     windows."""
     if whole_image:
         parser.add_argument(
-            "--whole-image", action="store_true", help="no windows; see the warning"
+            "--whole-image",
+            action="store_true",
+            help="each image at once; an EncNet is exact only at the size of its training crop",
         )
     else:
         parser.set_defaults(whole_image=False)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="scripts fo
 
 def slurm_commands() -> list[str]:
     text = (DOCS / "slurm.sbatch").read_text().replace("\\\n", " ")
-    return [line.rstrip("& ") for line in text.splitlines() if MARK in line]
+    return [line.removesuffix(' "$@" &') for line in text.splitlines() if MARK in line]
 
 
 def kubernetes_commands() -> list[str]:
@@ -82,14 +82,15 @@ def slurm(folder: Path, srun: str) -> subprocess.Popen[str]:
         "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "42",
         "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64",
     }  # fmt: skip
-    script = ["bash", str(DOCS / "slurm.sbatch")]
+    script = ["bash", str(DOCS / "slurm.sbatch"), "--classes-file", "two words.txt"]
     return subprocess.Popen(script, cwd=folder, env=environment, text=True)
 
 
 def test_before_the_time_limit_the_step_is_ended_and_the_job_put_back(tmp_path: Path) -> None:
     process = slurm(
         tmp_path,
-        'trap "touch saved; exit 143" TERM; echo "$@" > started; while :; do sleep 0.1; done',
+        'trap "touch saved; exit 143" TERM; printf "%s|" "$@" > started; '
+        "while :; do sleep 0.1; done",
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
@@ -100,9 +101,9 @@ def test_before_the_time_limit_the_step_is_ended_and_the_job_put_back(tmp_path: 
     assert (tmp_path / "asked").read_text().splitlines() == [
         "show hostnames node-[1-2]", "requeue 42",
     ]  # fmt: skip
-    assert "--rdzv-endpoint node-1:29500 -m encnet_triton.train" in (
-        (tmp_path / "started").read_text()
-    )
+    started = (tmp_path / "started").read_text()
+    assert "|--rdzv-endpoint|node-1:29500|-m|encnet_triton.train|" in started
+    assert started.endswith("|--classes-file|two words.txt|")
 
 
 def test_an_error_of_the_trainer_ends_the_job(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ class OptimConfig:
     eta_min: float = 0.0
     """Rate at the end of the schedule, which runs from lr to it; 1e-4 in mmsegmentation."""
     warmup_steps: int = 0
-    """Steps of linear warm-up; the schedule counts from their end."""
+    """Steps of linear warm-up, half of all at most; the schedule counts from their end."""
     head_lr_scale: float = 1.0
     """Learning rate of everything outside the backbone, relative to lr."""
     epochs: int = 50

@@ -64,10 +64,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 def rate_at(step: int, steps: int, config: OptimConfig) -> float:
     """Rate of a step (counted from 0): linear warm-up to lr, then the schedule.
 
+    The warm-up takes half of the steps at most.
+
     With p the share of the schedule that is done, from 0 to 1, the rate is eta_min + (lr - eta_min)
     times (1 - p)^power (poly) or (1 + cos(pi p)) / 2 (cosine).
     """
-    warmup = config.warmup_steps
+    warmup = min(config.warmup_steps, steps // 2)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     done = (step - warmup) / (steps - warmup)

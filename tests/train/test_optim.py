@@ -35,6 +35,12 @@ def test_the_schedule_counts_from_the_end_of_the_warm_up(schedule: str) -> None:
     assert optim.rate_at(300, 1000, config) == 1
 
 
+def test_the_warm_up_of_a_short_training_is_half_of_it() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=100, schedule="cosine")
+    rates = [optim.rate_at(step, 50, config) for step in range(50)]
+    assert max(rates) == rates[25] == 1 and rates[-1] < 0.01
+
+
 def test_the_rate_ends_at_eta_min() -> None:
     # mmsegmentation: (base_lr - eta_min) (1 - progress)^power + eta_min
     config = OptimConfig(lr=0.01, eta_min=1e-4)
