@@ -13,6 +13,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 from .arguments import may_be_dual
 from .replay import Repeated, watching
@@ -30,6 +31,7 @@ _questions = _found(
     "_len_torch_function_stack",
     "_are_functorch_transforms_active",
     "_get_tracing_state",
+    "_get_function_stack_at",
 )
 _is_wrapped: Callable[[Tensor], bool] = getattr(
     getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
@@ -42,8 +44,12 @@ def quiet() -> bool:
     """Whether only autograd needs to see the calls made now."""
     if torch.compiler.is_compiling() or _questions is None or _below_autograd is None:
         return False
-    modes, functions, transforms, tracing = _questions
-    return not (modes() or functions() or transforms() or tracing() is not None or may_be_dual())
+    modes, functions, transforms, tracing, function = _questions
+    if modes() or transforms() or tracing() is not None or may_be_dual():
+        return False
+    count = functions()
+    # `torch.set_default_device` is such a mode; it only looks at calls that make tensors.
+    return count == 0 or (count == 1 and type(function(0)) is DeviceContext)
 
 
 def undisturbed(*arguments: Any) -> bool:

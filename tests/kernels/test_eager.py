@@ -158,9 +158,13 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 @cases
-def test_a_plain_call_dispatches_no_operator(name: str, called: list[Any]) -> None:
-    _results(name, torch.float32, contextlib.nullcontext())
-    with torch.no_grad():
+@pytest.mark.parametrize(
+    "within", [contextlib.nullcontext(), torch.device("cpu")], ids=["", "default device"]
+)
+def test_a_plain_call_dispatches_no_operator(name: str, within: Any, called: list[Any]) -> None:
+    """Nor does one under a default device."""
+    _results(name, torch.float32, within)
+    with torch.no_grad(), within:
         call, inputs = CASES[name](torch.float32)
         call(*inputs)
     assert called == []
@@ -185,6 +189,10 @@ def test_what_watches_or_traces_is_told_of_every_call() -> None:
     modes: list[contextlib.AbstractContextManager[Any]] = [Recorded(), Function()]
     for mode in (*modes, torch._subclasses.FakeTensorMode(), forward_ad.dual_level()):
         with mode:
+            assert not eager.undisturbed(x)
+    with torch.device("cpu"):
+        assert eager.undisturbed(x)
+        with Function():
             assert not eager.undisturbed(x)
     seen = []
     torch.func.vmap(lambda row: (seen.append(eager.undisturbed(x)), row)[1])(x)
