@@ -101,11 +101,13 @@ def check_arguments(
         )
 
 
-def checked_momentum(training: bool, momentum: Any, *running: Optional[Tensor]) -> float:
-    """As a float; not looked at where there are no statistics to move."""
-    # Comparing tuples would compare tensors, which torch 2.11 cannot compile.
-    if not training or all(statistic is None for statistic in running):
-        return 0.0
+def used_momentum(training: bool, momentum: Any, mean: Any, var: Any) -> Any:
+    """0.0 where nothing looks at it, since there are no statistics to move."""
+    return 0.0 if training is False or (mean is None and var is None) else momentum
+
+
+def checked_momentum(momentum: Any) -> float:
+    """As a float."""
     check_number("batch_norm_act", "momentum", momentum)
     return float(momentum)
 

@@ -36,10 +36,16 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 import torch
 from torch import Tensor
 
-from ..runtime.eager import applied, changed, quiet, undisturbed
+from ..runtime.eager import applied, changed, quiet, recorded, undisturbed
 from ..runtime.replay import Repeated
 from ..runtime.tiling import accumulation_dtype
-from .checks import ResidualNorm, check_arguments, check_residual_norm, checked_momentum
+from .checks import (
+    ResidualNorm,
+    check_arguments,
+    check_residual_norm,
+    checked_momentum,
+    used_momentum,
+)
 from .gradients import SAVED, Saved, gradients_of, kept_of, needed_gradients
 from .library import (
     all_reduce,
@@ -372,10 +378,11 @@ def _normalise_all(
     norm: tuple[Any, Any, Any, Any, Any] = residual_norm or (None, None, None, None, None)
     of_residual, res_momentum = norm[:4], norm[4]
     tensors = x, weight, bias, running_mean, running_var, residual, *of_residual
-    derived = _needs_gradient(x, weight, bias, residual, *of_residual[:2])
+    derived = recorded(x, weight, bias, residual, *of_residual[:2])
     forked = forked and derived and training
-    if training is False or (running_mean is None and running_var is None):
-        momentum = 0.0  # nothing looks at it; as `checked_momentum` has it
+    momentum = used_momentum(training, momentum, running_mean, running_var)
+    if residual_norm is not None:
+        res_momentum = used_momentum(training, res_momentum, *of_residual[2:])
     options = activation, derived, group, statistics
     if quiet() and type(eps) is float and eps >= 0.0:
         given = *tensors, training, momentum, res_momentum, eps, *options
@@ -384,9 +391,9 @@ def _normalise_all(
             return _normalise_by(again, forked, given)
     of_channels = weight, bias, running_mean, running_var, *of_residual
     check_arguments(x, of_channels, residual, training, eps, activation, group, statistics)
-    eps, momentum = float(eps), checked_momentum(training, momentum, running_mean, running_var)
+    eps, momentum = float(eps), checked_momentum(momentum)
     if residual_norm is not None:
-        res_momentum = checked_momentum(training, res_momentum, *of_residual[2:])
+        res_momentum = checked_momentum(res_momentum)
     given = *tensors, training, momentum, res_momentum, eps, *options
     if undisturbed(*tensors):
         return _normalise_by(partial(_forward, *given), forked, given)
@@ -415,12 +422,3 @@ def _normalise_all(
 def _as_planes(x: Tensor) -> Tensor:
     """B x C x N."""
     return x.flatten(2) if x.dim() > 2 else x[:, :, None]
-
-
-def _needs_gradient(*tensors: Optional[Tensor]) -> bool:
-    """Whether any needs one; takes arguments that were not checked yet."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and getattr(tensor, "requires_grad", False):
-                return True
-    return False

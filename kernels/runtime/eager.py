@@ -92,7 +92,8 @@ class Direct:
             return self.operator(*arguments)
         if watching():
             return self._body.body(*arguments)
-        if _recorded(arguments) or not quiet():
+        # Where autograd records, the operator refuses second derivatives.
+        if recorded(*arguments) or not quiet():
             return self.operator(*arguments)
         again = self.again(*arguments)
         if again is None and not plain(*arguments):
@@ -138,8 +139,10 @@ def applied(function: Any) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
 
 
-def _recorded(arguments: tuple[Any, ...]) -> bool:
-    """Whether autograd would record; the operator refuses second derivatives."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+def recorded(*arguments: Any) -> bool:
+    """Whether autograd would record a call, also one whose arguments were not checked yet."""
+    if torch.is_grad_enabled():
+        for value in arguments:
+            if value is not None and getattr(value, "requires_grad", False):
+                return True
+    return False
