@@ -39,6 +39,11 @@ _is_wrapped: Callable[[Tensor], bool] = getattr(
 # Without it, bodies cannot run as torch.library runs them.
 _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 
+# What Dynamo does with new frames, None where it looks at none, as in code that it has compiled.
+_looks: Any = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", None
+)
+
 
 def quiet() -> bool:
     """Whether only autograd needs to see the calls made now."""
@@ -86,6 +91,7 @@ class Direct:
         self._body = None if body is None else Repeated(body)
         if self._body is not None:
             _implement(operator, self._body)
+            _shorten(operator, self)
 
     def __call__(self, *arguments: Any) -> Any:
         if self._body is None:
@@ -127,6 +133,37 @@ def _implement(operator: Any, body: Callable[..., Any]) -> None:
     disable = getattr(torch, "_disable_dynamo", None)
     if name is not None and disable is not None:
         torch.library.impl(name, ("cpu", "cuda"), disable(lambda *arguments: body(*arguments)))
+
+
+class _Shortcut:
+    """Stands for the dispatcher where compiled code calls an operator, and repeats known launches.
+
+    Compiled code has dealt with gradients and changes already. The dispatcher would ask Python
+    functions of torch.library about them, which takes longer than the launches.
+    """
+
+    __slots__ = ("_direct", "_dispatch", "_hash")
+
+    def __init__(self, direct: Direct, dispatch: Callable[..., Any]) -> None:
+        self._direct, self._dispatch = direct, dispatch
+        self._hash = hash(dispatch)  # the operator's, which torch has used already
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if not named and _looks() is None and not recorded(*arguments) and quiet():
+            again = self._direct.again(*arguments)
+            if again is not None:
+                return again()
+        return self._dispatch(*arguments, **named)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _shorten(operator: Any, direct: Direct) -> None:
+    overload = getattr(operator, "_opoverload", None)
+    dispatch = getattr(overload, "_op", None)
+    if overload is not None and dispatch is not None and _looks is not None:
+        overload._op = _Shortcut(direct, dispatch)
 
 
 def changed(tensors: Sequence[Optional[Tensor]]) -> None:

@@ -239,6 +239,66 @@ def test_operators_that_compiled_code_calls_repeat_launches(launched: list[Launc
     assert len(launched) == 3 and not _by_triton(launched)
 
 
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Operators of a layer whose calls take the dispatcher, from now on."""
+    seen: list[Any] = []
+
+    def watched(operator: Any, dispatch: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(*given: Any, **named: Any) -> Any:
+            seen.append(operator)
+            return dispatch(*given, **named)
+
+        return watching
+
+    layer = [norm_library.moments, norm_library.normalise]
+    layer += [norm_library.backward_sums, norm_library.backward_input]
+    for operator in layer:
+        shortcut = operator._opoverload._op
+        monkeypatch.setattr(shortcut, "_dispatch", watched(operator, shortcut._dispatch))
+    return seen
+
+
+def test_compiled_code_repeats_launches_without_the_dispatcher(
+    launched: list[Launched], dispatched: list[Any]
+) -> None:
+    call, tensors = _norm()
+    x = tensors["x"].requires_grad_()
+    compiled = torch.compile(lambda x: call(**{**tensors, "x": x}), backend="aot_eager")
+    for _ in range(4):
+        launched.clear()
+        dispatched.clear()
+        compiled(x).backward(torch.ones_like(x))
+    assert len(launched) == 6 and not _by_triton(launched)
+    # This backend calls what changes arguments by their names, which Inductor does not.
+    assert dispatched == [norm_library.moments]
+
+
+def test_what_changes_arguments_says_so_without_the_dispatcher(
+    launched: list[Launched], dispatched: list[Any]
+) -> None:
+    x, rows = _planes(), [torch.rand(16) for _ in range(2)]
+    for _ in range(3):
+        dispatched.clear()
+        before = rows[0]._version
+        norm_library.moments._opoverload(x, *rows, 0.1)
+    assert not dispatched and rows[0]._version > before
+
+
+def test_the_dispatcher_sees_what_autograd_records(
+    launched: list[Launched], dispatched: list[Any]
+) -> None:
+    x, mean, count = _planes(), torch.rand(16), torch.ones(1, dtype=torch.float64)
+    given = x, mean, mean + 1, count, mean + 2, mean + 3, None, True, 1e-5, False, "", False
+    for _ in range(3):
+        dispatched.clear()
+        norm_library.normalise._opoverload(*given, None, None, None, None)
+    assert not dispatched
+    x.requires_grad_()
+    y = norm_library.normalise._opoverload(*given, None, None, None, None)[0]
+    assert y.requires_grad and dispatched == [norm_library.normalise]
+
+
 def _with(case: Case, name: str, change: Callable[[Tensor], Tensor]) -> Case:
     return case[0], {**case[1], name: change(case[1][name])}
 
