@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from bench import apart, gate, report
 from bench.cases import CASES, Case
@@ -80,7 +79,7 @@ def measure_apart(
 def compare(name: str, device: torch.device, data: str | None, json_file: Path | None) -> int:
     """Check, measure every variant, print the table; returns the exit status."""
     case = CASES[name]
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    console = report.console(130)
     wrong = gate.check(name, device)
     if wrong:
         print(f"error: {name} is not correct, so no speed is given: {wrong}", file=sys.stderr)

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -206,7 +205,7 @@ def run(options: argparse.Namespace) -> int:
         )
         for name, all_ in rounds.items()
     }
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    console = report.console(130)
     console.print(report.machine(device), highlight=False)
     console.print(table(results, device, ties))
     if options.json is not None:

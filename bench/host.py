@@ -10,7 +10,6 @@ several rounds in which ours and the peer take turns. Without a GPU the results 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -328,7 +326,7 @@ def run(options: argparse.Namespace) -> int:
     driver: AbstractContextManager[None] = nullcontext() if on_gpu else no_gpu()
     with driver:
         found = rows(device, options.rounds, options.backbone, not (options.eager or obstacle))
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = report.console(150)
     console.print(report.machine(device), highlight=False)
     how = "whole calls" if on_gpu else "without the driver's launch call"
     console.print(table(found, f"host time of a call, {how}"))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils import data as torch_data
@@ -135,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
             batches = make(dataset, workers)
             found[name] = rate(batches)
             batches.close()  # type: ignore[attr-defined]
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = report.console(150)
     console.print(report.machine(torch.device("cpu")), highlight=False)
     table = Table(title=f"batches of {BATCH} crops of {CROP} x {CROP}", title_justify="left")
     for column in ("", "images/s", "ours / this"):

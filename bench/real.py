@@ -45,6 +45,7 @@ from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
 from encnet_triton.inference.windows import resized, window_starts
 from encnet_triton.options import whole
+from encnet_triton.pictures import save_figure
 from encnet_triton.train.config import Config
 from encnet_triton.train.run_folder import finished
 from encnet_triton.weights import load_model
@@ -157,21 +158,18 @@ def cost_table(costs: dict[str, dict[str, float]]) -> Table:
 
 def draw_bars(scores: dict[str, dict[int, Figures]], file: Path) -> bool:
     """The mIoU of each row with its standard error; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 0.45 * len(scores) + 1), layout="constrained")
-    axes = figure.subplots()
-    for place, rows in enumerate(scores.values()):
-        mean, error = spread([row["miou"] for row in rows.values()])
-        axes.barh(place, mean, xerr=error if len(rows) > 1 else 0, color="C0", capsize=3)
-        axes.text(1, place, f"{mean:.1f}", va="center", color="white")
-    axes.set(xlabel="mIoU of the validation images, %", xlim=(0, 100))
-    axes.set_yticks(range(len(scores)), list(scores))
-    axes.invert_yaxis()
-    figure.savefig(file, dpi=110)
-    return True
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for place, rows in enumerate(scores.values()):
+            mean, error = spread([row["miou"] for row in rows.values()])
+            axes.barh(place, mean, xerr=error if len(rows) > 1 else 0, color="C0", capsize=3)
+            axes.text(1, place, f"{mean:.1f}", va="center", color="white")
+        axes.set(xlabel="mIoU of the validation images, %", xlim=(0, 100))
+        axes.set_yticks(range(len(scores)), list(scores))
+        axes.invert_yaxis()
+
+    return save_figure(draw, (7, 0.45 * len(scores) + 1), file)
 
 
 def collect(runs: list[Run], figures: Any) -> dict[str, dict[int, Figures]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from bench.cases import Case
@@ -14,6 +16,11 @@ from bench.timing import Measurement
 from encnet_triton.machine import cpu_name, versions
 
 Results = dict[str, "Measurement | str"]
+
+
+def console(width: int) -> Console:
+    """As wide as the terminal; `width` in a file or a pipe, where rich would fold at 80."""
+    return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def machine(device: torch.device) -> str:

@@ -28,7 +28,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -354,7 +353,7 @@ def run(options: argparse.Namespace) -> int:
     if wrong:
         print(f"error: the variants differ, so no speed is given: {wrong}", file=sys.stderr)
         return 1
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = report.console(150)
     console.print(report.machine(device), highlight=False)
     console.print(table(shape, device, results))
     if options.json is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from inspect import isfunction
 
 import torch
 
@@ -42,7 +43,8 @@ def triton_status(device: torch.device | None = None) -> str:
             f"PyTorch code runs: the GPU is sm_{capability[0]}{capability[1]}, "
             "the Triton kernels need sm_80 or newer."
         )
-    return f"Triton kernels run for {', '.join(kernels.__all__)}."
+    operators = (name for name in kernels.__all__ if isfunction(getattr(kernels, name)))
+    return f"Triton kernels run for {', '.join(operators)}."
 
 
 def cpu_name() -> str:

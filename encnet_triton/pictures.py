@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +140,20 @@ def save_png(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def save_figure(draw: Callable[[Any], None], size: tuple[float, float], path: Path) -> bool:
+    """Write what a function draws on a matplotlib figure of so many inches, as a PNG.
+
+    Returns:
+        False, and writes nothing, where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return True

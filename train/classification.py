@@ -15,7 +15,7 @@ from encnet_triton.data.cifar10 import CLASSES, COUNT, MEAN, STD, load_cifar10
 from encnet_triton.data.device_images import DeviceImages, Epoch
 from encnet_triton.data.normalisation import Normalise
 from encnet_triton.models import CifarNet
-from encnet_triton.scoring.segmentation import Watch
+from encnet_triton.scoring.segmentation import PassOn
 from encnet_triton.train.config import Config, ConfigError
 from encnet_triton.train.curves import draw_errors
 from encnet_triton.train.distributed import World, all_reduce_sum
@@ -142,7 +142,7 @@ class Classification(Task[float]):
         self._logits(self.evaluated.eval(), self.test_set.plain(0, TEST_BATCH)[0])
 
     @torch.no_grad()
-    def validate(self, watch: Watch) -> float:
+    def validate(self, watch: PassOn) -> float:
         """Share of the test images that are classified wrongly."""
         network = self.evaluated.eval()
         wrong = torch.zeros((), device=self.world.device, dtype=torch.float64)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from encnet_triton.pictures import save_figure
 from encnet_triton.train.log import is_number, read_records
 
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 40, 60, 90)
@@ -28,14 +29,7 @@ def draw_errors(runs: Mapping[str, Sequence[Path]], path: Path) -> bool:
         runs: label -> folders of runs.
         path: of the picture. Returns False where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    plot_errors(runs, figure)
-    figure.savefig(path, dpi=110)
-    return True
+    return save_figure(lambda figure: plot_errors(runs, figure), (7, 4.5), path)
 
 
 def plot_errors(runs: Mapping[str, Sequence[Path]], figure: Any) -> None:
@@ -78,14 +72,8 @@ def _label_values(axis: Any) -> None:
 
 def draw_curves(folder: Path) -> bool:
     """Plot ``metrics.jsonl`` into ``curves.png``; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    plot_scores(read_records(folder), figure)
-    figure.savefig(folder / "curves.png", dpi=110)
-    return True
+    records, path = read_records(folder), folder / "curves.png"
+    return save_figure(lambda figure: plot_scores(records, figure), (9, 3.5), path)
 
 
 def plot_scores(records: Sequence[Mapping[str, Any]], figure: Any) -> None:

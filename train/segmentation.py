@@ -19,6 +19,7 @@ from encnet_triton.data import (
     Dataset,
     TrainLoader,
     create_dataset,
+    mean_colour,
 )
 from encnet_triton.data.check import first_look, refuse_unlabelled
 from encnet_triton.data.colour import ColourJitter
@@ -33,7 +34,7 @@ from encnet_triton.report import Html
 from encnet_triton.report.scored import class_sections, image_sections
 from encnet_triton.scoring import evaluate, score_table
 from encnet_triton.scoring.metrics import Scores
-from encnet_triton.scoring.segmentation import Watch
+from encnet_triton.scoring.segmentation import PassOn
 from encnet_triton.train import run_state
 from encnet_triton.train.class_weights import balanced_weights
 from encnet_triton.train.config import Config, all_fields
@@ -199,7 +200,7 @@ class Segmentation(Task[Scores]):
         """One prediction, whose result is discarded."""
         self.predictor()(np.asarray(self.val_set[0].image))
 
-    def validate(self, watch: Watch) -> Scores:
+    def validate(self, watch: PassOn) -> Scores:
         """As the command evaluate counts them."""
         on_gpu = self.world.device.type == "cuda"  # a CPU has no core to spare
         return evaluate(
@@ -303,7 +304,7 @@ def make_augment(config: Config, dataset: Dataset) -> Augment:
         rotation=data.rotation,
         flip=data.flip,
         ignore_index=dataset.ignore_index,
-        fill=(0, 0, 0) if black else tuple(round(255 * m) for m in statistics(config, dataset)[0]),
+        fill=(0, 0, 0) if black else mean_colour(statistics(config, dataset)[0]),
         top_left=black,
     )
 

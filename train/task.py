@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from encnet_triton.inference.precision import fast_dtype
 from encnet_triton.nn import set_sync_group
 from encnet_triton.report import Html
-from encnet_triton.scoring.segmentation import Watch
+from encnet_triton.scoring.segmentation import PassOn
 from encnet_triton.train.average import Average
 from encnet_triton.train.config import Config, ConfigError, require
 from encnet_triton.train.distributed import World, sync_group
@@ -143,7 +143,7 @@ class Task(ABC, Generic[Score]):
         """Compile the network for validation."""
 
     @abstractmethod
-    def validate(self, watch: Watch) -> Score:
+    def validate(self, watch: PassOn) -> Score:
         """Score on the validation images, which the ranks share; each batch of them passes through
         ``watch``, which may end them early."""
 

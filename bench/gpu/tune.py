@@ -22,7 +22,7 @@ from encnet_triton.kernels.runtime.dispatch import interpreting
 from encnet_triton.kernels.runtime.tuned import Entry
 
 if TYPE_CHECKING:
-    Pass = launch.Call[Any]
+    Pass = launch.Pass[Any]
 
 _SECONDS = 0.1  # of replays for each configuration
 _TO_END = 15.0  # the last seconds of a job, in which nothing new is started

@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.options import add_json
+from bench.report import console
 from bench.static.launches import (
     BATCH_NORM_SHAPES,
     ENCODE_SHAPES,
@@ -261,13 +262,13 @@ def run(options: argparse.Namespace) -> int:
     """Compile, print the table and what is wrong; returns 1 if a default configuration is bad."""
     require_compiler()
     archs = list(options.arch)
-    console = Console() if sys.stdout.isatty() else Console(width=180)
-    console.print(
+    terminal = console(180)
+    terminal.print(
         f"{compiler_versions(archs)}; compiled for {', '.join(f'sm_{a}' for a in archs)}, not run",
         highlight=False,
     )
     rows = reports(kernels(_calls(options), fullest=options.quick))
-    console.print(table(rows, archs), highlight=False)
+    terminal.print(table(rows, archs), highlight=False)
     for row in rows:
         if row["note"]:
             print(f"sm_{row['arch']} {row['dtype']} {row['config']}: {row['note']}")

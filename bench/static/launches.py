@@ -1,6 +1,6 @@
 """The operators' launches for the reports: listed, not run.
 
-Each operator has a function that makes what its plan calls a pass (`launch.Call`), for the shapes
+Each operator has a function that makes what its plan calls a pass (`launch.Pass`), for the shapes
 and options of the reports; the rest is the same for all. Tensors are on the meta device or, for the
 interpreter, uninitialised memory, except for counters.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from encnet_triton.kernels.runtime import launch
     from encnet_triton.kernels.runtime.launch import Config, Launch, Machine
 
-    Pass = launch.Call[Any]
+    Pass = launch.Pass[Any]
 
 DIRECTIONS = ("forward", "backward")
 

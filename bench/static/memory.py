@@ -13,18 +13,17 @@ context are not counted. Eager, bfloat16 autocast, three variants:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import report
 from bench.options import add_json
 from bench.step import Shape, our_loss, stock, stock_loss
 from encnet_triton.files import write_json
@@ -178,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
     """Predict every variant and print the tables; returns the exit status."""
     shape = Shape(**{name: getattr(options, name) for name in SIZES})
     found = {variant: predict(variant, shape) for variant in VARIANTS}
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = report.console(150)
     for table in tables(shape, found):
         console.print(table)
     if options.json is not None:

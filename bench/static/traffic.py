@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,10 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from bench import least
+from bench import least, report
 from bench.options import add_json
 from bench.static.launches import (
     CIFAR_ENCODE_SHAPES,
@@ -241,7 +239,7 @@ def run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("traffic is counted in Triton's interpreter, and triton is not installed")
     rows = [count(case) for case in cases(options.quick)]
-    console = Console() if sys.stdout.isatty() else Console(width=180)
+    console = report.console(180)
     console.print(table(rows))
     if options.json is not None:
         write_json([asdict(row) for row in rows], options.json)

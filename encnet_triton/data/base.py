@@ -119,7 +119,7 @@ def class_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
     return None
 
 
-def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+def mean_colour(mean: tuple[float, ...]) -> tuple[int, int, int]:
     """The RGB mean (0..1) as a uint8 colour, for the area outside an augmented image."""
     red, green, blue = (round(255 * channel) for channel in mean)
     return red, green, blue

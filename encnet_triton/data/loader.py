@@ -1,9 +1,9 @@
 """Loaders: augmented batches for training, and every image once for evaluation.
 
-Randomness depends on counters, not on state: which samples an optimiser step sees depends on (seed,
-    epoch,
-step), and how a sample is augmented on (seed, epoch, index). Neither depends on workers, ranks or
-accumulation, so a resumed run, or one with other numbers of them, sees the same samples.
+Randomness depends on counters, not on state: which samples an optimiser step sees depends on
+(seed, epoch, step), and how a sample is augmented on (seed, epoch, index). Neither depends on
+workers, ranks or accumulation, so a resumed run, or one with other numbers of them, sees the same
+samples.
 """
 
 from __future__ import annotations

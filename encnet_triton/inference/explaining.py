@@ -39,7 +39,7 @@ class Explanation:
         image: h x w x 3 uint8, as the network saw it.
         label: h x w classes.
         assignment: K x h' x w', the share a_ik that each codeword k has in each feature pixel i
-            (paper, equation 2); they sum to 1 over k. None for a network without codewords.
+            (paper, equation 1); they sum to 1 over k. None for a network without codewords.
         gates: C, what each channel of the features is multiplied by, in 0..1; the released form
             multiplies by 1 more.
         presence: n, the probability that each class is in the image, from the SE loss's layer; None

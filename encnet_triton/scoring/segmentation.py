@@ -21,7 +21,7 @@ from encnet_triton.weights import ModelInfo
 
 __all__ = [
     "Evaluation",
-    "Watch",
+    "PassOn",
     "confusion",
     "evaluate",
     "measure_scores",
@@ -29,7 +29,7 @@ __all__ = [
     "score_table",
 ]
 
-Watch = Callable[[Iterable[Any], int], Iterator[Any]]
+PassOn = Callable[[Iterable[Any], int], Iterator[Any]]
 """Passes items on, given how many there are; may show progress or end early."""
 
 
@@ -118,7 +118,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    watch: Watch | None = None,
+    watch: PassOn | None = None,
 ) -> Scores:
     """Scores over all labelled pixels of a data set; ranks share its images, each counted once."""
     return confusion(
@@ -133,7 +133,7 @@ def confusion(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    watch: Watch | None = None,
+    watch: PassOn | None = None,
 ) -> ConfusionMatrix:
     """The confusion matrix over a data set, summed over all processes.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
 from ..runtime.replay import MOST_KINDS
-from ..runtime.tuned import Problem, problem
+from ..runtime.tuned import Problem, problem_of
 from . import finish, kernels
 
 # Bytes of a tile, and warps: one load of 16 bytes per thread. With more bytes, or with 4 warps, the
@@ -238,7 +238,9 @@ class _Pass:
         """The problem to tune, without the constants that hardly change the number of registers."""
         images, channels, pixels, last = _layout(self.x)
         options.update(channels_last=last)
-        return problem(f"batch_norm {name}", self.x.dtype, options, B=images, C=channels, N=pixels)
+        return problem_of(
+            f"batch_norm {name}", self.x.dtype, options, B=images, C=channels, N=pixels
+        )
 
     def configs(self, machine: Machine) -> list[Config]:
         return configs(self.x)
@@ -298,7 +300,7 @@ class Moments:
         return self.packed.device
 
     def problem(self) -> Problem:
-        return problem("batch_norm moments", self.packed.dtype, {}, C=self.packed.shape[0] // 2)
+        return problem_of("batch_norm moments", self.packed.dtype, {}, C=self.packed.shape[0] // 2)
 
     def configs(self, machine: Machine) -> list[Config]:
         return [Config(1, _FINISH[0], 1)]

@@ -1,7 +1,10 @@
 """Which kernels `encode` launches on a GPU; tiles.py says with what tiles.
 
-A pass is fused (fused.py, paired.py: one kernel that keeps its sums in registers) or split
-(split.py: kernels that store the weights in between); finish.py adds up partial sums.
+The form of a pass is "fused" (fused.py, paired.py: one kernel that keeps its sums in registers) or
+"split" (split.py: kernels that store the weights in between); finish.py adds up partial sums. In
+the "whole" form a fused program takes all pixels of an image and finishes its sums itself. In the
+"boxed" one it reads x by tensor descriptor, into a ring of one tile less than there are stages. A
+tile has `block_n` pixels; a product covers `block_c` channels.
 
 x is B x C x N: images, channels, pixels; K codewords. A product of matrices needs 16 rows at least,
 so K is padded to a power of two from 16 on.
@@ -18,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, next_power_of_2
-from ..runtime.tuned import Problem, problem
+from ..runtime.tuned import Problem, problem_of
 from . import finish, fused, paired, split
 from .tiles import (
     HELD_CHANNELS,
@@ -55,7 +58,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Shared:
     """What the launches of both directions share; x is B x C x N and channels last."""
 
     x: Tensor
@@ -100,7 +103,7 @@ class _Problem:
     @property
     def held(self) -> bool:
         """Whether a fused program has what it knows of the codewords in registers."""
-        return self.config.whole or self.channels <= HELD_CHANNELS
+        return self.config.form == "whole" or self.channels <= HELD_CHANNELS
 
     def boxes(self) -> TensorDescriptor:
         """x as a tensor descriptor: no box reaches into another image."""
@@ -133,12 +136,12 @@ class _Code:
     counters: Tensor
 
     @classmethod
-    def empty(cls, problem: _Problem, with_stats: bool) -> _Code:
-        images, num = problem.images, problem.num
-        new = problem.x.new_empty
+    def empty(cls, shared: _Shared, with_stats: bool) -> _Code:
+        images, num = shared.images, shared.num
+        new = shared.x.new_empty
         rows = (images, num) if with_stats else (0,)
         return cls(
-            new((images, num, problem.channels), dtype=torch.float32),
+            new((images, num, shared.channels), dtype=torch.float32),
             new(rows, dtype=torch.float32),
             new(rows, dtype=torch.float32),
             new(images + 1, dtype=torch.int32),
@@ -172,10 +175,10 @@ class _Gradient:
         return self.x.numel() > 0
 
 
-def _splits(problem: _Problem, programs: int, block: int) -> int:
+def _splits(shared: _Shared, programs: int, block: int) -> int:
     """Programs along an image's pixels; `programs` run at once, more of them if small."""
-    programs *= 4 if problem.channels <= 64 else 1
-    return _done_earliest(problem.images, cdiv(problem.pixels, block), programs)
+    programs *= 4 if shared.channels <= 64 else 1
+    return _done_earliest(shared.images, cdiv(shared.pixels, block), programs)
 
 
 @cache
@@ -196,7 +199,7 @@ def _asked(name: str, x: Tensor, codewords: Tensor, **options: Any) -> Problem:
     """Channels and codewords are compiled in, images and pixels are not."""
     images, channels, pixels = x.shape
     options.update(C=channels, K=len(codewords))
-    return problem(f"encode {name}", x.dtype, options, B=images, N=pixels)
+    return problem_of(f"encode {name}", x.dtype, options, B=images, N=pixels)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -238,25 +241,25 @@ class Forward:
     def launches(
         self, machine: Machine, config: Config
     ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
-        problem = _Problem(self.x, self.codewords, self.scale, config, machine.processors)
-        code = _Code.empty(problem, self.return_stats)
-        if config.whole:
-            launch, _, _ = _fused_forward(problem, code)
+        shared = _Shared(self.x, self.codewords, self.scale, config, machine.processors)
+        code = _Code.empty(shared, self.return_stats)
+        if config.form == "whole":
+            launch, _, _ = _fused_forward(shared, code)
             return [launch], code.outputs
-        if config.fused:
-            launch, partial, masses = _fused_forward(problem, code)
+        if config.form != "split":
+            launch, partial, masses = _fused_forward(shared, code)
             launches = [launch]
         else:
-            launches, partial, masses = _split_forward(problem)
+            launches, partial, masses = _split_forward(shared)
         add_up = Launch(
             finish.finish_forward_kernel,
-            (problem.images * problem.num,),
+            (shared.images * shared.num,),
             dict(
                 code.arguments(), P=partial, PM=masses, D=self.codewords, splits=partial.shape[1],
                 mass_splits=masses.shape[1],
             ),
             dict(
-                C=problem.channels, K=problem.num, CP=next_power_of_2(problem.channels), BS=8,
+                C=shared.channels, K=shared.num, CP=next_power_of_2(shared.channels), BS=8,
                 STATS=self.return_stats,
             ),
             num_warps=4,
@@ -264,82 +267,83 @@ class Forward:
         return [*launches, add_up], code.outputs
 
 
-def _fused_forward(problem: _Problem, code: _Code) -> tuple[Launch, Tensor, Tensor]:
+def _fused_forward(shared: _Shared, code: _Code) -> tuple[Launch, Tensor, Tensor]:
     """The walk over the pixels; the whole form needs no room for partial sums."""
-    config, channels = problem.config, problem.channels
-    sharing = 1 if config.whole else parts(channels, problem.num)
+    config, channels = shared.config, shared.channels
+    whole, boxed = config.form == "whole", config.form == "boxed"
+    sharing = 1 if whole else parts(channels, shared.num)
     chunks = _chunks(channels, config, sharing)
-    splits = 1 if config.whole else _splits(problem, problem.processors // sharing, config.block_n)
+    splits = 1 if whole else _splits(shared, shared.processors // sharing, config.block_n)
     partial, masses = code.code, code.code
-    if not config.whole:
-        partial, masses = problem.partial(splits), problem.masses(splits)
+    if not whole:
+        partial, masses = shared.partial(splits), shared.masses(splits)
     launch = Launch(
         fused.forward_kernel,
-        (sharing * splits * problem.images,),
+        (sharing * splits * shared.images,),
         dict(
-            problem.walk(), **code.arguments(), D=problem.codewords, S=problem.scale, P=partial,
-            PM=masses, Own=problem.notes(sharing * splits * problem.images, channels),
-            splits=splits, Boxes=problem.boxes() if config.boxed else None,
+            shared.walk(), **code.arguments(), D=shared.codewords, S=shared.scale, P=partial,
+            PM=masses, Own=shared.notes(sharing * splits * shared.images, channels),
+            splits=splits, Boxes=shared.boxes() if boxed else None,
         ),
-        problem.constants(
+        shared.constants(
             config,
             OWN=chunks // sharing,
             CHUNKS=chunks,
-            HELD=problem.held,
-            AHEAD=config.stages > 1 and not config.boxed,
-            WHOLE=config.whole,
-            STATS=config.whole and code.with_stats,
+            HELD=shared.held,
+            AHEAD=config.stages > 1 and not boxed,
+            WHOLE=whole,
+            STATS=whole and code.with_stats,
             CP=next_power_of_2(channels),
         ),
         config.num_warps,
-        num_stages=config.stages if config.boxed else 1,
+        num_stages=config.stages if boxed else 1,
         max_registers=config.max_registers,
     )  # fmt: skip
     return launch, partial, masses
 
 
-def _split_forward(problem: _Problem) -> tuple[list[Launch], Tensor, Tensor]:
-    x, scale = problem.x, problem.scale
-    tiles = cdiv(problem.pixels, problem.config.block_n)
-    masses = problem.masses(tiles)
+def _split_forward(shared: _Shared) -> tuple[list[Launch], Tensor, Tensor]:
+    x, scale = shared.x, shared.scale
+    tiles = cdiv(shared.pixels, shared.config.block_n)
+    masses = shared.masses(tiles)
     # The kernel also takes the tensors of the backward pass, but reads none of them.
     unused = dict(TQ=masses, Center=masses, R=scale, dX=x)
     make_weights, weights = _weights(
-        problem, tiles, dict(unused, T=problem.codewords, PM=masses), BACKWARD=False, NEED_X=False
+        shared, tiles, dict(unused, T=shared.codewords, PM=masses), BACKWARD=False, NEED_X=False
     )
-    aggregate, partial = _aggregate(problem, weights)
+    aggregate, partial = _aggregate(shared, weights)
     return [make_weights, aggregate], partial, masses
 
 
 def _weights(
-    problem: _Problem, tiles: int, arguments: dict[str, Any], **constants: bool
+    shared: _Shared, tiles: int, arguments: dict[str, Any], **constants: bool
 ) -> tuple[Launch, Tensor]:
     """Split form: the launch that makes the weights of every pixel, B x N x KP."""
-    weights = problem.x.new_empty((problem.images, problem.pixels, padded(problem.num)))
+    weights = shared.x.new_empty((shared.images, shared.pixels, padded(shared.num)))
     launch = Launch(
         split.weights_kernel,
-        (problem.images * tiles,),
-        problem.walk() | arguments | dict(S=problem.scale, PW=weights, tiles=tiles),
-        problem.constants(problem.config, **constants),
-        problem.config.num_warps,
+        (shared.images * tiles,),
+        shared.walk() | arguments | dict(S=shared.scale, PW=weights, tiles=tiles),
+        shared.constants(shared.config, **constants),
+        shared.config.num_warps,
     )
     return launch, weights
 
 
-def _aggregate(problem: _Problem, weights: Tensor) -> tuple[Launch, Tensor]:
+def _aggregate(shared: _Shared, weights: Tensor) -> tuple[Launch, Tensor]:
     """Split form: the launch that sums weights times x over the pixels."""
-    single = problem.x.dtype == torch.float32
-    block_n = 32 if single or padded(problem.num) > 64 else 64
-    shape = Config(block_n, problem.config.block_c, 8)
-    chunks = cdiv(problem.channels, shape.block_c)
-    programs = cdiv(2 * problem.processors, chunks)
-    splits = _splits(problem, programs, 4 * shape.block_n)
-    partial = problem.partial(splits)
+    single = shared.x.dtype == torch.float32
+    block_n = 32 if single or padded(shared.num) > 64 else 64
+    shape = Config(block_n, shared.config.block_c, 8)
+    chunks = cdiv(shared.channels, shape.block_c)
+    programs = cdiv(2 * shared.processors, chunks)
+    splits = _splits(shared, programs, 4 * shape.block_n)
+    partial = shared.partial(splits)
     launch = Launch(
         split.aggregate_kernel,
-        (problem.images * splits * chunks,),
-        dict(problem.walk(), PW=weights, P=partial, splits=splits),
-        problem.constants(shape),
+        (shared.images * splits * chunks,),
+        dict(shared.walk(), PW=weights, P=partial, splits=splits),
+        shared.constants(shape),
         shape.num_warps,
     )
     return launch, partial
@@ -381,7 +385,7 @@ class Backward:
         self, machine: Machine, config: Config
     ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
         images, channels, pixels = self.x.shape
-        problem = _Problem(self.x, self.codewords, self.scale, config, machine.processors)
+        shared = _Shared(self.x, self.codewords, self.scale, config, machine.processors)
         grad_x = self.x.new_empty((images, pixels, channels) if self.need_x else (0,))
         gradient = _Gradient(
             self.grad,
@@ -397,82 +401,82 @@ class Backward:
             gradient.scale,
         )
         # Without images no program is the last one.
-        if config.whole and images:
-            return [_fused_backward(problem, gradient)[0]], outputs
-        if config.fused:
-            launch, partial, masses = _fused_backward(problem, gradient)
+        if config.form == "whole" and images:
+            return [_fused_backward(shared, gradient)[0]], outputs
+        if config.form != "split":
+            launch, partial, masses = _fused_backward(shared, gradient)
             launches = [launch]
         else:
-            launches, partial, masses = _split_backward(problem, gradient)
+            launches, partial, masses = _split_backward(shared, gradient)
         block_c = min(64, next_power_of_2(channels))
         add_up = Launch(
             finish.finish_backward_kernel,
-            (problem.num * cdiv(channels, block_c),),
+            (shared.num * cdiv(channels, block_c),),
             dict(
                 P=partial, PM=masses, G=self.grad, D=self.codewords, dD=gradient.codewords,
                 dS=gradient.scale, images=images, splits=partial.shape[1],
                 mass_splits=masses.shape[1],
             ),
-            dict(C=channels, K=problem.num, BC=block_c, BS=16, BM=256),
+            dict(C=channels, K=shared.num, BC=block_c, BS=16, BM=256),
             num_warps=4,
         )  # fmt: skip
         return [*launches, add_up], outputs
 
 
-def _fused_backward(problem: _Problem, gradient: _Gradient) -> tuple[Launch, Tensor, Tensor]:
+def _fused_backward(shared: _Shared, gradient: _Gradient) -> tuple[Launch, Tensor, Tensor]:
     """The walk over the pixels; the whole form has one row of sums per image and one per group."""
-    config, images = problem.config, problem.images
-    chunks = _chunks(problem.channels, config)
-    if config.whole:
+    config, images = shared.config, shared.images
+    chunks = _chunks(shared.channels, config)
+    if config.form == "whole":
         splits = 1
-        rows = (images + cdiv(images, _GROUP), problem.num * (problem.channels + 1))
+        rows = (images + cdiv(images, _GROUP), shared.num * (shared.channels + 1))
         partial = masses = gradient.code.new_empty(rows)
     else:
-        splits = _splits(problem, problem.processors, config.block_n)
-        partial, masses = problem.partial(splits), problem.masses(splits, 3)
+        splits = _splits(shared, shared.processors, config.block_n)
+        partial, masses = shared.partial(splits), shared.masses(splits, 3)
     arguments = dict(
-        problem.walk(), D=problem.codewords, S=problem.scale, R=gradient.factor, G=gradient.code,
+        shared.walk(), D=shared.codewords, S=shared.scale, R=gradient.factor, G=gradient.code,
         dX=gradient.x, P=partial, PM=masses, splits=splits,
     )  # fmt: skip
-    constants = problem.constants(config, CHUNKS=chunks, NEED_X=gradient.need_x)
-    if config.whole or problem.channels <= HELD_CHANNELS:
+    constants = shared.constants(config, CHUNKS=chunks, NEED_X=gradient.need_x)
+    if config.form == "whole" or shared.channels <= HELD_CHANNELS:
         kernel = fused.backward_kernel
         arguments.update(
             dD=gradient.codewords, dS=gradient.scale, Count=gradient.counters, images=images,
             group=_GROUP,
         )  # fmt: skip
-        constants.update(BE=_ROW_ENTRIES, WHOLE=config.whole)
+        constants.update(BE=_ROW_ENTRIES, WHOLE=config.form == "whole")
     else:
         kernel = paired.paired_backward_kernel
-        notes = (splits * images, problem.channels + 4 * padded(problem.num))
-        arguments.update(Own=problem.x.new_empty(notes, dtype=torch.float32))
-        constants.update(AHEAD=config.stages > 1, CP=next_power_of_2(problem.channels))
+        notes = (splits * images, shared.channels + 4 * padded(shared.num))
+        arguments.update(Own=shared.x.new_empty(notes, dtype=torch.float32))
+        constants.update(AHEAD=config.stages > 1, CP=next_power_of_2(shared.channels))
     launch = Launch(
-        kernel, (problem.images * splits,), arguments, constants, config.num_warps,
+        kernel, (shared.images * splits,), arguments, constants, config.num_warps,
         max_registers=config.max_registers,
     )  # fmt: skip
     return launch, partial, masses
 
 
-def _split_backward(problem: _Problem, gradient: _Gradient) -> tuple[list[Launch], Tensor, Tensor]:
-    tiles = cdiv(problem.pixels, problem.config.block_n)
-    rows = (1 + problem.images) * problem.num
-    tables = problem.x.new_empty((rows, problem.channels))
-    products = gradient.code.new_empty(rows + 2 * problem.num)
-    center = gradient.code.new_empty(problem.channels)
-    masses = problem.masses(tiles, 3)
+def _split_backward(shared: _Shared, gradient: _Gradient) -> tuple[list[Launch], Tensor, Tensor]:
+    tiles = cdiv(shared.pixels, shared.config.block_n)
+    rows = (1 + shared.images) * shared.num
+    tables = shared.x.new_empty((rows, shared.channels))
+    products = gradient.code.new_empty(rows + 2 * shared.num)
+    center = gradient.code.new_empty(shared.channels)
+    masses = shared.masses(tiles, 3)
     make_tables = Launch(
         split.tables_kernel,
         (rows,),
-        dict(D=problem.codewords, G=gradient.code, T=tables, TQ=products, Center=center),
+        dict(D=shared.codewords, G=gradient.code, T=tables, TQ=products, Center=center),
         dict(
-            C=problem.channels, K=problem.num, CP=next_power_of_2(problem.channels),
-            FEW=min(_FEW, problem.num),
+            C=shared.channels, K=shared.num, CP=next_power_of_2(shared.channels),
+            FEW=min(_FEW, shared.num),
         ),
         num_warps=4,
     )  # fmt: skip
     make_weights, weights = _weights(
-        problem,
+        shared,
         tiles,
         dict(
             T=tables,
@@ -485,5 +489,5 @@ def _split_backward(problem: _Problem, gradient: _Gradient) -> tuple[list[Launch
         BACKWARD=True,
         NEED_X=gradient.need_x,
     )
-    aggregate, partial = _aggregate(problem, weights)
+    aggregate, partial = _aggregate(shared, weights)
     return [make_tables, make_weights, aggregate], partial, masses

@@ -43,10 +43,10 @@ def _split_config(arch: int, dtype: torch.dtype, channels: int, num: int) -> Con
     """Small tiles: K x BC and K x BN must fit the registers beside the operands."""
     height = padded(num)
     if dtype == torch.float32:
-        return Config(16, min(32, padded(channels)), 4, fused=False)
+        return Config(16, min(32, padded(channels)), 4, "split")
     # Compiled for sm_100 and 120, 64 pixels take 8 bytes of stack.
     block_n = (64 if arch < 100 else 32) if height <= 32 else 32 if height <= 64 else 16
-    return Config(block_n, min(64 if height <= 64 else 32, padded(channels)), 8, fused=False)
+    return Config(block_n, min(64 if height <= 64 else 32, padded(channels)), 8, "split")
 
 
 def _small_config(dtype: torch.dtype, channels: int, num: int, pixels: int) -> Config:
@@ -58,7 +58,9 @@ def _small_config(dtype: torch.dtype, channels: int, num: int, pixels: int) -> C
     """
     single, height = dtype == torch.float32, padded(num)
     if channels % 8:
-        return Config(16 if single else 32, padded(channels), 4, max_registers=_MOST_REGISTERS)
+        return Config(
+            16 if single else 32, padded(channels), 4, "fused", max_registers=_MOST_REGISTERS
+        )
     block_c = max(padded(channels), 2 * height)
     if single:
         block_n = 32 if height == 16 else 16
@@ -67,7 +69,7 @@ def _small_config(dtype: torch.dtype, channels: int, num: int, pixels: int) -> C
     else:
         # Masks of single channels take registers.
         block_n = 32 if channels % 32 else 64
-    return Config(block_n, block_c, 4, max_registers=_MOST_REGISTERS)
+    return Config(block_n, block_c, 4, "fused", max_registers=_MOST_REGISTERS)
 
 
 def _is_small(dtype: torch.dtype, channels: int, num: int) -> bool:
@@ -79,9 +81,9 @@ def _is_small(dtype: torch.dtype, channels: int, num: int) -> bool:
 def _whole(configs: list[Config], channels: int, num: int, pixels: int) -> list[Config]:
     """These configurations, preceded for small images by the whole form of the first one."""
     small = channels <= _WHOLE_CHANNELS and channels * pixels <= _WHOLE_ENTRIES
-    if not small or padded(num) > 32 or not configs[0].fused:
+    if not small or padded(num) > 32 or configs[0].form == "split":
         return configs
-    return [replace(configs[0], whole=True, max_registers=_MOST_REGISTERS), *configs]
+    return [replace(configs[0], form="whole", max_registers=_MOST_REGISTERS), *configs]
 
 
 def candidates(configs: list[Config], channels: int) -> list[Config]:
@@ -90,7 +92,7 @@ def candidates(configs: list[Config], channels: int) -> list[Config]:
     A fused sum of many channels needs 8 warps and their registers; it spills with any other number.
     """
     found = list(configs)
-    if configs[0].fused:
+    if configs[0].form != "split":
         found += varied(configs[0], max_registers=(None, _MOST_REGISTERS))
     if configs[0].stages > 1:
         found += varied(configs[0], stages=(1,))
@@ -98,7 +100,7 @@ def candidates(configs: list[Config], channels: int) -> list[Config]:
         found += varied(config, block_n=(config.block_n // 2, 2 * config.block_n))
         if 2 * config.block_c <= padded(channels):
             found += varied(config, block_c=(2 * config.block_c,))
-        if config.num_warps == 4 or not config.fused:
+        if config.num_warps == 4 or config.form == "split":
             found += varied(config, num_warps=(config.num_warps // 2, 2 * config.num_warps))
     return list(dict.fromkeys(config for config in found if 16 <= config.block_n <= 128))
 
@@ -117,13 +119,13 @@ def forward_configs(
     ):
         fused = [split]
     elif channels <= 64:
-        fused = [Config(64, padded(channels), 4), split]
+        fused = [Config(64, padded(channels), 4, "fused"), split]
     else:
         block_n = 16 if padded(num) > 32 or parts(channels, num) > 1 else 32
-        fused = [Config(block_n, 64, 8), split]
+        fused = [Config(block_n, 64, 8, "fused"), split]
         # Reading ahead spills up to 24 bytes on sm_100 and 120.
         if channels > 128 and arch < 100:
-            fused.insert(0, Config(block_n, 64, 8, stages=2))
+            fused.insert(0, Config(block_n, 64, 8, "fused", stages=2))
     return _whole(fused, channels, num, pixels)
 
 
@@ -144,7 +146,7 @@ def boxed_configs(arch: int, x: Tensor, num: int) -> list[Config]:
         return []
     # Pixels of a tile, and stages: one less is the number of tiles in the ring.
     rings = [(16, 4)] if _little_shared(arch) and channels > 256 else [(64, 3), (32, 4)]
-    return [Config(n, padded(channels), 8, stages=stages, boxed=True) for n, stages in rings]
+    return [Config(n, padded(channels), 8, "boxed", stages=stages) for n, stages in rings]
 
 
 def _little_shared(arch: int) -> bool:
@@ -162,14 +164,14 @@ def backward_configs(
     elif dtype == torch.float32 or padded(num) > 32 or parts(channels, num) > 1:
         fused = [split]
     elif channels <= HELD_CHANNELS:
-        fused = [Config(32, 64, 8), Config(16, 64, 8), split]
+        fused = [Config(32, 64, 8, "fused"), Config(16, 64, 8, "fused"), split]
     elif arch >= 120 or (_little_shared(arch) and channels > 512):
         fused = [split]  # Compiled for sm_120, 16 pixels take 8 bytes of stack.
     else:
         fused = [split]
         # Compiled for sm_100, 16 pixels take 40 bytes of stack, and for sm_80 32 pixels 8.
         if arch < 100 or channels > 512:
-            fused.insert(0, Config(16, 64, 8, stages=2))
+            fused.insert(0, Config(16, 64, 8, "fused", stages=2))
         if arch >= 90 and channels <= 512:
-            fused.insert(0, Config(32, 64, 8, stages=2))
+            fused.insert(0, Config(32, 64, 8, "fused", stages=2))
     return _whole(fused, channels, num, pixels)

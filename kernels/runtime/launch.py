@@ -39,33 +39,24 @@ class Config:
     """Tile and warps of a kernel.
 
     Attributes:
-        block_n: pixels of a tile.
-        block_c: channels that one product covers.
+        block_n, block_c: pixels and channels of a tile or of a product; see the plan.
         num_warps: warps of a program.
-        fused: one kernel that keeps its sums in registers, or separate kernels that store the
-            weights in between.
-        whole: fused, and one program takes all pixels of an image and finishes what it sums; of
-            upsampling, its backward pass by cells.
+        form: which kernels, or parts of them, where a plan has several: its own names.
         max_registers: a limit for the compiler, of a thread, or None.
         stages: tiles in flight at once: with 2 the next one is read while one is worked on.
-        boxed: tiles are read by tensor descriptor, into a ring of `stages` - 1 of them.
     """
 
     block_n: int
     block_c: int
     num_warps: int
-    fused: bool = True
+    form: str = "tiles"
     max_registers: Optional[int] = None
-    whole: bool = False
     stages: int = 1
-    boxed: bool = False
 
     def __str__(self) -> str:
-        kind = "whole" if self.whole else "fused" if self.fused else "split"
         limit = "" if self.max_registers is None else f" r{self.max_registers}"
         stages = "" if self.stages == 1 else f" s{self.stages}"
-        boxed = " boxed" if self.boxed else ""
-        return f"{kind} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}{stages}{boxed}"
+        return f"{self.form} n{self.block_n} c{self.block_c} w{self.num_warps}{limit}{stages}"
 
 
 def varied(config: Config, **options: Sequence[Any]) -> list[Config]:
@@ -189,7 +180,7 @@ class Machine(NamedTuple):
     processors: int
 
 
-class Call(Protocol[Made]):
+class Pass(Protocol[Made]):
     """One pass of an operator over tensors that its kernels can read; plans consist of these.
 
     Nothing of it runs. The tensors may be on the meta device.
@@ -219,7 +210,7 @@ def machine(device: torch.device) -> Machine:
     return Machine(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def run(call: Call[Outputs]) -> Outputs:
+def run(call: Pass[Outputs]) -> Outputs:
     """Run a call on its device with the first good configuration; its outputs.
 
     That is looked for once for arguments of one kind.
@@ -268,7 +259,7 @@ def forget() -> None:
     forget_replays()
 
 
-def _preferred_first(call: Call[Any], here: Machine) -> Sequence[Config]:
+def _preferred_first(call: Pass[Any], here: Machine) -> Sequence[Config]:
     """The plan's list, after the configuration measured for such a call, if any."""
     configs = call.configs(here)
     found = tuned.preferred(call.problem(), partial(call.candidates, here), call.device)
@@ -279,11 +270,11 @@ def _preferred_first(call: Call[Any], here: Machine) -> Sequence[Config]:
 
 
 # What was chosen since a trial began, or None.
-_seen: Optional[list[tuple[Call[Any], Config]]] = None
+_seen: Optional[list[tuple[Pass[Any], Config]]] = None
 
 
 @contextlib.contextmanager
-def trial(entries: Sequence[Entry] = ()) -> Iterator[list[tuple[Call[Any], Config]]]:
+def trial(entries: Sequence[Entry] = ()) -> Iterator[list[tuple[Pass[Any], Config]]]:
     """Choose again inside this context, with these entries in place of those of the files.
 
     The list gets each pass that runs, once for arguments of one kind, and its configuration. For

@@ -56,7 +56,7 @@ class Problem:
         return sum(abs(math.log2(a) - math.log2(b)) for a, b in pairs)
 
 
-def problem(name: str, dtype: torch.dtype, options: dict[str, Any], **sizes: int) -> Problem:
+def problem_of(name: str, dtype: torch.dtype, options: dict[str, Any], **sizes: int) -> Problem:
     """A problem of a dtype of torch."""
     return Problem(name, str(dtype).replace("torch.", ""), options, sizes)
 

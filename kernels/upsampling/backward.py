@@ -91,7 +91,6 @@ def backward_kernel(
     own_columns,  # and low columns
     segments,  # programs that share the low rows
     strips,  # programs that share the low columns
-    ignore,  # the label of ignored pixels
     smoothing,  # e, the share of a label that is spread over all classes
     C: tl.constexpr,  # classes
     ALIGN: tl.constexpr,  # corners of both maps coincide

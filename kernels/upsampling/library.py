@@ -11,7 +11,7 @@ from ..runtime.dispatch import plan_of, takes_triton
 from ..runtime.eager import Direct, applied
 from ..runtime.inductor import fake_of
 from ..runtime.launch import run
-from ..runtime.tiling import laid_out_as
+from ..runtime.tiling import accumulation_dtype, laid_out_as
 from . import pytorch
 from .checks import check_inputs, check_logits, check_weight
 
@@ -62,7 +62,7 @@ def _map_fake(
     logits: Tensor, target: Tensor, weight: Optional[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor]:
     check_inputs(logits, target, weight)
-    loss = logits.new_empty(target.shape, dtype=pytorch.result_dtype(logits))
+    loss = logits.new_empty(target.shape, dtype=accumulation_dtype(logits))
     return loss, torch.empty_like(loss)
 
 
@@ -180,7 +180,7 @@ def _reduced_fake(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_inputs(logits, target, weight)
-    dtype = pytorch.result_dtype(logits)
+    dtype = accumulation_dtype(logits)
     if not with_grad:
         saved = logits.new_empty(0, dtype=dtype)
     elif takes_triton(logits):
@@ -296,7 +296,7 @@ def _argmax_fake(
     check_logits("upsample_argmax", logits)
     shape = (logits.shape[0], height, width)
     label = logits.new_empty(shape, dtype=pytorch.label_dtype(logits.shape[1]))
-    return label, logits.new_empty(shape if with_prob else (0,), dtype=pytorch.result_dtype(logits))
+    return label, logits.new_empty(shape if with_prob else (0,), dtype=accumulation_dtype(logits))
 
 
 # The operators as eager code calls them.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.launch import Config, Launch, Machine, cdiv, varied
-from ..runtime.tuned import Problem, problem
+from ..runtime.tuned import Problem, problem_of
 from . import backward as backward_kernels
 from . import cells as cells_kernels
 from . import forward as forward_kernels
@@ -52,7 +52,6 @@ class Options:
             "Weight": weight,
             # Its mean over the classes; on the device, so that nothing waits for it.
             "Mean": weight.mean() if needs_mean else weight,
-            "ignore": self.ignore_index,
             "smoothing": self.smoothing,
         }
 
@@ -144,7 +143,7 @@ def cells_configs(
 
     spills = (arch, align_corners) in _FIVE_SPILL
     return [
-        Config(_CELLS, 32 * parts, _CELLS, max_registers=_REGISTERS, whole=True)
+        Config(_CELLS, 32 * parts, _CELLS, "cells", max_registers=_REGISTERS)
         for parts in sorted(_PARTS, key=instructions)
         if instructions(parts) < _OF_CLASS * classes and not (parts == 5 and spills)
     ]
@@ -173,11 +172,11 @@ def _candidates_of_columns(configs: list[Config]) -> list[Config]:
 def _asked(name: str, logits: Tensor, height: int, width: int, **options: bool) -> Problem:
     images, classes, h, w = logits.shape
     sizes = dict(B=images, C=classes, h=h, w=w, H=height, W=width)
-    return problem(f"upsample {name}", logits.dtype, options, **sizes)
+    return problem_of(f"upsample {name}", logits.dtype, options, **sizes)
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Shared:
     """Sizes that the launches of both directions share; logits are channels last."""
 
     logits: Tensor
@@ -245,13 +244,13 @@ class Forward:
     ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
         logits, options = self.logits, self.options
         _, height, width = self.target.shape
-        problem = _Problem(logits, height, width, options.align_corners)
-        rows = problem.axes[0]
+        shared = _Shared(logits, height, width, options.align_corners)
+        rows = shared.axes[0]
         own_rows, parts = rows_of_part(rows)
-        strips = cdiv(problem.width, config.block_n)
+        strips = cdiv(shared.width, config.block_n)
         programs = len(logits) * len(rows.gaps) * parts * strips
         lse, losses = (
-            problem.new_map() if keep else logits.new_empty(0, dtype=torch.float32)
+            shared.new_map() if keep else logits.new_empty(0, dtype=torch.float32)
             for keep in (self.keep_lse, self.keep_losses)
         )
         sums = logits.new_empty((3, programs), dtype=torch.float32)
@@ -261,12 +260,12 @@ class Forward:
             forward_kernels.forward_kernel,
             (programs,),
             {"Target": self.target, "Lse": lse, "Loss": losses, "P": sums}
-            | {"parts": parts, "strips": strips}
-            | problem.arguments()
+            | {"parts": parts, "strips": strips, "ignore": options.ignore_index}
+            | shared.arguments()
             | options.arguments(logits),
             {"R": own_rows, "BX": config.block_n}
             | {"LSE": self.keep_lse, "MAP": self.keep_losses}
-            | problem.constants(config.block_c)
+            | shared.constants(config.block_c)
             | options.constants(),
             num_warps=config.num_warps,
             max_registers=config.max_registers,
@@ -325,7 +324,9 @@ class Backward:
         return backward_configs(self.logits, width, options.align_corners, options.smoothing)
 
     def launches(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
-        return (self._launch_cells if config.whole else self._launch_columns)(machine, config)
+        return (self._launch_cells if config.form == "cells" else self._launch_columns)(
+            machine, config
+        )
 
     def _tensors(self, result: Tensor) -> dict[str, Tensor]:
         return {
@@ -340,8 +341,8 @@ class Backward:
         logits = self.logits
         images, classes, h, w = logits.shape
         _, height, width = self.target.shape
-        problem = _Problem(logits, height, width, self.options.align_corners)
-        (most, mostly), (columns, _) = map(places_of_cell, problem.axes)
+        shared = _Shared(logits, height, width, self.options.align_corners)
+        (most, mostly), (columns, _) = map(places_of_cell, shared.axes)
         strips, chunks = cdiv(w, config.block_n - 1), cdiv(classes, config.block_c)
         side_by_side = images * strips * chunks
         own_rows = rows_of_segment(h, side_by_side, machine.processors)
@@ -355,7 +356,7 @@ class Backward:
             self._tensors(result)
             | {"Moved": moved}
             | {"own_rows": own_rows, "segments": segments, "strips": strips}
-            | problem.arguments(),
+            | shared.arguments(),
             {
                 "C": classes,
                 "ALIGN": self.options.align_corners,
@@ -374,9 +375,9 @@ class Backward:
     def _launch_columns(self, machine: Machine, config: Config) -> tuple[list[Launch], Tensor]:
         logits, options = self.logits, self.options
         _, height, width = self.target.shape
-        problem = _Problem(logits, height, width, options.align_corners)
+        shared = _Shared(logits, height, width, options.align_corners)
         images, classes, h, w = logits.shape
-        found = strip_of(problem.axes[1])
+        found = strip_of(shared.axes[1])
         assert found is not None
         strips, chunks = cdiv(w, found[0]), cdiv(classes, config.block_c)
         wanted = cdiv(_PROGRAMS * machine.processors, max(1, images * strips * chunks))
@@ -396,10 +397,10 @@ class Backward:
         launch = Launch(
             backward_kernels.backward_kernel,
             (images * segments * strips * chunks,),
-            self._tensors(result) | sizes | problem.arguments() | options.arguments(logits),
+            self._tensors(result) | sizes | shared.arguments() | options.arguments(logits),
             constants
             | {"PRECISION": precision}
-            | problem.constants(config.block_c)
+            | shared.constants(config.block_c)
             | options.constants(),
             num_warps=config.num_warps,
             max_registers=config.max_registers,
@@ -435,20 +436,20 @@ class ArgMax:
         self, machine: Machine, config: Config
     ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
         logits = self.logits
-        problem = _Problem(logits, self.height, self.width, self.align_corners)
-        rows = problem.axes[0]
+        shared = _Shared(logits, self.height, self.width, self.align_corners)
+        rows = shared.axes[0]
         own_rows, parts = rows_of_part(rows)
         strips = cdiv(self.width, config.block_n)
         lanes = _lanes(logits.shape[1])
-        labels = problem.new_map(label_dtype(logits.shape[1]))
-        probs = problem.new_map() if self.with_prob else logits.new_empty(0, dtype=torch.float32)
+        labels = shared.new_map(label_dtype(logits.shape[1]))
+        probs = shared.new_map() if self.with_prob else logits.new_empty(0, dtype=torch.float32)
         launch = Launch(
             forward_kernels.argmax_kernel,
             (len(logits) * len(rows.gaps) * parts * strips,),
             {"Labels": labels, "Probs": probs, "parts": parts, "strips": strips}
-            | problem.arguments(),
+            | shared.arguments(),
             {"R": own_rows, "BX": config.block_n, "L": lanes, "PROB": self.with_prob}
-            | problem.constants(config.block_c // lanes),
+            | shared.constants(config.block_c // lanes),
             num_warps=config.num_warps,
             max_registers=config.max_registers,
         )

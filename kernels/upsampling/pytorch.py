@@ -210,7 +210,3 @@ def argmax(
 
 def label_dtype(classes: int) -> torch.dtype:
     return torch.uint8 if classes <= 256 else torch.int64
-
-
-def result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32

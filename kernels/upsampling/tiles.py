@@ -18,6 +18,8 @@ from typing import Callable, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..runtime.tiling import accumulation_dtype
+
 # exp(-60) is far below the rounding of a sum that is at least 1, and far above the numbers (about
 # exp(-87) in fp32) at which exp and every product become a hundred times slower: denormals.
 RANGE = 60.0
@@ -115,7 +117,7 @@ class TiledUpsampling:
     def __init__(self, logits: Tensor, height: int, width: int, align_corners: bool) -> None:
         batch, classes, low_height, low_width = logits.shape
         self.low = logits.new_empty(
-            (batch, low_height, low_width, classes), dtype=_sum_dtype(logits.dtype)
+            (batch, low_height, low_width, classes), dtype=accumulation_dtype(logits)
         )
         self._floor = self.low.new_empty((batch, low_height, low_width))
         for _ in in_threads(partial(self._prepare, logits.detach()), range(batch), logits.device):
@@ -286,7 +288,3 @@ def in_threads(
             yield from pool.map(call, items)
     finally:
         torch.set_num_threads(threads)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from encnet_triton.scoring.segmentation import Watch
+from encnet_triton.scoring.segmentation import PassOn
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.config import ConfigError
 from encnet_triton.train.distributed import World
@@ -175,7 +175,7 @@ def test_the_state_is_saved_as_rarely_as_asked() -> None:
 def test_an_epoch_left_out_is_saved_when_its_validation_is_stopped(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(_: Segmentation, watch: Watch) -> None:
+    def stopped(_: Segmentation, watch: PassOn) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert not list(watch([0], 1))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from encnet_triton.data import Dataset, create_dataset
 from encnet_triton.files import write_json
 from encnet_triton.inference import PAPER_SCALES, Predictor, Views, compare_checkpoints
-from encnet_triton.pictures import save_png
+from encnet_triton.pictures import save_figure, save_png
 from encnet_triton.scoring import confusion
 from encnet_triton.scoring.protocols import protocol_scores
 from encnet_triton.train import distributed
@@ -28,7 +29,7 @@ def report(
     if not world.main:
         return
     _write_tables(sweep, planned, measured, folder / name)
-    _draw_curves(planned, measured, folder / f"{name}.png")
+    _draw_panels(planned, measured, folder / f"{name}.png")
     if sweep.grid is not None:
         _draw_grid(sweep.grid, planned, world, folder / f"{name}_grid.png")
 
@@ -83,30 +84,29 @@ def _write_tables(
     write_json({"title": sweep.title, "rows": document}, path.with_suffix(".json"))
 
 
-def _draw_curves(planned: list[Planned], measured: list[dict[str, float]], path: Path) -> None:
+def _draw_panels(planned: list[Planned], measured: list[dict[str, float]], path: Path) -> None:
     """mIoU and pixAcc over the place of each row, one panel per curve (paper, figure 5)."""
     curves = list(dict.fromkeys(one.row.curve for one in planned if one.row.curve))
     if not curves:
         return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(4.5 * len(curves), 3.5), layout="constrained")
-    for panel, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
-        points = sorted(
-            (one.row.x, found["miou"], found["pixel_accuracy"])
-            for one, found in zip(planned, measured, strict=True)
-            if one.row.curve == curve
-        )
-        places = np.arange(len(points))
-        panel.plot(places, [p[1] for p in points], marker="o", label="mIoU")
-        panel.plot(places, [p[2] for p in points], marker="s", label="pixAcc")
-        panel.set(xlabel=curve, ylabel="%", xticks=places)
-        panel.set_xticklabels([f"{p[0]:g}" for p in points])
-        panel.grid(alpha=0.3)
-        panel.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(curves), squeeze=False)[0]
+        for panel, curve in zip(panels, curves, strict=True):
+            points = sorted(
+                (one.row.x, found["miou"], found["pixel_accuracy"])
+                for one, found in zip(planned, measured, strict=True)
+                if one.row.curve == curve
+            )
+            places = np.arange(len(points))
+            panel.plot(places, [p[1] for p in points], marker="o", label="mIoU")
+            panel.plot(places, [p[2] for p in points], marker="s", label="pixAcc")
+            panel.set(xlabel=curve, ylabel="%", xticks=places)
+            panel.set_xticklabels([f"{p[0]:g}" for p in points])
+            panel.grid(alpha=0.3)
+            panel.legend(loc="lower right")
+
+    save_figure(draw, (4.5 * len(curves), 3.5), path)
 
 
 def _draw_grid(

@@ -26,7 +26,7 @@ from bench.gpu.runner import Results
 from bench.static import launches
 from encnet_triton.kernels.runtime import launch, tuned
 from encnet_triton.kernels.runtime.launch import Config, Launch, Machine
-from encnet_triton.kernels.runtime.tuned import Problem, problem
+from encnet_triton.kernels.runtime.tuned import Problem, problem_of
 from encnet_triton.models import CifarNet, create_model
 from encnet_triton.nn import Encoding, ShakeEncoding
 from encnet_triton.nn.norm import BatchNormAct2d
@@ -65,7 +65,7 @@ class Doubling:
         return self.x.device
 
     def problem(self) -> Problem:
-        return problem("planted doubling", self.x.dtype, {}, N=len(self.x))
+        return problem_of("planted doubling", self.x.dtype, {}, N=len(self.x))
 
     def configs(self, machine: Machine) -> list[Config]:
         return [OWN]
@@ -226,7 +226,7 @@ def test_published_configurations_are_where_the_launcher_reads_them(tmp_path, mo
     monkeypatch.setattr(tuned, "_tables", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: HEADER["device"])
     for pixels, wanted in ((3600, "other"), (900, "own")):
-        given = problem("encode forward", torch.bfloat16, {"C": 512, "K": 32}, B=16, N=pixels)
+        given = problem_of("encode forward", torch.bfloat16, {"C": 512, "K": 32}, B=16, N=pixels)
         found = tuned.preferred(given, lambda: ["own", "other"], torch.device("cuda", 0))
         assert found == wanted
     assert publish.tables(tmp_path / "docs")  # of a machine without other results, too

@@ -92,7 +92,7 @@ def test_what_is_only_measured_can_be_compiled_too() -> None:
     forward = [call for call in found if call.direction == "forward"]
     own = replace(forward[0], candidates=False).configs()
     assert forward[0].configs()[: len(own)] == own
-    boxed = [call for call in forward if call.configs()[call.config].boxed]
+    boxed = [call for call in forward if call.configs()[call.config].form == "boxed"]
     assert [call.launches()[0].num_stages for call in boxed] == [3, 4]
     assert forward[0].launches()[0].num_stages == 1
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from bench.static.resources import LIMITS, report
 from encnet_triton.kernels.batch_norm import plan as batch_norm
 from encnet_triton.kernels.encoding import plan as encoding
-from encnet_triton.kernels.runtime.launch import Call, Launch, Machine
+from encnet_triton.kernels.runtime.launch import Launch, Machine, Pass
 
 pytestmark = pytest.mark.slow
 ARCH = 90
@@ -25,7 +25,7 @@ def unaligned(pixels: int, channels: int) -> Tensor:
     return memory[1:].view(2, pixels, channels).transpose(1, 2)
 
 
-def first_launch(call: Call) -> Launch:
+def first_launch(call: Pass) -> Launch:
     return call.launches(MACHINE, call.configs(MACHINE)[0])[0][0]
 
 

@@ -64,8 +64,8 @@ def boxed(x: Tensor, num: int, arch: int = 90) -> list[bool]:
     """Of the candidates for x, B x N x C: which read it by tensor descriptor."""
     codewords, scale = torch.empty(num, x.shape[2]), torch.empty(num)
     call, machine = plan.Forward(x.transpose(1, 2), codewords, scale, False), Machine(arch, 132)
-    assert not any(config.boxed for config in call.configs(machine))
-    return [config.boxed for config in call.candidates(machine)]
+    assert not any(config.form == "boxed" for config in call.configs(machine))
+    return [config.form == "boxed" for config in call.candidates(machine)]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -25,8 +25,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
 DEVICE = "cpu" if launch.interpreting() else "cuda"
 HALF = (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.verify))
-FUSED, SPLIT = Config(16, 32, 4), Config(16, 32, 4, fused=False)
-WHOLE = Config(16, 32, 4, whole=True)
+FUSED, SPLIT, WHOLE = (Config(16, 32, 4, form) for form in ("fused", "split", "whole"))
 
 # Shape B, N, C, K and what is awkward about it.
 CASES = {
@@ -275,7 +274,7 @@ def test_a_tensor_descriptor_reads_the_tiles_of_its_image(
     codes = []
     for rows in (around, last):
         call = plan.Forward(rows[:, :, 8:144].transpose(1, 2), codewords, scale, False)
-        config = Config(16, 256, 8, stages=3, boxed=True)
+        config = Config(16, 256, 8, "boxed", stages=3)
         launches, (code, *_) = call.launches(Machine(90, 1), config)
         assert launches[0].arguments["splits"] == 1
         with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():

@@ -46,7 +46,7 @@ SUBJECTS: dict[str, Callable[[], Callable[[], object]]] = {
 }
 
 
-def computed(call: launch.Call[Any], config: Config) -> list[Tensor]:
+def computed(call: launch.Pass[Any], config: Config) -> list[Tensor]:
     here = launch.machine(call.device)
     launches, outputs = call.launches(here, config)
     with Watch(races=True) if launch.interpreting() else contextlib.nullcontext():

@@ -22,7 +22,7 @@ from encnet_triton.kernels.encoding import plan as encoding_plan
 from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.runtime.launch import Config, Launch
 
-BEST, SECOND, LAST = Config(64, 64, 8), Config(32, 64, 8), Config(32, 64, 4, fused=False)
+BEST, SECOND, LAST = Config(64, 64, 8), Config(32, 64, 8), Config(32, 64, 4, "split")
 CPU = torch.device("cpu")
 
 
@@ -82,7 +82,7 @@ def test_local_and_too_much_memory_lead_to_the_next_one_and_one_line_each(
     assert [k.compiled for k in kernels.values()] == [1, 1, 0]
     assert [k.launched for k in kernels.values()] == [0, 0, 2]
     first, second = (record.getMessage() for record in caplog.records)
-    assert "does not fit" in first and "'fused n32 c64 w8' in place of 'fused n64 c64 w8'" in first
+    assert "does not fit" in first and "'tiles n32 c64 w8' in place of 'tiles n64 c64 w8'" in first
     assert "36 bytes of local memory (stack and spills)" in second
     assert triton.__version__ in second
 

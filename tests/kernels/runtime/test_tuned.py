@@ -18,17 +18,17 @@ import triton
 from encnet_triton.kernels.encoding import plan
 from encnet_triton.kernels.runtime import launch, tuned
 from encnet_triton.kernels.runtime.launch import Config, Launch
-from encnet_triton.kernels.runtime.tuned import Entry, Problem, problem
+from encnet_triton.kernels.runtime.tuned import Entry, Problem, problem_of
 
 DEVICE = torch.device("cuda", 0)
 NAME = "NVIDIA H100 80GB HBM3"
-SMALL, LARGE = Config(16, 64, 8), Config(64, 64, 8)
+SMALL, LARGE = (Config(n, 64, 8, "fused") for n in (16, 64))
 OPTIONS = {"C": 512, "K": 32}
 
 
 def asked(images: int, pixels: int, **changed: Any) -> Problem:
     given = {"name": "encode forward", "dtype": torch.bfloat16, "options": OPTIONS} | changed
-    return problem(**given, B=images, N=pixels)
+    return problem_of(**given, B=images, N=pixels)
 
 
 ENTRIES = [Entry(asked(16, 3600), str(LARGE)), Entry(asked(16, 900), str(SMALL))]
@@ -190,7 +190,7 @@ def block_of(ran: list[Launch]) -> list[int]:
 
 def test_a_measured_configuration_runs_before_the_plans_own(ran) -> None:
     call = forward()
-    wanted = Config(64, 64, 8)
+    wanted = Config(64, 64, 8, "fused")
     assert wanted not in call.configs(launch.machine(call.device))
     with launch.trial([Entry(call.problem(), str(wanted))]) as seen:
         launch.run(call)
@@ -205,7 +205,7 @@ def test_a_trial_leaves_nothing_behind(ran) -> None:
     before = tuned.tried
     with (
         pytest.raises(ZeroDivisionError),
-        launch.trial([Entry(call.problem(), str(Config(64, 64, 8)))]),
+        launch.trial([Entry(call.problem(), str(Config(64, 64, 8, "fused")))]),
     ):
         launch.run(call)
         raise ZeroDivisionError
@@ -221,7 +221,7 @@ def test_a_measured_configuration_that_spills_gives_way_to_the_plans_own(
         return "spills" if one.constants.get("BN") == 64 else None
 
     monkeypatch.setattr(Launch, "obstacle", obstacle)
-    with launch.trial([Entry(forward().problem(), str(Config(64, 64, 8)))]):
+    with launch.trial([Entry(forward().problem(), str(Config(64, 64, 8, "fused")))]):
         launch.run(forward())
     assert block_of(ran) == [32]
     assert "using 'fused n32 c64 w8 s2' in place of 'fused n64 c64 w8'" in caplog.text
