@@ -17,10 +17,11 @@ from torch import nn
 
 from encnet_triton import options
 from encnet_triton.data import DataError
+from encnet_triton.data.base import few
 from encnet_triton.files import make_folder
 from encnet_triton.inference import WHOLE_IMAGE_WARNING, ImageClassifier, find_images, read_image
 from encnet_triton.inference.explaining import Explainer
-from encnet_triton.inference.photos import label_photo, refuse_clashes
+from encnet_triton.inference.photos import label_photo, other_files, refuse_clashes
 from encnet_triton.models import CifarNet
 from encnet_triton.weights import ModelInfo, load_model
 
@@ -77,6 +78,8 @@ def run(given: argparse.Namespace, console: Console) -> int:
         refuse_clashes(paths, given.output, given.explain)
     label = make_labeller(given, model, info, device)
     rank, size = options.join_others(device)
+    if rank == 0 and (others := other_files(given.inputs)):
+        console.print(f"left out, not named as pictures are: {few([p.name for p in others])}")
     if given.whole_image and rank == 0:
         console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
     bad: list[str] = []

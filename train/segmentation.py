@@ -258,8 +258,8 @@ class Segmentation(Task[Scores]):
         said = []
         if self.config.run.whole_image:
             said.append(f"Warning: {WHOLE_IMAGE_WARNING}")
-        if self.world.main and (note := first_look(self.train_set)):
-            said.append(f"Warning: {note}")
+        if self.world.main:
+            said += [f"Warning: {note}" for note in first_look(self.train_set)]
         return "\n".join(said) or None
 
     def close(self) -> None:

@@ -50,8 +50,8 @@ class LabelValueError(DataError):
     values: tuple[int, ...] = ()
 
 
-def few(values: Sequence[int], most: int = 5) -> str:
-    """Numbers with commas; only the first of many."""
+def few(values: Sequence[object], most: int = 5) -> str:
+    """Numbers or names with commas; only the first of many."""
     return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 

@@ -122,6 +122,7 @@ def check_split(
         report.notes.append(f"{len(absent)} of {n} classes do not occur: {shown}")
     if lone := _lone_class(dataset, report.pixels, report.ignored):
         report.notes.append(lone)
+    report.notes += _left_out_files(dataset)
     return report
 
 
@@ -149,16 +150,21 @@ def refuse_unlabelled(dataset: Dataset, what: str) -> None:
     raise UnlabelledError(f"{what}: {_nothing_labelled(dataset, len(dataset))}")
 
 
-def first_look(dataset: Dataset) -> str | None:
-    """Warnings from `FIRST_LOOK` label files, evenly spaced, before a run."""
+def first_look(dataset: Dataset) -> list[str]:
+    """Warnings before a run: files left out, and what `FIRST_LOOK` labels, evenly spaced, say."""
     if not hasattr(dataset, "label"):  # drawn
-        return None
+        return []
     indices = np.linspace(0, len(dataset) - 1, min(FIRST_LOOK, len(dataset))).round().astype(int)
     found = np.zeros(256, np.int64)
     for index in indices.tolist():
         found += np.bincount(label_of(dataset, index).ravel(), minlength=256)
     note = _lone_class(dataset, found[: len(dataset.classes)], int(found[dataset.ignore_index]))
-    return note and f"in {len(indices)} of {len(dataset)} labels, {note}"
+    noted = [f"in {len(indices)} of {len(dataset)} labels, {note}"] if note else []
+    return noted + _left_out_files(dataset)
+
+
+def _left_out_files(dataset: Dataset) -> list[str]:
+    return list(getattr(dataset, "notes", ()))
 
 
 def _left_out(dataset: Dataset) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ Two layouts are understood below the root folder:
 - a list file `train.txt`, `val.txt`, ... with one `image label` pair per line, relative to the root
   (separated by a tab if a line has one, else by white space);
 - folders `images/train`, `images/val` and `labels/train`, `labels/val`, paired by file name without
-  suffix; or `images` and `labels` alone, of which every tenth pair, in the order of names, is for
-  validation. Folders below them count, linked ones too; hidden files and folders do not.
+  suffix; or `images` and `labels` alone, of which about a tenth is for validation: which pairs
+  depends on their names only, so that files that are added move none. Folders below them count,
+  linked ones too; hidden files and folders do not.
 
 `classes.txt` has one class name per line, in the order of label values. Labels are single-channel
 or palette images whose pixel values are the classes.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from encnet_triton.data.base import (
@@ -24,14 +26,19 @@ from encnet_triton.data.base import (
     IMAGENET_STD,
     MAX_CLASSES,
     DataError,
+    few,
 )
 from encnet_triton.data.files import FileDataset, Pair, check_present, composed, read_lines
+from encnet_triton.data.images import image_suffixes
 
 __all__ = ["Folder"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 VALIDATION_EVERY = 10
+# Folders that other data sets have in place of "train" and "val".
+_SPLITS = frozenset(
+    ("train", "training", "trn", "val", "valid", "validation", "dev", "eval", "test", "testing")
+)
 
 
 class Folder(FileDataset):
@@ -48,6 +55,10 @@ class Folder(FileDataset):
         label_map: label value in the files -> class 0..n-1, or 255 for none, also as text
             "255=1,7=0". A class that is given values here has no others.
         mean, std: RGB statistics in 0..1 for normalisation, ImageNet's by default.
+
+    Attributes:
+        notes: a sentence each on files that are left out: images of no known suffix, labels
+            without an image.
 
     Raises DataError, with one sentence that names the file, where something is missing or does not
     fit.
@@ -87,8 +98,9 @@ class Folder(FileDataset):
             )
         values = {c - offset: c for c in range(len(classes)) if c not in mapped.values()}
         first, last = -offset, len(classes) - 1 - offset
+        pairs, self.notes = _find_pairs(folder, split)
         super().__init__(
-            _find_pairs(folder, split),
+            pairs,
             classes,
             values=values | dict.fromkeys(ignored, IGNORE_INDEX) | mapped,
             allowed=(
@@ -163,17 +175,20 @@ def _class_names(path: Path, ignored: tuple[int, ...], offset: int) -> tuple[str
     return tuple(names)
 
 
-def _find_pairs(root: Path, split: str) -> list[Pair]:
-    listing = root / f"{split}.txt"
+def _find_pairs(root: Path, split: str) -> tuple[list[Pair], list[str]]:
+    """The pairs, and a sentence each on what is left out."""
+    if not split:
+        raise DataError("the split has no name; give one, such as train or val")
+    listing, notes = root / f"{split}.txt", list[str]()
     if listing.is_file():
         pairs = _listed_pairs(root, listing)
         where = str(listing)
     else:
-        pairs = _folder_pairs(root, split)
+        pairs, notes = _folder_pairs(root, split)
         where = f"split {split!r} of {root}"
     if not pairs:
-        raise DataError(f"the data set is empty: {where} has no images")
-    return pairs
+        raise DataError(" ".join([f"the data set is empty: {where} has no images", *notes]))
+    return pairs, notes
 
 
 def _listed_pairs(root: Path, listing: Path) -> list[Pair]:
@@ -191,35 +206,70 @@ def _listed_pairs(root: Path, listing: Path) -> list[Pair]:
     return check_present(pairs, listing)
 
 
-def _folder_pairs(root: Path, split: str) -> list[Pair]:
+def _folder_pairs(root: Path, split: str) -> tuple[list[Pair], list[str]]:
     images, labels = root / "images", root / "labels"
     whole = not any((images / name).is_dir() for name in ("train", "val", split))
-    if not whole:
+    if whole:
+        _refuse_other_splits(images)
+    else:
         images, labels = images / split, labels / split
     if not (images.is_dir() and labels.is_dir()) or (whole and split not in ("train", "val")):
         raise DataError(
             f"{root} has no split {split!r}: neither a list file {split}.txt nor folders "
             f"images/{split} and labels/{split} are there"
         )
-    found = _files_by_stem(images, IMAGE_SUFFIXES)
-    marked = _files_by_stem(labels, LABEL_SUFFIXES)
+    found, others = _files_by_stem(images, image_suffixes())
+    marked, _ = _files_by_stem(labels, LABEL_SUFFIXES)
     alone = [found[stem] for stem in found if stem not in marked]
     if alone:
-        others = f" (nor do {len(alone) - 1} others)" if len(alone) > 1 else ""
-        raise DataError(f"image {alone[0]} has no label of the same name in {labels}{others}")
-    pairs: list[Pair] = [(found[stem], marked[stem]) for stem in sorted(found)]
+        more = f" (nor do {len(alone) - 1} others)" if len(alone) > 1 else ""
+        raise DataError(f"image {alone[0]} has no label of the same name in {labels}{more}")
+    notes = [
+        f"{_count(paths, what)}: {few([path.name for path in paths])}"
+        for what, paths in (
+            (f"in {images} left out, whose suffix is none of a known picture", others),
+            (f"in {labels} without an image", [marked[s] for s in marked if s not in found]),
+        )
+        if paths
+    ]
+    names = sorted(found)
     if whole:
-        chosen = {"val": (0,), "train": range(1, VALIDATION_EVERY)}[split]
-        return [pair for i, pair in enumerate(pairs) if i % VALIDATION_EVERY in chosen]
-    return pairs
+        held = _for_validation(names)
+        names = [name for name in names if (name in held) == (split == "val")]
+    return [(found[name], marked[name]) for name in names], notes
 
 
-def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files below a folder by their path without suffix, relative to it."""
+def _count(paths: Sequence[Path], what: str) -> str:
+    return f"{len(paths)} file{'s' if len(paths) > 1 else ''} {what}"
+
+
+def _refuse_other_splits(images: Path) -> None:
+    """A folder of images that is divided, though not as it is here, would be mixed."""
+    if not images.is_dir():
+        return
+    found = sorted(p.name for p in images.iterdir() if p.name.lower() in _SPLITS and p.is_dir())
+    if found:
+        raise DataError(
+            f"{images} has the folders {', '.join(found)}: name those that are meant train and "
+            "val, here and among the labels, or list their files in train.txt and val.txt"
+        )
+
+
+def _for_validation(names: Sequence[str]) -> set[str]:
+    """About one in `VALIDATION_EVERY`, at least one, whatever other names there are."""
+    numbers = {name: int.from_bytes(sha256(name.encode()).digest()[:8], "big") for name in names}
+    chosen = {name for name in names if numbers[name] % VALIDATION_EVERY == 0}
+    return chosen or set(sorted(names, key=numbers.__getitem__)[:1])
+
+
+def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, Path], list[Path]]:
+    """Files below a folder by their path without suffix, relative to it; and other files."""
     files: dict[str, Path] = {}
+    others: list[Path] = []
     for entry in _walk(folder):
         path = Path(entry.path)
         if path.suffix.lower() not in (*suffixes, ""):
+            others.append(path)
             continue
         if entry.is_symlink() and not path.exists():
             raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there")
@@ -229,7 +279,7 @@ def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
         if stem in files:
             raise DataError(f"{files[stem]} and {path} have the same name but for the suffix")
         files[stem] = path
-    return files
+    return files, others
 
 
 def _walk(

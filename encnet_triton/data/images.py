@@ -121,14 +121,16 @@ def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
         DataError: it is missing, no image, damaged, too large, or has no single number per pixel.
     """
     image = _open(path, "label")
-    if image.format in _LOSSY:
-        raise DataError(f"label {path} is a JPEG, which alters values: save labels as PNG")
+    lossy = "JPEG" if image.format in _LOSSY else _lossy_inside(image)
+    if lossy:
+        raise DataError(f"label {path} is a {lossy}, which alters values: save labels as PNG")
+    gif = image.format == "GIF"
     if image.mode not in _LABELS:
         raise DataError(
             f"label {path} has pixel format {image.mode}; a label must be a single-channel or "
             "palette image whose values are class numbers"
         )
-    raw = _NARROW.fullmatch(_raw_mode(image))
+    raw, most = _raw_mode(image), _most(image)
     try:
         image.load()
         orientation = _orientation(image)
@@ -138,14 +140,46 @@ def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
     except Exception as error:  # damage can make Pillow raise anything
         raise DataError(f"label {path} is truncated or damaged ({_why(error)})") from error
     if image.mode not in ("1", "L", "P"):
-        return values.astype(np.int64)
+        return _spread(values.astype(np.int64), 65535, most)
+    narrow = _NARROW.fullmatch(raw)
     if image.mode == "1":
-        return (values ^ bool(raw and raw["inverted"])).astype(np.uint8)
-    if raw and raw["inverted"]:
+        return (values ^ bool(narrow and narrow["inverted"])).astype(np.uint8)
+    if gif:
+        return _as_saved(image, values)
+    if narrow and narrow["inverted"]:
         values = 255 - values
-    if raw and raw["bits"]:  # spread over 0 to 255 by Pillow
-        values = values // np.uint8(255 // (2 ** int(raw["bits"]) - 1))
-    return values
+    if narrow and narrow["bits"]:
+        most = 2 ** int(narrow["bits"]) - 1
+    return _spread(values, 255, most)
+
+
+def _most(image: Image.Image) -> int | None:
+    """The largest number that a PGM says it has, which Pillow makes the largest of 8 or 16 bits."""
+    tiles: Any = getattr(image, "tile", None)
+    arguments = tiles[0][3] if image.format == "PPM" and tiles else None
+    return arguments[1] if isinstance(arguments, tuple) and len(arguments) > 1 else None
+
+
+def _spread(values: NDArray[Any], full: int, most: int | None) -> NDArray[Any]:
+    """Undo what Pillow did to numbers of 0 to `most`: it has spread them over 0 to `full`."""
+    if most is None or most >= full:
+        return values
+    return ((values.astype(np.int64) * most + full // 2) // full).astype(values.dtype)
+
+
+def _as_saved(image: Image.Image, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The greys of a GIF whose palette is grey: programs renumber its entries as they save one."""
+    palette = np.asarray(image.getpalette() or (), np.uint8).reshape(-1, 3)
+    grey = len(palette) > values.max(initial=0) and (palette == palette[:, :1]).all()
+    return palette[:, 0][values] if grey else values
+
+
+def _lossy_inside(image: Image.Image) -> str:
+    """The name of a lossy compression of a TIFF or of WebP and the like, or ""."""
+    if image.format in ("WEBP", "AVIF", "JPEG2000"):
+        return str(image.format)
+    compression = str(image.info.get("compression", ""))
+    return "TIFF of JPEGs" if image.format == "TIFF" and "jpeg" in compression else ""
 
 
 def _open(path: Path, what: str) -> Image.Image:
@@ -170,6 +204,14 @@ def _open(path: Path, what: str) -> Image.Image:
     except Exception as error:  # damage can make Pillow raise anything
         raise DataError(f"{what} {path} cannot be read ({_why(error)})") from error
     return image
+
+
+@cache
+def image_suffixes() -> tuple[str, ...]:
+    """Suffixes of the formats that are read, such as ".jpg"; the usual ones first."""
+    found = sorted(s for s, name in Image.registered_extensions().items() if name in _known())
+    usual = [s for s in (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp") if s in found]
+    return tuple(dict.fromkeys([*usual, *found]))
 
 
 @cache

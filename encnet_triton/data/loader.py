@@ -16,6 +16,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -214,6 +215,22 @@ def _start_worker(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def _end_workers(stream: Any) -> None:
+    """End the processes of a torch loader's iterator, if it has any.
+
+    At exit multiprocessing would send them a SIGTERM, which they ignore, and wait.
+    """
+    shutdown = getattr(stream, "_shutdown_workers", None)
+    if shutdown is None:
+        return
+    workers = getattr(stream, "_workers", [])
+    shutdown()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()  # it ignores SIGTERM, see `_start_worker`
+            worker.join()
+
+
 def _close(loader: weakref.ref[TrainLoader]) -> None:
     living = loader()
     if living is not None:
@@ -293,7 +310,6 @@ class TrainLoader:
         self._stream: Iterator[Batch | _Failure] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._next: Key | None = None  # what the stream yields next, if it is whole
-        # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait.
         atexit.register(_close, weakref.ref(self))
 
     def __len__(self) -> int:
@@ -327,14 +343,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the workers now rather than when the loader is garbage-collected."""
-        shutdown = getattr(self._stream, "_shutdown_workers", None)
-        if shutdown is not None:
-            workers = getattr(self._stream, "_workers", [])
-            shutdown()
-            for worker in workers:
-                if worker.is_alive():
-                    worker.kill()  # it ignores SIGTERM, see `_start_worker`
-                    worker.join()
+        _end_workers(self._stream)
         self._stream = self._next = None
         self._batches = iter(())
         self._loader._iterator = None
@@ -377,4 +386,11 @@ def eval_samples(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
-    yield from _taken(iter(loader))
+    stream = iter(loader)
+    end = partial(_end_workers, stream)
+    atexit.register(end)  # who asks for a few samples may keep this generator
+    try:
+        yield from _taken(stream)
+    finally:
+        end()
+        atexit.unregister(end)

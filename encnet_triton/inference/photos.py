@@ -9,13 +9,12 @@ import numpy as np
 
 from encnet_triton.data.base import DataError
 from encnet_triton.data.files import visible
-from encnet_triton.data.folder import IMAGE_SUFFIXES
-from encnet_triton.data.images import read_image
+from encnet_triton.data.images import image_suffixes, read_image
 from encnet_triton.inference.explaining import Explainer, explanation_picture
 from encnet_triton.inference.predictor import Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
 
-__all__ = ["find_images", "label_photo", "read_image", "refuse_clashes"]
+__all__ = ["find_images", "label_photo", "other_files", "read_image", "refuse_clashes"]
 
 
 def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
@@ -27,14 +26,20 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
     for path in inputs:
         if path.is_dir():
             there = (p for p in visible(path, "*") if not p.is_dir())
-            found = [p for p in there if p.suffix.lower() in IMAGE_SUFFIXES]
+            found = [p for p in there if p.suffix.lower() in image_suffixes()]
             if not found:
-                raise ValueError(f"folder {path} has no images ({', '.join(IMAGE_SUFFIXES)})")
+                raise ValueError(f"folder {path} has no images ({', '.join(image_suffixes())})")
             yield from found
         elif path.is_file():
             yield path
         else:
             raise ValueError(f"image {path} does not exist")
+
+
+def other_files(inputs: Sequence[Path]) -> list[Path]:
+    """The files of folders that `find_images` leaves out, because their suffix is no picture's."""
+    there = (p for path in inputs if path.is_dir() for p in visible(path, "*") if not p.is_dir())
+    return [p for p in there if p.suffix.lower() not in image_suffixes()]
 
 
 def label_photo(

@@ -36,6 +36,14 @@ from .finish import add_images, clear_counters
 
 
 @triton.jit
+def run_of(split, splits, tiles):
+    """First tile of a program's run and the one after its last; no number exceeds `tiles`."""
+    each, more = tiles // splits, tiles % splits
+    begin = split * each + tl.minimum(split, more)
+    return begin, begin + each + (split < more).to(tl.int32)
+
+
+@triton.jit
 def load_rows(base, rows, cols, in_rows, column, stride, C: tl.constexpr, EVEN: tl.constexpr):
     """Rows x BC entries from `column` on; zeros outside."""
     pointers = base + (rows[:, None] * stride + cols[None, :]) + column
@@ -277,8 +285,7 @@ def forward_kernel(
         sums = sums + (tl.zeros((KP, BC), tl.float32),)
     mass = tl.zeros((KP, BN), tl.float32)
 
-    tiles = tl.cdiv(N, BN)
-    begin, end = split * tiles // splits, (split + 1) * tiles // splits
+    begin, end = run_of(split, splits, tl.cdiv(N, BN))
     base, step = X + b * sxb, tl.cast(sxn, tl.int64) * BN
     if AHEAD:
         first = base + begin * step
@@ -423,8 +430,8 @@ def backward_kernel(
     slope = tl.zeros((KP,), tl.float32)
 
     step = tl.cast(sxn, tl.int64) * BN
-    tiles = tl.cdiv(N, BN)
-    for t in range(split * tiles // splits, (split + 1) * tiles // splits):
+    begin, end = run_of(split, splits, tl.cdiv(N, BN))
+    for t in range(begin, end):
         in_n = rows < N - t * BN
         tile = X + b * sxb + t * step
         x = load_tile(tile, rows, cols, in_n, 0, sxn, C, BC, CHUNKS, CHUNKS)

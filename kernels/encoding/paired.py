@@ -124,6 +124,7 @@ def paired_backward_kernel(
     slope = tl.zeros((KP,), tl.float32)
 
     step = tl.cast(sxn, tl.int64) * BN
+    # As `run_of`, in fewer registers: for the products to overflow, x would take 130 GB.
     tiles = tl.cdiv(N, BN)
     begin, end = split * tiles // splits, (split + 1) * tiles // splits
     base = X + b * sxb

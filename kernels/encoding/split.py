@@ -17,6 +17,7 @@ from .fused import (
     load_center,
     load_rows,
     prepare,
+    run_of,
     softmax,
     squares,
     store_rows,
@@ -144,8 +145,8 @@ def aggregate_kernel(
     rows, cols, k = tl.arange(0, BN), tl.arange(0, BC), tl.arange(0, KP)
     total = tl.zeros((KP, BC), tl.float32)
     step = tl.cast(sxn, tl.int64) * BN
-    tiles = tl.cdiv(N, BN)
-    for t in range(split * tiles // splits, (split + 1) * tiles // splits):
+    begin, end = run_of(split, splits, tl.cdiv(N, BN))
+    for t in range(begin, end):
         in_n = rows < N - t * BN
         tile = X + b * sxb + t * step
         x = load_rows(tile, rows, cols, in_n, column, sxn, C, EVEN)

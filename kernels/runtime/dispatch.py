@@ -41,8 +41,8 @@ def takes_triton(x: Tensor) -> bool:
     """Whether kernels run on tensors like x: on sm_80 and up, or when interpreting; not float64."""
     if triton is None or x.dtype == torch.float64:
         return False
-    if x.is_cuda:
-        return _is_sm_80_or_newer(x.device.index)
+    if x.is_cuda:  # so are tensors of a ROCm build, whose GPUs have other warps and products
+        return torch.version.hip is None and _is_sm_80_or_newer(x.device.index)
     return interpreting()
 
 

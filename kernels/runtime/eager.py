@@ -180,6 +180,6 @@ def recorded(*arguments: Any) -> bool:
     """Whether autograd would record a call, also one whose arguments were not checked yet."""
     if torch.is_grad_enabled():
         for value in arguments:
-            if value is not None and getattr(value, "requires_grad", False):
+            if isinstance(value, Tensor) and value.requires_grad:
                 return True
     return False

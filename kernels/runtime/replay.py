@@ -377,6 +377,7 @@ class _Program(NamedTuple):
     function: Any
     metadata: Any
     arguments: Callable[[Sequence[Any]], Sequence[Any]]
+    compiled: Any  # Triton may unload the function of one that nobody holds
 
 
 class Replay:
@@ -404,6 +405,7 @@ class Replay:
                 program.function,
                 program.packed_metadata,
                 itemgetter(*_arguments(one, places)),
+                program,
             )
             for one, program in launches
         ]
@@ -448,7 +450,7 @@ class Replay:
             values.append(values[place] + offset)
         values += self._constants
         stream = self._driver.get_current_stream(self._index)
-        for run, grid, function, metadata, arguments in self._programs:
+        for run, grid, function, metadata, arguments, _ in self._programs:
             run(*grid, stream, function, metadata, None, None, None, *arguments(values))
         return outputs[0] if self._single else tuple(outputs)
 

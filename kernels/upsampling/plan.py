@@ -51,7 +51,7 @@ class Options:
         return {
             "Weight": weight,
             # Its mean over the classes; on the device, so that nothing waits for it.
-            "Mean": weight.mean() if needs_mean else weight,
+            "Mean": weight.mean(dtype=torch.float32) if needs_mean else weight,
             "smoothing": self.smoothing,
         }
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
+from threading import Barrier, Lock, Thread
 from typing import Callable, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +24,9 @@ from ..runtime.tiling import accumulation_dtype
 # exp(-60) is far below the rounding of a sum that is at least 1, and far above the numbers (about
 # exp(-87) in fp32) at which exp and every product become a hundred times slower: denormals.
 RANGE = 60.0
+
+# Held while the number of threads that others start with is not theirs.
+_setting = Lock()
 
 # Entries of one tile: 2 MB in fp32, an L2 cache. Smaller ones lose more to calls than they gain.
 TILE_ENTRIES = 512 * 1024
@@ -71,7 +75,7 @@ def span(low: int, full: int, start: int, stop: int, align_corners: bool, like: 
     first, last = (int(min(max(slope * i + offset, 0), low - 1)) for i in (start, stop - 1))
     last = min(last + 1, low - 1)
     # Made on a GPU, for a copy there would wait for all that it has to do.
-    device = like.device if like.is_cuda else None
+    device = like.device if like.is_cuda else "cpu"
     source = torch.arange(start, stop, dtype=torch.float64, device=device).mul_(slope).add_(offset)
     source = source.clamp_(0, low - 1)
     distance = source[:, None] - torch.arange(first, last + 1, dtype=torch.float64, device=device)
@@ -280,11 +284,28 @@ def in_threads(
         with torch.inference_mode(inference), torch.no_grad():
             return work(item)
 
-    # The setting counts for the thread that makes it, and for threads started later. This thread
-    # makes it too: after an operation split over cores, the idle ones spin for milliseconds.
-    torch.set_num_threads(share)
-    try:
-        with ThreadPoolExecutor(workers, "upsample", torch.set_num_threads, (share,)) as pool:
-            yield from pool.map(call, items)
-    finally:
-        torch.set_num_threads(threads)
+    started = Barrier(workers + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread that asks for the first time takes over what others set
+        torch.set_num_threads(share)
+        started.wait()
+
+    with ThreadPoolExecutor(workers, "upsample", start) as pool:
+        try:
+            # The setting counts for the thread that makes it and for all that ask for the first
+            # time after it, also others': so a thread that then ends takes it back for those. This
+            # one makes it too: its operations, split over cores, would leave idle threads spinning.
+            with _setting:
+                results = pool.map(call, items)
+                started.wait()
+                torch.set_num_threads(share)
+                back = Thread(target=torch.set_num_threads, args=(threads,))
+                back.start()
+                back.join()
+            yield from results
+        except BaseException:
+            started.abort()  # a worker that could not be started is waited for
+            raise
+        finally:
+            torch.set_num_threads(threads)

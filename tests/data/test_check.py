@@ -42,12 +42,12 @@ def test_masks_of_0_and_255_are_noticed(tmp_path: Path, capsys: pytest.CaptureFi
         "'background' is the only class, no pixel has another; 25.0% of the pixels are ignored "
         "(label value 255): if that stands for 'polyp', say --label-map 255=1"
     )
-    assert first_look(Folder(root)) == f"in 1 of 1 labels, {sentence}"
+    assert first_look(Folder(root)) == [f"in 1 of 1 labels, {sentence}"]
     assert main(["check", "folder", "--data", str(root)]) == 0
     assert capsys.readouterr().out.count(sentence) == 2
     assert main(["check", "folder", "--data", str(root), "--label-map", "255=1"]) == 0
     assert "only class" not in capsys.readouterr().out
-    assert first_look(Folder(root, label_map="255=1")) is None
+    assert first_look(Folder(root, label_map="255=1")) == []
     assert main(["check", "folder", "--data", str(root), "--ignore-label", "254"]) == 1
     assert "0.png has the value 255, but the 2 classes" in capsys.readouterr().out
 

@@ -2,12 +2,15 @@
 
 import os
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from encnet_triton.data import Augment, DataError, Folder, TrainLoader, create_dataset
+from encnet_triton.data.check import check_split, first_look
 
 NAMES = ("sky", "road", "car")
 LABEL = np.array([[0, 1, 2, 255], [2, 2, 1, 0], [0, 0, 0, 1]], np.uint8)
@@ -88,18 +91,72 @@ def test_split_folders(root):
     ]
 
 
-def test_folders_without_split_keep_every_tenth_for_validation(tmp_path):
-    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
-    for number in range(21):
-        write_pair(tmp_path, f"images/{number:02}.png", f"labels/{number:02}.png")
-    train, val = Folder(tmp_path, "train"), Folder(tmp_path, "val")
-    train_names = {train.name_of(i) for i in range(len(train))}
-    val_names = {val.name_of(i) for i in range(len(val))}
-    assert [name[-6:-4] for name in sorted(val_names)] == ["00", "10", "20"]
-    assert len(train_names) == 18
-    assert not train_names & val_names
+def _names(root: Path, split: str) -> set[str]:
+    data = Folder(root, split)
+    return {Path(data.name_of(i)).stem for i in range(len(data))}
+
+
+def _flat(root: Path, stems: Iterable[str]) -> None:
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    for stem in stems:
+        write_pair(root, f"images/{stem}.png", f"labels/{stem}.png")
+
+
+def test_folders_without_split_keep_a_tenth_for_validation(tmp_path):
+    _flat(tmp_path, (f"{number:03}" for number in range(200)))
+    train, val = _names(tmp_path, "train"), _names(tmp_path, "val")
+    assert len(train | val) == 200 and not train & val
+    assert 10 <= len(val) <= 30
     with assert_refused("has no split 'test'"):
         Folder(tmp_path, "test")
+
+
+def test_a_file_that_is_added_moves_no_other_between_splits(tmp_path):
+    _flat(tmp_path, (f"{number:03}" for number in range(50)))
+    train, val = _names(tmp_path, "train"), _names(tmp_path, "val")
+    _flat(tmp_path, ["000a", "00", "zz", "0"])
+    assert train <= _names(tmp_path, "train") and val <= _names(tmp_path, "val")
+
+
+def test_a_few_pairs_have_one_for_validation(tmp_path):
+    _flat(tmp_path, "bde")
+    assert len(_names(tmp_path, "val")) == 1 and len(_names(tmp_path, "train")) == 2
+
+
+@pytest.mark.parametrize("names", [("training", "validation"), ("Train", "Val"), ("trn", "test")])
+def test_splits_by_other_names_are_not_mixed(names, tmp_path):
+    _flat(tmp_path, [f"{name}/a" for name in names])
+    said = f"images has the folders {', '.join(sorted(names))}: name those that are meant train"
+    for split in ("train", "val"):
+        with assert_refused(said):
+            Folder(tmp_path, split)
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    _flat(tmp_path, "abcdef")
+    assert Folder(tmp_path).notes == []
+    write_pair(tmp_path, "images/g.heic.png", "labels/g.png")
+    (tmp_path / "images/g.heic.png").rename(tmp_path / "images/g.heic")
+    found = [
+        f"1 file in {tmp_path}/images left out, whose suffix is none of a known picture: g.heic",
+        f"1 file in {tmp_path}/labels without an image: g.png",
+    ]
+    assert Folder(tmp_path).notes == found
+    assert first_look(Folder(tmp_path))[-2:] == found
+    assert check_split(Folder(tmp_path)).notes[-2:] == found
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPG", "gif", "ppm"])
+def test_every_suffix_of_a_known_format_is_an_image(suffix, tmp_path):
+    _flat(tmp_path, ["a"])
+    write_pair(tmp_path, f"images/b.{suffix}", "labels/b.png")
+    assert _names(tmp_path, "train") | _names(tmp_path, "val") == {"a", "b"}
+
+
+def test_a_split_has_a_name(tmp_path):
+    _flat(tmp_path, "ab")
+    with assert_refused("the split has no name"):
+        Folder(tmp_path, "")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,3 +238,33 @@ def test_what_is_no_picture(tmp_path: Path, read, content: bytes | None, sentenc
         (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.png {sentence}"):
         read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("present", [(0, 2), (2,), (0, 1, 2), (0, 255)])
+def test_a_gif_has_the_numbers_that_were_saved(tmp_path: Path, present: tuple[int, ...]) -> None:
+    """Pillow renumbers the entries of a GIF's palette by how often they occur."""
+    values = np.resize(np.array(present, np.uint8), (4, 6))
+    Image.fromarray(values).save(tmp_path / "a.gif")
+    np.testing.assert_array_equal(read_label(tmp_path / "a.gif"), values)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["text", "bytes"])
+@pytest.mark.parametrize("most", [1, 2, 18, 150, 255, 1000, 65535])
+def test_a_pgm_has_the_numbers_in_the_file(tmp_path: Path, most: int, plain: bool) -> None:
+    values = np.arange(12).reshape(3, 4) * most // 11
+    rows = "\n".join(" ".join(map(str, row)) for row in values)
+    body = rows.encode() if plain else values.astype("u1" if most < 256 else ">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(b"P%d\n4 3\n%d\n" % (2 if plain else 5, most) + body)
+    np.testing.assert_array_equal(read_label(tmp_path / "a.pgm"), values)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [("a.tif", {"compression": "jpeg"}, "TIFF of JPEGs"), ("a.webp", {}, "WEBP")],
+)
+def test_a_label_of_a_lossy_format_is_refused(
+    tmp_path: Path, name: str, options: dict[str, Any], what: str
+) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name, **options)
+    with pytest.raises(DataError, match=f"is a {what}, which alters values"):
+        read_label(tmp_path / name)

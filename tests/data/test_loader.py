@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -343,3 +345,18 @@ def test_a_worker_that_does_not_end_is_killed():
     loader.close()
     type(worker).join(worker, 60)
     assert worker.exitcode == -signal.SIGKILL
+
+
+KEPT = """
+from encnet_triton.data import create_dataset
+from encnet_triton.data.loader import eval_samples
+samples = eval_samples(create_dataset("scenes", "val", size=4), workers=2)
+print(next(samples)[0])
+"""
+
+
+def test_samples_that_are_kept_do_not_keep_the_process():
+    """The workers ignore the SIGTERM that multiprocessing sends them at exit."""
+    command = [sys.executable, "-c", KEPT]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")

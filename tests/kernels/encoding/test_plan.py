@@ -12,9 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from bench.static.interpreter import Watch
 from encnet_triton.kernels import encode, reference
 from encnet_triton.kernels.encoding import plan
+from encnet_triton.kernels.encoding.fused import run_of
 from encnet_triton.kernels.encoding.operator import _encode_backward, _encode_forward
 from encnet_triton.kernels.runtime import launch
 from encnet_triton.kernels.runtime.launch import Config, Machine
@@ -433,6 +437,22 @@ def test_offsets_beyond_32_bits(config: Config, far: str) -> None:
     )[0]
     assert torch.equal(launched["E"], near["E"])
     assert torch.equal(launched["x"].transpose(1, 2), near["x"])
+
+
+@triton.jit
+def _runs_kernel(Out, splits, tiles):
+    begin, end = run_of(tl.program_id(0), splits, tiles)
+    tl.store(Out + 2 * tl.program_id(0), begin)
+    tl.store(Out + 2 * tl.program_id(0) + 1, end)
+
+
+@pytest.mark.parametrize(("splits", "tiles"), [(5, 13), (5, 3), (1, 9), (528, 2**22), (64, 2**30)])
+def test_runs_share_all_tiles_evenly(splits: int, tiles: int) -> None:
+    runs = torch.zeros(splits, 2, dtype=torch.int64, device=DEVICE)
+    _runs_kernel[(splits,)](runs, splits, tiles)
+    begin, end = runs.T
+    assert begin[0] == 0 and end[-1] == tiles and torch.equal(begin[1:], end[:-1])
+    assert (end - begin).max() == -(-tiles // splits)
 
 
 def test_too_many_codewords_take_the_pytorch_code() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -28,6 +30,15 @@ def test_without_triton_the_pytorch_code_runs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dispatch, "triton", None)
     assert not dispatch.interpreting()
     assert dispatch.plan_of(f"{PACKAGE}.encoding", X, CODEWORDS) is None
+
+
+def test_gpus_of_others_take_the_pytorch_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    x = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda"))
+    assert dispatch.takes_triton(x)
+    monkeypatch.setattr(torch.version, "hip", "6.3")  # where an AMD GPU is a CUDA device
+    assert not dispatch.takes_triton(x)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 pytest.importorskip("triton")
 
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from bench.static.driver import no_gpu
@@ -578,6 +579,9 @@ def test_a_compiled_program_gets_what_triton_gives_it(kept: list[Tensor]) -> Non
         said = [_runs(_norm(), made)[0] for _ in range(3)]
         assert norm_operators._forward._replays and norm_operators._backward._replays
         assert driver.active.get_current_stream(0) == 0
+        # Triton unloads a program that nobody holds.
+        replays = [*norm_operators._forward._replays.values()]
+        assert all(type(p.compiled) is CompiledKernel for r in replays for p in r._programs)
     assert [len(one) for one in said] == [6, 6, 6]
     # Triton hands over what hooks would be told, and hooks, empty ones where there is none.
     for planned, replayed in zip(said[0] + said[1], 2 * said[2], strict=True):

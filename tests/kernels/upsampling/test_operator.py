@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -242,6 +244,67 @@ def test_result_is_the_same_every_time_and_for_any_number_of_threads(small_tiles
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
+
+
+def test_threads_of_others_keep_their_number() -> None:
+    counts: list[int] = []
+
+    def work(_: int) -> int:
+        working.set()
+        asked.wait(10)
+        return torch.get_num_threads()
+
+    def run() -> None:
+        shares.extend(tiles.in_threads(work, range(4), torch.device("cpu")))
+        counts.append(torch.get_num_threads())
+
+    def ask() -> None:  # for the first time
+        counts.append(torch.get_num_threads())
+
+    working, asked, shares = Event(), Event(), list[int]()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        running, asking = Thread(target=run), Thread(target=ask)
+        running.start()
+        working.wait(10)
+        time.sleep(0.2)
+        asking.start()
+        asking.join()
+        asked.set()
+        running.join()
+        assert counts == [4, 4] and set(shares) == {1}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_default_device_is_not_that_of_the_tensors(small_tiles: None) -> None:
+    logits, target = example((2, 5, 6, 7, 40, 44))
+    logits.requires_grad_()
+    losses = upsample_cross_entropy(logits, target)
+    (expected,) = torch.autograd.grad(losses, logits)
+    with torch.device("meta"):
+        loss = upsample_cross_entropy(logits, target)
+    (found,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(loss, losses) and torch.equal(found, expected)
+
+
+def test_sizes_that_change_compile_once_where_gradients_are_on() -> None:
+    sizes: list[int] = []
+
+    def counting(module: torch.fx.GraphModule, _: Any) -> Any:
+        sizes.append(len(module.graph.nodes))
+        return module.forward
+
+    @torch.compile(backend=counting, fullgraph=True, dynamic=True)
+    def labels(z: Tensor) -> Tensor:
+        return upsample_argmax(z, (z.shape[2] * 8, z.shape[3] * 8))[0]
+
+    assert torch.is_grad_enabled()
+    for size in (4, 5, 6):
+        z = torch.randn(1, 5, size, size)
+        assert torch.equal(labels(z), upsample_argmax(z, (8 * size, 8 * size))[0])
+    assert len(sizes) == 1
 
 
 def test_works_under_inference_mode_and_autocast() -> None:
