@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 
 __all__ = [
     "make_folder",
+    "refuse_unwritable",
     "naming",
     "remove_leftovers",
     "replacing",
@@ -83,6 +85,19 @@ def make_folder(path: Path, what: str) -> Path:
     except OSError as error:
         raise OSError(f"{what} {path} cannot be made ({error.strerror})") from error
     return path
+
+
+def refuse_unwritable(path: Path, what: str) -> None:
+    """Refuse what `make_folder` would refuse, without making it.
+
+    Raises:
+        OSError: it cannot be made; names it.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise OSError(f"{what} {path} cannot be made ({os.strerror(errno.ENOTDIR)})")
+    if there != path and not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"{what} {path} cannot be made ({os.strerror(errno.EACCES)})")
 
 
 def remove_leftovers(folder: Path) -> None:

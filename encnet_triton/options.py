@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -311,7 +312,9 @@ def join_others(device: torch.device) -> tuple[int, int]:
     """Join the processes that torchrun started; returns this one's rank and how many there are."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # One may have much more to do than another; torchrun ends those that wait for a dead one.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return rank, size
 
 

@@ -86,7 +86,7 @@ class Classification(Task[float]):
         """The codebook's fields belong to the network that has one."""
         codebook = {"num_codewords", "shake_scale"}
         of_network = codebook if config.model.model == "cifar_encnet" else set()
-        return frozenset(_READ | of_network) - config.optim.unread().keys()
+        return frozenset(_READ | of_network) - cls.unread(config).keys()
 
     @classmethod
     def outlook(cls, config: Config, world: World) -> Iterator[str]:

@@ -30,9 +30,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument(
-        "--recipe",
-        default=DEFAULT_RECIPE,
-        help="name from --list, or a TOML file (default: %(default)s)",
+        "--recipe", help=f"name from --list, or a TOML file (default: {DEFAULT_RECIPE})"
     )
     made.add_argument(
         "--sweep",
@@ -97,7 +95,11 @@ class Options:
 
 def parse(arguments: list[str] | None = None) -> Options:
     """Read the command line."""
-    values = vars(parser().parse_args(arguments))
+    made = parser()
+    values = vars(made.parse_args(arguments))
+    if values["sweep"] and values["recipe"]:
+        made.error("--recipe and --sweep exclude each other: a sweep names the recipes of its rows")
+    values["recipe"] = values["recipe"] or DEFAULT_RECIPE
     known = all_fields()
     overrides = {name: values.pop(name) for name in list(values) if name in known}
     return Options(**values, overrides=overrides)

@@ -168,6 +168,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.data != "", "data", self.data, "a folder")
+        for key in ("train_split", "val_split"):
+            require(getattr(self, key) != "", key, "", "the name of a split")
         one_of("scale_by", self.scale_by, ("short", "long", "image"))
         require(min(self.crop) >= 1, "crop", self.crop, "positive")
         one_of("outside", self.outside, ("mean", "black"))
@@ -282,8 +284,10 @@ class OptimConfig:
         return {name: getattr(self, name) for name in names}
 
     def unread(self) -> dict[str, str]:
-        """Fields that belong to another optimizer or loss than this one, and to which."""
+        """Fields that belong to another optimizer, schedule or loss than this one, and to which."""
         others = {} if self.ohem else {"ohem_least": "ohem"}
+        if self.schedule != "poly":
+            others["power"] = "schedule = poly"
         if self.optimizer == "sgd":
             return {"betas": "optimizer = adamw", **others}
         return {"momentum": "optimizer = sgd", **others}
@@ -355,6 +359,7 @@ class RunConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         limit = self.timeout
         require(10 <= limit < 1e6, "timeout", limit, "at least 10 and less than a million seconds")
+        require(self.init_from != "", "init_from", "", "a checkpoint, a folder or hf://user/name")
         require(
             self.new_head <= (self.init_from is not None), "new_head", True, "given with init_from"
         )

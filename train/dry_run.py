@@ -6,7 +6,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from encnet_triton.train import run_state
+from encnet_triton.files import refuse_unwritable
+from encnet_triton.train import loggers, run_state
 from encnet_triton.train.config import Config
 from encnet_triton.train.distributed import World
 from encnet_triton.train.log import Log
@@ -33,6 +34,8 @@ def dry_run(config: Config, world: World, before: Collection[Path] = ()) -> None
 
 def _rehearse(config: Config, world: World, before: Collection[Path]) -> None:
     path = free_folder(config) / run_state.LAST
+    loggers.require(config.run.logger)
+    refuse_unwritable(path.parent, "the run's folder")
     start = config.run.init_from
     if start is not None and Path(start) in before:
         start = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +26,21 @@ _BAR = 16
 Item = TypeVar("Item")
 
 
+class _Console(Console):
+    """Falls silent where nobody reads on: a closed terminal or pipe must not end a run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())  # Python flushes it once more at exit
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # EIO, of a terminal
+            self.on_broken_pipe()
+
+
 class Log:
     """Writes records to ``metrics.jsonl`` and shows them; silent on ranks other than 0.
 
@@ -39,7 +56,7 @@ class Log:
     def __init__(self, folder: Path, enabled: bool, console: Console | None = None) -> None:
         self.folder = folder
         self.enabled = enabled
-        self.console = console or Console(quiet=not enabled, soft_wrap=True, emoji=False)
+        self.console = console or _Console(quiet=not enabled, soft_wrap=True, emoji=False)
         self.logger: Logger | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None

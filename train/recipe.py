@@ -128,8 +128,9 @@ def build_stages(recipe: str, overrides: Mapping[str, Any]) -> list[Config]:
     """The configurations of all stages, in order; one for a recipe without stages.
 
     Stages are runs ``1_<stage>``, ``2_<stage>``, ... inside the run's own folder, each started
-    from the last weights of the one before. Overrides apply to every stage. The field ``data`` may
-    name a folder for each data set: ``coco_voc=/data/coco,voc=/data/VOC2012``.
+    from the last weights of the one before. Overrides apply to every stage, but ``init_from`` and
+    ``new_head`` to the first alone. The field ``data`` may name a folder for each data set:
+    ``coco_voc=/data/coco,voc=/data/VOC2012``.
 
     Raises:
         ConfigError: names the key and the value that are wrong.
@@ -144,6 +145,7 @@ def build_stages(recipe: str, overrides: Mapping[str, Any]) -> list[Config]:
         if configs:
             before = configs[-1].run
             start["init_from"] = str(Path(before.runs) / before.name / "last.safetensors")
+            start["new_head"] = fields.get("new_head", False)
         config = _configuration(name, {**values, **fields}, {**overrides, **start})
         config.run.runs = str(Path(whole.run.runs) / whole.run.name)
         config.run.name = f"{number}_{stage}"

@@ -11,6 +11,7 @@ from encnet_triton.files import make_folder, remove_leftovers, write_json
 from encnet_triton.train.config import SECTIONS, Config, ConfigError, changed_fields
 from encnet_triton.train.distributed import World, gather
 from encnet_triton.train.run_lock import RunLock
+from encnet_triton.train.run_state import LAST
 
 RESULT = "result.json"
 _REFUSED = "refused"  # its only key where the run did not begin
@@ -33,7 +34,8 @@ def free_folder(config: Config) -> Path:
     """Like `open_folder`, but does not create it."""
     folder = folder_of(config)
     try:
-        taken = (folder / "config.json").exists() and not config.run.resume
+        there = any((folder / name).exists() for name in ("config.json", LAST))
+        taken = there and not config.run.resume
     except OSError as error:  # a name that is too long
         raise ConfigError(f"run {folder} cannot be looked at ({error.strerror})") from error
     if any(gather(taken)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from encnet_triton.data import (
     create_dataset,
     mean_colour,
 )
+from encnet_triton.data.base import few
 from encnet_triton.data.check import first_look, refuse_unlabelled
 from encnet_triton.data.colour import ColourJitter
 from encnet_triton.data.normalisation import Normalise
@@ -37,7 +38,7 @@ from encnet_triton.scoring.metrics import Scores
 from encnet_triton.scoring.segmentation import PassOn
 from encnet_triton.train import run_state
 from encnet_triton.train.class_weights import balanced_weights
-from encnet_triton.train.config import Config, all_fields
+from encnet_triton.train.config import Config, all_fields, require
 from encnet_triton.train.curves import draw_curves
 from encnet_triton.train.distributed import World, all_reduce_sum
 from encnet_triton.train.forecast import peak_memory
@@ -124,8 +125,34 @@ class Segmentation(Task[Scores]):
     def reads(cls, config: Config) -> frozenset[str]:
         """All fields except those of CIFAR-10 networks; `create_model` and `create_dataset` refuse
         options of another network or data set."""
-        others = {"width", "block", "shake_scale", *config.optim.unread()}
+        others = {"width", "block", "shake_scale", *cls.unread(config)}
         return frozenset(all_fields()) - others
+
+    @classmethod
+    def unread(cls, config: Config) -> dict[str, str]:
+        """Those of the optimizer, and weights and sizes of what is not there."""
+        model, data, optim = config.model, config.data, config.optim
+        found = config.optim.unread()
+        if optim.se_weight and (model.model != "encnet" or model.se_loss is False):
+            found["se_weight"] = "se_loss = true" if model.model == "encnet" else "model = encnet"
+        if optim.aux_weight and not _has_aux(config):
+            found["aux_weight"] = "aux = true"
+        if data.scale_by == "image" and data.base_size is not None:
+            found["base_size"] = "scale_by = short or long"
+        if data.scale_by != "image" and data.base_size is None:
+            found["scale_by"] = "base_size"
+        return found
+
+    @classmethod
+    def refuse_unread(cls, config: Config, given: Iterable[str]) -> None:
+        """An auxiliary head without a weight, too, which would not be trained."""
+        super().refuse_unread(config, given)
+        require(
+            config.optim.aux_weight > 0 or not _has_aux(config),
+            "aux_weight", config.optim.aux_weight,
+            "above 0 (the published code has 0.2) where the network has an auxiliary head, as in "
+            'form = "released"; or leave the head out with aux = false',
+        )  # fmt: skip
 
     @classmethod
     def outlook(cls, config: Config, world: World) -> Iterator[str]:
@@ -260,6 +287,8 @@ class Segmentation(Task[Scores]):
             said.append(f"Warning: {WHOLE_IMAGE_WARNING}")
         if self.world.main:
             said += [f"Warning: {note}" for note in first_look(self.train_set)]
+            if self.config.data.dataset == "folder":  # published splits are as they are
+                said += _shared_images(self.train_set, self.val_set)
         return "\n".join(said) or None
 
     def close(self) -> None:
@@ -335,6 +364,25 @@ def model_info(config: Config, dataset: Dataset, model: nn.Module) -> ModelInfo:
             "split": data.val_split,
             "options": data.dataset_options(),
         },
+    )
+
+
+def _shared_images(train: Dataset, val: Dataset) -> list[str]:
+    """A warning about images that are trained and validated on."""
+    names = {train.name_of(index) for index in range(len(train))}
+    both = [name for name in map(val.name_of, range(len(val))) if name in names]
+    if not both:
+        return []
+    return [f"Warning: {len(both)} of {len(val)} validation images are trained on: {few(both, 2)}"]
+
+
+def _has_aux(config: Config) -> bool:
+    """Whether the network has an auxiliary head, given or by default."""
+    model = config.model
+    if model.aux is not None:
+        return model.aux
+    return model.model in ("psp", "deeplab") or (
+        model.model == "encnet" and model.form == "released"
     )
 
 

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from encnet_triton.train.distributed import all_reduce_sum
 
-_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # the last one is of a terminal that closes
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 _SHOW_CURSOR = "\x1b[?25h"  # the progress line hides the cursor and would not restore it
 _NOTICE = "stopping after this step, then saving; press Ctrl-C again to stop at once\n"
 
 
 class StopRequest:
-    """While it is entered, SIGTERM, SIGUSR1 and the first Ctrl-C only set ``requested``."""
+    """While it is entered, SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C only set ``requested``.
+
+    Those that are ignored stay so: nohup ignores SIGHUP.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -34,7 +38,8 @@ class StopRequest:
                 os.write(2, (_SHOW_CURSOR + _NOTICE).encode())
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._request) for number in _SIGNALS}
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._request) for number in heeded}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -71,6 +71,11 @@ class Task(ABC, Generic[Score]):
         """Names of the fields that change something for this configuration's network."""
 
     @classmethod
+    def unread(cls, config: Config) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, and what they need."""
+        return config.optim.unread()
+
+    @classmethod
     def refuse_unread(cls, config: Config, given: Iterable[str]) -> None:
         """Refuse a field that was given but would not be read.
 
@@ -78,7 +83,7 @@ class Task(ABC, Generic[Score]):
             ConfigError: names the fields.
         """
         given, reads = set(given), cls.reads(config)
-        for name, where in config.optim.unread().items():
+        for name, where in cls.unread(config).items():
             if name in given and where.split()[0] in reads:
                 raise ConfigError(
                     f"the training of {config.model.model} reads {name} only with {where}; "

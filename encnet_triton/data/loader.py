@@ -210,7 +210,7 @@ def _start_worker(_: int) -> None:
     queue._on_queue_feeder_error = staticmethod(_end_of_worker)
     # A scheduler or a terminal signals the whole process group. Only the trainer reacts: it saves
     # and then ends its workers; a worker that died first would look like a crash.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,20 @@ def test_what_the_run_would_refuse(recipe: Path, folder_data: Path, capsys) -> N
             assert main([*start, *given, *dry]) == 2, given
             said.append(capsys.readouterr().err)
             assert not Path("runs").exists()
+        assert said[0] == said[1] and len(said[0].splitlines()) == 1
+
+
+def test_a_logger_and_a_folder_that_cannot_be_made(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Path("file").touch()
+    start = ["--recipe", str(recipe), "--pictures", "0"]
+    for given in (["--logger", "wandb"], ["--runs", "file"], ["--runs", "file/below"]):
+        said = []
+        for dry in (["--dry-run"], []):
+            assert main([*start, *given, *dry]) == 2, given
+            said.append(capsys.readouterr().err)
         assert said[0] == said[1] and len(said[0].splitlines()) == 1
 
 

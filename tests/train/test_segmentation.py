@@ -109,3 +109,16 @@ def test_masks_of_0_and_255_are_noticed_at_the_start(recipe: Path, folder_data: 
     assert said is not None and said.startswith("Warning: in 8 of 8 labels, 'background' is")
     assert "say --label-map 255=1" in said
     assert Segmentation(build(str(recipe), {"label_map": "255=1"}), world).warning() is None
+
+
+def test_images_that_are_trained_and_validated_on_are_named(
+    recipe: Path, folder_data: Path
+) -> None:
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    assert Segmentation(build(str(recipe), {}), world).warning() is None
+    lines = (folder_data / "train.txt").read_text().splitlines()
+    with (folder_data / "val.txt").open("a") as file:
+        file.write(f"\n{lines[3]}\n")
+    said = Segmentation(build(str(recipe), {}), world).warning()
+    name = folder_data / lines[3].split()[0]
+    assert said == f"Warning: 1 of 4 validation images are trained on: {name}"

@@ -77,6 +77,16 @@ def test_voc_with_coco_is_three_runs_each_from_the_one_before() -> None:
         build_stages("voc_encnet_r101_coco", {"data": "voc=/data/VOC2012"})
 
 
+def test_other_classes_are_those_of_the_first_stage_alone(recipe: Path) -> None:
+    given = {"data": "coco_voc=/data/coco,voc=/data/VOC2012", "init_from": "x", "new_head": "true"}
+    stages = build_stages("voc_encnet_r101_coco", given)
+    assert [config.run.new_head for config in stages] == [True, False, False]
+    assert stages[0].run.init_from == "x" != stages[1].run.init_from
+    path = recipe.with_name("two.toml")
+    path.write_text(recipe.read_text() + STAGES + "new_head = true\n")
+    assert [config.run.new_head for config in build_stages(str(path), {})] == [False, True]
+
+
 def test_stages_follow_each_other_and_resume_where_they_stopped(staged: Path, capsys) -> None:
     command = ["--recipe", str(staged), "--resume"]
     assert main([*command, "--stop-at", "1"]) == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from encnet_triton.data import DataError
 from encnet_triton.inference import Predictor
 from encnet_triton.train.__main__ import main
 from encnet_triton.train.segmentation import Segmentation
+from encnet_triton.train.signals import StopRequest
 from encnet_triton.weights.checkpoint import read
 
 
@@ -49,14 +52,15 @@ def test_an_error_in_validation_costs_no_step(
     assert validated() == [2, 4]
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_is_seen_between_two_images_of_a_validation(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    name: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     predict, seen = Predictor.__call__, []
 
     def signalled(self: Predictor, image: object) -> object:
         seen.append(image)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), getattr(signal, name))
         return predict(self, image)
 
     with monkeypatch.context() as patch:
@@ -111,3 +115,27 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
     monkeypatch.setattr(Segmentation, "__init__", interrupted)
     assert train(recipe) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As nohup starts a program."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_does_not_end_a_run(recipe: Path) -> None:
+    command = [sys.executable, "-m", "encnet_triton.train", "--recipe", str(recipe)]
+    command += ["--pictures", "0", "--log-every", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stderr is not None
+        assert run.stdout.readline()
+        run.stdout.close()
+        said = run.stderr.read()
+    assert (run.returncode, said) == (0, b"")
+    assert progress()["step"] == 4 and validated() == [2, 4]

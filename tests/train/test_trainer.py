@@ -193,6 +193,13 @@ def test_an_existing_run_and_changed_fields_are_refused(recipe: Path, capsys) ->
     assert json.loads(Path("runs/tiny/config.json").read_text())["optim"]["lr"] == 0.02
 
 
+def test_weights_without_a_configuration_are_a_run_too(recipe: Path, capsys) -> None:
+    assert train(recipe, "--stop-at", "1") == 0
+    Path("runs/tiny/config.json").unlink()
+    assert train(recipe) == 2
+    assert "runs/tiny exists; add --resume to continue, or give" in capsys.readouterr().err
+
+
 def test_sigterm_saves_and_ends_well(recipe: Path) -> None:
     command = [sys.executable, "-m", "encnet_triton.train", "--recipe", str(recipe),
                "--epochs", "100000", "--val-every", "0", "--workers", "1"]  # fmt: skip
