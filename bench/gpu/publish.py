@@ -9,6 +9,7 @@ from typing import Any
 
 from bench import report
 from bench.gpu import ranking
+from bench.gpu.operators import SHAPES
 from bench.gpu.processes import ROOT
 from bench.gpu.report import Outcomes, markdown, whole
 from bench.gpu.runner import Results
@@ -77,12 +78,28 @@ def write_documents() -> None:
 
 
 def tables(folder: Path) -> str:
-    """One table for all published machines, or a sentence if there is none."""
+    """One table for all published machines, or what was predicted if there is none."""
     found = [Results(file.parent) for file in sorted(folder.glob("*/results.jsonl"))]
     if not found:
-        return f"{NOTHING}\n"
+        return f"{NOTHING}\n\n" + _table(("predicted, to be measured", *_PREDICTED), _predictions())
     rows = [row for results in found for row in _rows(results.header, results.outcomes)]
-    return "\n".join(markdown(("measured", "ours", "best peer", "ratio"), rows)).rstrip() + "\n"
+    return _table(("measured", "ours", "best peer", "ratio"), rows)
+
+
+_PREDICTED = ("forward, us", "backward, us", "measured")
+
+
+def _predictions() -> list[tuple[str, ...]]:
+    """Each operator's shape with a prediction, which is for an H100 and bfloat16."""
+    return [
+        (f"{name}: {', '.join(f'{k} {v}' for k, v in about.shape.items())}", *about.predicted, "-")
+        for name, about in SHAPES.items()
+        if about.predicted
+    ]
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(markdown(header, rows)).rstrip() + "\n"
 
 
 def _rows(header: dict[str, Any], outcomes: Outcomes) -> list[tuple[str, ...]]:

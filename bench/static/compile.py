@@ -262,7 +262,7 @@ def run(options: argparse.Namespace) -> int:
     """Compile, print the table and what is wrong; returns 1 if a default configuration is bad."""
     require_compiler()
     archs = list(options.arch)
-    terminal = console(180)
+    terminal = console(260)
     terminal.print(
         f"{compiler_versions(archs)}; compiled for {', '.join(f'sm_{a}' for a in archs)}, not run",
         highlight=False,

@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("traffic is counted in Triton's interpreter, and triton is not installed")
     rows = [count(case) for case in cases(options.quick)]
-    console = report.console(180)
+    console = report.console(260)
     console.print(table(rows))
     if options.json is not None:
         write_json([asdict(row) for row in rows], options.json)
