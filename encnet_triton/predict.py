@@ -79,7 +79,7 @@ def run(given: argparse.Namespace, console: Console) -> int:
     label = make_labeller(given, model, info, device)
     rank, size = options.join_others(device)
     if rank == 0 and (others := other_files(given.inputs)):
-        console.print(f"left out, not named as pictures are: {few([p.name for p in others])}")
+        console.print(f"left out, not named as pictures are: {few(others)}")
     if given.whole_image and rank == 0:
         console.print(f"Warning: {WHOLE_IMAGE_WARNING}")
     bad: list[str] = []

@@ -30,6 +30,7 @@ from encnet_triton.data.base import (
 )
 from encnet_triton.data.files import FileDataset, Pair, check_present, composed, read_lines
 from encnet_triton.data.images import image_suffixes
+from encnet_triton.unpickle import printable
 
 __all__ = ["Folder"]
 
@@ -225,7 +226,7 @@ def _folder_pairs(root: Path, split: str) -> tuple[list[Pair], list[str]]:
         more = f" (nor do {len(alone) - 1} others)" if len(alone) > 1 else ""
         raise DataError(f"image {alone[0]} has no label of the same name in {labels}{more}")
     notes = [
-        f"{_count(paths, what)}: {few([path.name for path in paths])}"
+        f"{_count(paths, what)}: {few([printable(path.name) for path in paths])}"
         for what, paths in (
             (f"in {images} left out, whose suffix is none of a known picture", others),
             (f"in {labels} without an image", [marked[s] for s in marked if s not in found]),

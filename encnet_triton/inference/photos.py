@@ -13,6 +13,7 @@ from encnet_triton.data.images import image_suffixes, read_image
 from encnet_triton.inference.explaining import Explainer, explanation_picture
 from encnet_triton.inference.predictor import Predictor
 from encnet_triton.pictures import overlay, palette_image, save_png
+from encnet_triton.unpickle import printable
 
 __all__ = ["find_images", "label_photo", "other_files", "read_image", "refuse_clashes"]
 
@@ -36,10 +37,10 @@ def find_images(inputs: Sequence[Path]) -> Iterator[Path]:
             raise ValueError(f"image {path} does not exist")
 
 
-def other_files(inputs: Sequence[Path]) -> list[Path]:
-    """The files of folders that `find_images` leaves out, because their suffix is no picture's."""
+def other_files(inputs: Sequence[Path]) -> list[str]:
+    """Names of files of folders that `find_images` leaves out: their suffix is no picture's."""
     there = (p for path in inputs if path.is_dir() for p in visible(path, "*") if not p.is_dir())
-    return [p for p in there if p.suffix.lower() not in image_suffixes()]
+    return [printable(p.name) for p in there if p.suffix.lower() not in image_suffixes()]
 
 
 def label_photo(

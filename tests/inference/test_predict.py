@@ -50,10 +50,12 @@ def test_hidden_companions_are_left_out_and_brackets_are_text(
 ) -> None:
     (photos / "._photo1.jpg").write_bytes(b"\0\5\x16\7" + bytes(4000))
     (photos / "folder.jpg").mkdir()
+    (photos / "[b]1.heic").touch()
     output = tmp_path / "out [red]"
     assert main(["--checkpoint", checkpoint, str(photos), "--output", str(output)]) == 0
     assert labelled(output) == [f"photo{i}_label.png" for i in range(5)]
     said = capsys.readouterr().out
+    assert "left out, not named as pictures are: [b]1.heic\n" in said
     assert f"{photos / 'photo0.jpg'}: " in said and f"wrote 10 pictures to {output}" in said
     assert any(f"{name} " in said for name in NAMES[1:]) or "sky 100.0%" in said
 
