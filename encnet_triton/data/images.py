@@ -155,8 +155,7 @@ def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
 
 def _most(image: Image.Image) -> int | None:
     """The largest number that a PGM says it has, which Pillow makes the largest of 8 or 16 bits."""
-    tiles: Any = getattr(image, "tile", None)
-    arguments = tiles[0][3] if image.format == "PPM" and tiles else None
+    arguments = _arguments(image) if image.format == "PPM" else None
     return arguments[1] if isinstance(arguments, tuple) and len(arguments) > 1 else None
 
 
@@ -221,10 +220,15 @@ def _known() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+def _arguments(image: Image.Image) -> Any:
+    """What Pillow's decoder is told of the file; None once it is decoded."""
+    tiles: Any = getattr(image, "tile", None)
+    return tiles[0][3] if tiles else None
+
+
 def _raw_mode(image: Image.Image) -> str:
     """How the pixels lie in the file, in Pillow's words; "" once it is decoded."""
-    tiles: Any = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else ""
+    arguments = _arguments(image)
     if isinstance(arguments, tuple) and arguments:
         arguments = arguments[0]
     return arguments if isinstance(arguments, str) else ""

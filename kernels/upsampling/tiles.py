@@ -291,21 +291,26 @@ def in_threads(
         torch.set_num_threads(share)
         started.wait()
 
-    with ThreadPoolExecutor(workers, "upsample", start) as pool:
+    def begin(pool: ThreadPoolExecutor) -> Iterator[_Result]:
         try:
-            # The setting counts for the thread that makes it and for all that ask for the first
-            # time after it, also others': so a thread that then ends takes it back for those. This
-            # one makes it too: its operations, split over cores, would leave idle threads spinning.
-            with _setting:
-                results = pool.map(call, items)
-                started.wait()
-                torch.set_num_threads(share)
-                back = Thread(target=torch.set_num_threads, args=(threads,))
-                back.start()
-                back.join()
-            yield from results
+            results = pool.map(call, items)
+            started.wait()
         except BaseException:
             started.abort()  # a worker that could not be started is waited for
             raise
+        # The setting counts for the thread that makes it and for all that ask for the first time
+        # after it, also others': so a thread that then ends takes it back for those. This one makes
+        # it too: its operations, split over cores, would leave idle threads spinning.
+        torch.set_num_threads(share)
+        back = Thread(target=torch.set_num_threads, args=(threads,))
+        back.start()
+        back.join()
+        return results
+
+    with ThreadPoolExecutor(workers, "upsample", start) as pool:
+        try:
+            with _setting:
+                results = begin(pool)
+            yield from results
         finally:
             torch.set_num_threads(threads)
