@@ -35,7 +35,7 @@ def triton_status(device: torch.device | None = None) -> str:
     """One sentence: whether the Triton kernels or the PyTorch code run on this machine, and why."""
     if versions()["triton"] == "not installed":
         return f"PyTorch code runs: Triton has no package here ({platform.system()})."
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.version.hip is not None:  # ROCm's are AMD's
         return "PyTorch code runs: there is no NVIDIA GPU."
     capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM_CAPABILITY:

@@ -24,6 +24,13 @@ def test_the_kernels_that_run_are_named(
     assert set(operators) < set(kernels.__all__) and "layers" not in said
 
 
+def test_on_a_gpu_of_another_maker_pytorch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "versions", lambda: {"triton": "3.6.0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert machine.triton_status() == "PyTorch code runs: there is no NVIDIA GPU."
+
+
 def test_without_a_gpu_pytorch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "versions", lambda: {"triton": "3.6.0"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
